@@ -1,0 +1,176 @@
+"""Reading published D2Zero checkpoints: every array accounted for by name, nothing executed.
+
+Published files are detectron2's: `.pth` saved by torch (`{"model": {name: tensor}}`) or `.pkl` (a pickled
+dict of NumPy arrays). An older layout leaves `pixel_decoder.` out of the pixel decoder's names.
+"""
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+
+# published name -> ours, the first rule that matches the whole name
+_HEAD = r"sem_seg_head\."
+_PIXELS = _HEAD + r"(?:pixel_decoder\.)?"
+_PREDICTOR = _HEAD + r"predictor\."
+_RULES: tuple[tuple[str, str], ...] = (
+    (r"backbone\.stem\.conv1\.norm\.(.+)", r"backbone.net.bn1.\1"),
+    (r"backbone\.stem\.conv1\.(.+)", r"backbone.net.conv1.\1"),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)", r"backbone.net.layer<\1>.\2.downsample.1.\3"),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.(.+)", r"backbone.net.layer<\1>.\2.downsample.0.\3"),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)", r"backbone.net.layer<\1>.\2.bn\3.\4"),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.(.+)", r"backbone.net.layer<\1>.\2.conv\3.\4"),
+    (_PREDICTOR + r"logit_scale", "classifier.logit_scale"),
+    (_PREDICTOR + r"fc_semantic\.(.+)", r"classifier.query_projection.\1"),
+    (_PREDICTOR + r"text_projection\.(.+)", r"classifier.text_projection.\1"),
+    (_PREDICTOR + r"text_projection_2\.(.+)", r"classifier.background_projection.\1"),
+    (_PREDICTOR + r"transformer\.(.+)", r"classifier.adaptation.\1"),
+    (_PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.self_attn\.(.+)", r"decoder.layers.\1.self_attention.\2"),
+    (_PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.norm\.(.+)", r"decoder.layers.\1.self_norm.\2"),
+    (
+        _PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.(.+)",
+        r"decoder.layers.\1.cross_attention.\2",
+    ),
+    (_PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.norm\.(.+)", r"decoder.layers.\1.cross_norm.\2"),
+    (_PREDICTOR + r"transformer_ffn_layers\.(\d+)\.norm\.(.+)", r"decoder.layers.\1.ffn_norm.\2"),
+    (_PREDICTOR + r"transformer_ffn_layers\.(\d+)\.(.+)", r"decoder.layers.\1.\2"),
+    (_PREDICTOR + r"decoder_norm\.(.+)", r"decoder.norm.\1"),
+    (_PREDICTOR + r"(?:query_feat|static_query)\.weight", "decoder.query_features"),
+    (_PREDICTOR + r"query_embed\.weight", "decoder.query_positions"),
+    (_PREDICTOR + r"level_embed\.weight", "decoder.level_embedding"),
+    (_PREDICTOR + r"mask_embed\.layers\.(\d+)\.(.+)", r"decoder.mask_mlp.<\1>.\2"),
+    (_PIXELS + r"input_proj\.(\d+)\.(.+)", r"pixel_decoder.input_projections.\1.\2"),
+    (_PIXELS + r"transformer\.level_embed", "pixel_decoder.level_embedding"),
+    (_PIXELS + r"transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)", r"pixel_decoder.layers.\1.attention.\2"),
+    (_PIXELS + r"transformer\.encoder\.layers\.(\d+)\.(.+)", r"pixel_decoder.layers.\1.\2"),
+    (_PIXELS + r"adapter_1\.norm\.(.+)", r"pixel_decoder.lateral.1.\1"),
+    (_PIXELS + r"adapter_1\.(.+)", r"pixel_decoder.lateral.0.\1"),
+    (_PIXELS + r"layer_1\.norm\.(.+)", r"pixel_decoder.fuse.1.\1"),
+    (_PIXELS + r"layer_1\.(.+)", r"pixel_decoder.fuse.0.\1"),
+    (_PIXELS + r"mask_features\.(.+)", r"pixel_decoder.mask_features.\1"),
+)
+_LOSS_WEIGHT = "criterion.empty_weight"  # (seen classes + 1,): a constant of the loss, not of the model
+
+
+def our_name(published: str) -> str | None:
+    """Our name of a published array, or None if it has none."""
+    for pattern, replacement in _RULES:
+        match = re.fullmatch(pattern, published)
+        if match:
+            name = match.expand(replacement)
+            name = re.sub(r"layer<(\d)>", lambda m: f"layer{int(m[1]) - 1}", name)  # res2 is timm's layer1
+            return re.sub(r"<(\d)>", lambda m: str(2 * int(m[1])), name)  # linear layers among ReLUs
+    return None
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """Read the arrays of a `.pth` or `.pkl` file without executing what is pickled in it.
+
+    Raises:
+        D2ZeroError: the file is absent, damaged, holds anything but plain data, or holds no arrays.
+    """
+    if not path.is_file():
+        raise D2ZeroError(f"checkpoint {path} does not exist")
+    try:
+        content = _read_pkl(path) if path.suffix == ".pkl" else torch.load(path, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise D2ZeroError(f"{path} is damaged, or is not a checkpoint of plain arrays: {reason}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    arrays = {
+        str(name): torch.as_tensor(value)
+        for name, value in (content.items() if isinstance(content, dict) else ())
+        if isinstance(value, (np.ndarray, Tensor))
+    }
+    if not arrays:
+        raise D2ZeroError(f"{path} holds no arrays; expected a dict of names and tensors, or one under 'model'")
+    return arrays
+
+
+def load_published(model: D2Zero, arrays: dict[str, Tensor]) -> None:
+    """Copy published arrays into a model of the published architecture, all of them or none.
+
+    Raises:
+        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+    """
+    seen = int(model.vocabulary.seen.sum())
+    translated, unexpected = {}, []
+    wrong_split = ""
+    for published, array in arrays.items():
+        if published == _LOSS_WEIGHT:
+            if tuple(array.shape) != (seen + 1,):
+                wrong_split = (
+                    f"the checkpoint was trained on {array.shape[0] - 1} seen classes, the vocabulary has {seen}"
+                )
+            continue
+        name = our_name(published)
+        if name is None:
+            unexpected.append(published)
+            continue
+        array = array.float()
+        translated[name] = array.exp().reshape(()) if name == "classifier.logit_scale" else array
+    if wrong_split:
+        raise D2ZeroError(f"{wrong_split}; give the vocabulary of the split it was trained on")
+    load_exactly(model, translated, unexpected)
+
+
+def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str] | None = None) -> None:
+    """Load a state that must fit to the last array; the class embeddings come from the vocabulary.
+
+    Raises:
+        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+    """
+    wanted = {name: value for name, value in model.state_dict().items() if name != "class_embeddings"}
+    arrays = {name: value for name, value in arrays.items() if name != "class_embeddings"}
+    unexpected = [*(unexpected or []), *sorted(arrays.keys() - wanted.keys())]
+    missing = sorted(wanted.keys() - arrays.keys())
+    misshapen = [
+        f"{name} {tuple(arrays[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in arrays and arrays[name].shape != value.shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {listed(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise D2ZeroError(f"the checkpoint does not fit the model; {'; '.join(problems)}")
+    model.load_state_dict(arrays, strict=False)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain containers; anything else is refused."""
+
+    _ALLOWED = frozenset(
+        (module, name)
+        for names, modules in (
+            (("_reconstruct", "scalar"), ("numpy.core.multiarray", "numpy._core.multiarray")),
+            (("ndarray", "dtype"), ("numpy",)),
+            (("_frombuffer",), ("numpy.core.numeric", "numpy._core.numeric")),
+            (("OrderedDict",), ("collections",)),
+            (("encode",), ("_codecs",)),
+        )
+        for module in modules
+        for name in names
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read_pkl(path: Path) -> object:
+    return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()

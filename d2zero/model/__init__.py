@@ -1,0 +1,6 @@
+"""The model: `D2Zero`, its parts in a module each, and `build`, which composes them from a `ModelConfig`."""
+
+from d2zero.model.config import ModelConfig
+from d2zero.model.d2zero import D2Zero, HeadOutput, RawOutput, build
+
+__all__ = ["D2Zero", "HeadOutput", "ModelConfig", "RawOutput", "build"]

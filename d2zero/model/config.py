@@ -1,0 +1,73 @@
+"""What a D2Zero model is made of, as data. Saved in every checkpoint."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+from d2zero_runtime.images import Preprocessing
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a model. The defaults are the published ResNet-50, word2vec model."""
+
+    backbone: str = "resnet50"  # any timm model with features at strides 4, 8, 16 and 32
+    backbone_options: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
+    frozen_backbone_norm: bool = True  # batch norm as fixed scale and shift
+    hidden_dim: int = 256  # C, of pixel decoder, queries and mask features
+    num_heads: int = 8  # of pixel decoder and decoder attention
+    encoder_layers: int = 6  # deformable layers of the pixel decoder
+    encoder_points: int = 4  # samples a head, level and query
+    encoder_ffn_dim: int = 1024
+    num_queries: int = 100  # Q
+    decoder_layers: int = 9  # masked-attention layers, cycling strides 32, 16, 8
+    decoder_ffn_dim: int = 2048
+    text_dim: int = 300  # D, width of the class embeddings
+    semantic_dim: int = 512  # where queries and classes are compared
+    adaptation_layers: int = 1  # input-conditional adaptation of the classes; 0 leaves it out
+    adaptation_heads: int = 8
+    adaptation_ffn_dim: int = 2048
+    adaptation_dropout: float = 0.1
+    logit_scale: float = 100.0  # class logits are logit_scale · cosine
+    softmax_temperature: float = 0.2  # factor on the logits at inference
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.preprocessing, dict):
+            object.__setattr__(self, "preprocessing", _preprocessing(self.preprocessing))
+        for name in ("hidden_dim", "num_heads", "num_queries", "text_dim", "semantic_dim", "encoder_points"):
+            if getattr(self, name) < 1:
+                raise D2ZeroError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("encoder_layers", "decoder_layers", "adaptation_layers"):
+            if getattr(self, name) < 0:
+                raise D2ZeroError(f"model.{name} must not be negative, got {getattr(self, name)}")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4 or self.hidden_dim % 32:
+            raise D2ZeroError(
+                f"model.hidden_dim must be a multiple of 32 and of num_heads ({self.num_heads}), got {self.hidden_dim}"
+            )
+        if self.semantic_dim % self.adaptation_heads:
+            raise D2ZeroError(
+                f"model.semantic_dim must be a multiple of adaptation_heads ({self.adaptation_heads}),"
+                f" got {self.semantic_dim}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            D2ZeroError: a key is unknown (written by a newer version, most likely).
+        """
+        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise D2ZeroError(f"unknown model settings {listed(unknown)}; was this written by a newer d2zero?")
+        return cls(**values)
+
+
+def _preprocessing(values: dict[str, Any]) -> Preprocessing:
+    return Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})

@@ -1,0 +1,262 @@
+"""The whole model: backbone, pixel decoder, masked decoder, semantic classifier.
+
+Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from d2zero.model.backbone import Backbone
+from d2zero.model.classifier import SemanticClassifier
+from d2zero.model.config import ModelConfig
+from d2zero.model.decoder import MaskedDecoder
+from d2zero.model.deformable import DeformableAttention, DeformableForm
+from d2zero.model.pixel_decoder import PixelDecoder
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, postprocess
+from d2zero_runtime.images import Size, as_image
+
+PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
+
+
+class HeadOutput(NamedTuple):
+    """What one head predicts."""
+
+    class_logits: Tensor  # (B, Q, K + 1), the background last
+    mask_logits: Tensor  # (B, Q, H/4, W/4)
+
+
+@dataclass(frozen=True)
+class RawOutput:
+    """The network's output for a list of images, before any selection or resizing.
+
+    Args:
+        class_logits: (B, Q, K + 1), the background last.
+        mask_logits: (B, Q, H/4, W/4), H and W being the largest padded size among the images. Outside an
+            image's own padded size the logits are `PADDING_LOGIT`.
+        padded_sizes: (height, width) after padding, an image each.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    padded_sizes: tuple[Size, ...]
+
+
+class D2Zero(nn.Module):
+    """Zero-shot instance segmentation by class text.
+
+    Args:
+        backbone: maps at strides 4, 8, 16, 32.
+        pixel_decoder: mask features and three memory levels.
+        decoder: queries and masks.
+        classifier: class logits.
+        vocabulary: the default classes. Their embeddings live in the state, so that moving, saving and
+            loading carry them.
+        config: what the parts were built from; read for preprocessing and the softmax temperature.
+    """
+
+    class_embeddings: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixel_decoder: PixelDecoder,
+        decoder: MaskedDecoder,
+        classifier: SemanticClassifier,
+        vocabulary: Vocabulary,
+        config: ModelConfig,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pixel_decoder = pixel_decoder
+        self.decoder = decoder
+        self.classifier = classifier
+        self.config = config
+        self.register_buffer("class_embeddings", torch.empty(0))
+        self.set_vocabulary(vocabulary)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The classes that `forward` uses when it is given none."""
+        return self._vocabulary
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Replace the default classes.
+
+        Raises:
+            D2ZeroError: the embeddings have another width than the model's, or another encoder made them.
+        """
+        check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
+        self._vocabulary = vocabulary
+        self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
+
+    def forward(
+        self, images_B3HW: Tensor, class_embeddings_KD: Tensor | None = None, all_heads: bool = False
+    ) -> list[HeadOutput]:
+        """Run the network.
+
+        Args:
+            images_B3HW: (B, 3, H, W) float32, normalised and padded; H and W multiples of 32.
+            class_embeddings_KD: classes to compare with; the vocabulary's by default. Training gives the
+                seen classes only.
+            all_heads: classify at every head (training) or at the last one alone (inference).
+
+        Returns:
+            The heads' predictions in order, the final one last.
+        """
+        text_KD = self.class_embeddings if class_embeddings_KD is None else class_embeddings_KD
+        mask_features, memory = self.pixel_decoder(self.backbone(images_B3HW))
+        heads = self.decoder(mask_features, memory)
+        return [
+            HeadOutput(self.classifier(queries, mask_logits, mask_features, text_KD), mask_logits)
+            for queries, mask_logits in (heads if all_heads else heads[-1:])
+        ]
+
+    @torch.inference_mode()
+    def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
+        """Normalise and pad images, run the network, resize nothing.
+
+        Images of different padded sizes run apart: an image's output never depends on what else is in the
+        list.
+
+        Args:
+            images: (H, W, 3) uint8 RGB arrays, at network size.
+
+        Raises:
+            D2ZeroError: an image has the wrong type or shape, or there is none.
+        """
+        images = [as_image(image) for image in images]
+        if not images:
+            raise D2ZeroError("expected at least one image, got an empty list")
+        sizes = [self.config.preprocessing.padded_size(image.shape[:2]) for image in images]
+        largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
+        device = self.class_embeddings.device
+        class_logits: list[Tensor] = [torch.empty(0)] * len(images)
+        mask_logits: list[Tensor] = [torch.empty(0)] * len(images)
+        was_training = self.training
+        self.eval()
+        for size in sorted(set(sizes)):
+            members = [index for index, other in enumerate(sizes) if other == size]
+            batch = self.config.preprocessing.batch([images[index] for index in members], size)
+            out = self(torch.from_numpy(batch).to(device))[-1]
+            missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
+            padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)
+            for row, index in enumerate(members):
+                class_logits[index], mask_logits[index] = out.class_logits[row], padded[row]
+        self.train(was_training)
+        return RawOutput(torch.stack(class_logits), torch.stack(mask_logits), tuple(sizes))
+
+    def postprocess(
+        self,
+        out: RawOutput,
+        input_sizes: Sequence[Size],
+        output_sizes: Sequence[Size],
+        mode: Mode | str = Mode.GZSIS,
+        **options: float | bool,
+    ) -> list[Detections]:
+        """Turn raw output into instances.
+
+        Args:
+            out: what `predict_raw` returned.
+            input_sizes: (height, width) of each image as given to `predict_raw`.
+            output_sizes: (height, width) that each image's masks and boxes shall have.
+            mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
+            options: `max_detections`, `score_threshold`, `with_masks` of `d2zero_runtime.postprocess`.
+
+        Raises:
+            D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
+        """
+        if not len(out.class_logits) == len(input_sizes) == len(output_sizes):
+            raise D2ZeroError(
+                f"expected as many sizes as images ({len(out.class_logits)}),"
+                f" got {len(input_sizes)} input sizes and {len(output_sizes)} output sizes"
+            )
+        class_logits = out.class_logits.float().cpu().numpy()
+        mask_logits = out.mask_logits.float().cpu().numpy()
+        return [
+            postprocess(
+                class_logits[row],
+                mask_logits[row][:, : padded[0] // 4, : padded[1] // 4],
+                self.vocabulary,
+                input_size=input_size,
+                output_size=output_size,
+                padded_size=padded,
+                mode=mode,
+                temperature=self.config.softmax_temperature,
+                **options,  # type: ignore[arg-type]
+            )
+            for row, (input_size, output_size, padded) in enumerate(
+                zip(input_sizes, output_sizes, out.padded_sizes, strict=True)
+            )
+        ]
+
+    def predict(
+        self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: float | bool
+    ) -> list[Detections]:
+        """Resize, run and post-process images of any size; results refer to the images as given."""
+        images = [as_image(image) for image in images]
+        resized = [self.config.preprocessing.resize(image) for image in images]
+        out = self.predict_raw(resized)
+        input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
+        output_sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return self.postprocess(out, input_sizes, output_sizes, mode, **options)
+
+    def set_deformable(self, form: DeformableForm) -> None:
+        """Choose how deformable attention is computed (`d2zero.model.deformable`); results are equal."""
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.form = form
+
+
+def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None) -> None:
+    """Refuse a vocabulary that a model cannot use.
+
+    Raises:
+        D2ZeroError: its width or its encoder differs from the model's.
+    """
+    if vocabulary.width != text_dim:
+        raise D2ZeroError(
+            f"the model reads class embeddings of width {text_dim}, the vocabulary has {vocabulary.width}"
+            f" (encoder {vocabulary.encoder or 'unknown'}); use the encoder that the model was trained with"
+        )
+    if previous and previous.encoder and vocabulary.encoder and previous.encoder != vocabulary.encoder:
+        raise D2ZeroError(
+            f"the model was trained with embeddings of {previous.encoder}, the vocabulary's are of"
+            f" {vocabulary.encoder}; the two do not mix"
+        )
+
+
+def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
+    """Compose a model with fresh weights."""
+    backbone = Backbone(config.backbone, config.backbone_options, config.frozen_backbone_norm)
+    pixel_decoder = PixelDecoder(
+        in_channels=backbone.channels,
+        dim=config.hidden_dim,
+        heads=config.num_heads,
+        layers=config.encoder_layers,
+        points=config.encoder_points,
+        ffn_dim=config.encoder_ffn_dim,
+    )
+    decoder = MaskedDecoder(
+        dim=config.hidden_dim,
+        num_queries=config.num_queries,
+        heads=config.num_heads,
+        layers=config.decoder_layers,
+        ffn_dim=config.decoder_ffn_dim,
+    )
+    classifier = SemanticClassifier(
+        dim=config.hidden_dim,
+        text_dim=config.text_dim,
+        semantic_dim=config.semantic_dim,
+        adaptation_layers=config.adaptation_layers,
+        heads=config.adaptation_heads,
+        ffn_dim=config.adaptation_ffn_dim,
+        dropout=config.adaptation_dropout,
+        logit_scale=config.logit_scale,
+    )
+    return D2Zero(backbone, pixel_decoder, decoder, classifier, vocabulary, config)

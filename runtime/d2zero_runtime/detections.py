@@ -1,0 +1,138 @@
+"""The result of segmenting one image, and its conversions.
+
+Letters: N instances, H and W the output image's sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime import rle
+from d2zero_runtime.errors import D2ZeroError
+
+if TYPE_CHECKING:
+    import pandas
+    import supervision
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The instances found in one image, best first.
+
+    Args:
+        boxes: (N, 4) float32, x1 y1 x2 y2 in pixels, x2 and y2 exclusive; zeros for an empty mask.
+        scores: (N,) float32 in 0..1.
+        class_ids: (N,) int64, indices into the vocabulary's names.
+        names: N class names.
+        seen: (N,) bool, False for instances of classes that training never saw.
+        masks: N masks as COCO RLE, or None if masks were not asked for.
+        image_size: (height, width) of the image that boxes and masks refer to.
+
+    Raises:
+        D2ZeroError: the fields do not agree.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    class_ids: NDArray[np.int64]
+    names: tuple[str, ...]
+    seen: NDArray[np.bool_]
+    masks: tuple[rle.RLE, ...] | None
+    image_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        count = len(self.scores)
+        expected = {"boxes": (count, 4), "scores": (count,), "class_ids": (count,), "seen": (count,)}
+        for field, shape in expected.items():
+            found = np.shape(getattr(self, field))
+            if found != shape:
+                raise D2ZeroError(f"{field} must have shape {shape}, got {found}")
+        for field in ("names", "masks"):
+            value = getattr(self, field)
+            if value is not None and len(value) != count:
+                raise D2ZeroError(f"{field} must have {count} entries, one an instance, got {len(value)}")
+        wrong = [mask["size"] for mask in self.masks or () if tuple(mask["size"]) != tuple(self.image_size)]
+        if wrong:
+            raise D2ZeroError(f"masks must have the image's size {list(self.image_size)}, got {wrong[0]}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: "slice | NDArray[Any] | Sequence[int]") -> "Detections":
+        """Choose instances by a slice, indices or a boolean array."""
+        rows = np.arange(len(self))[index]
+        return Detections(
+            boxes=self.boxes[rows],
+            scores=self.scores[rows],
+            class_ids=self.class_ids[rows],
+            names=tuple(self.names[row] for row in rows),
+            seen=self.seen[rows],
+            masks=None if self.masks is None else tuple(self.masks[row] for row in rows),
+            image_size=self.image_size,
+        )
+
+    def above(self, score: float) -> "Detections":
+        """The instances with at least this score."""
+        return self[self.scores >= score]
+
+    def bitmaps(self) -> NDArray[np.bool_]:
+        """Masks as a (N, H, W) boolean array."""
+        if self.masks is None:
+            raise D2ZeroError("these detections carry no masks; ask for them with masks='rle'")
+        if not self.masks:
+            return np.zeros((0, *self.image_size), bool)
+        return np.stack([rle.decode(mask) for mask in self.masks])
+
+    def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
+        """COCO result entries (`image_id, category_id, bbox xywh, score, segmentation`).
+
+        `category_ids` maps class names to the ids of the annotation file in question.
+        """
+        unknown = sorted(set(self.names) - category_ids.keys())
+        if unknown:
+            raise D2ZeroError(f"no category id given for {', '.join(unknown)}")
+        entries = []
+        for row in range(len(self)):
+            x1, y1, x2, y2 = (float(side) for side in self.boxes[row])
+            entry: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": category_ids[self.names[row]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": float(self.scores[row]),
+            }
+            if self.masks is not None:
+                entry["segmentation"] = dict(self.masks[row])
+            entries.append(entry)
+        return entries
+
+    def to_supervision(self) -> "supervision.Detections":
+        """As `supervision.Detections` (needs the `viz` extra)."""
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self.boxes,
+            confidence=self.scores,
+            class_id=self.class_ids,
+            mask=None if self.masks is None else self.bitmaps(),
+            data={"class_name": np.array(self.names), "seen": self.seen},
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row an instance: name, score, seen, x1, y1, x2, y2, area in pixels (needs `viz`)."""
+        import pandas
+
+        table = pandas.DataFrame({"name": list(self.names), "score": self.scores, "seen": self.seen})
+        table[["x1", "y1", "x2", "y2"]] = self.boxes
+        if self.masks is not None:
+            table["area"] = [rle.area(mask) for mask in self.masks]
+        return table
+
+    def plot(self, image: NDArray[np.uint8]) -> "Image.Image":
+        """Draw masks, boxes, names and scores over `image` (H, W, 3) uint8 RGB."""
+        from d2zero_runtime.draw import overlay
+
+        return overlay(image, self)

@@ -1,0 +1,253 @@
+"""From raw network output to instances, for one image at a time.
+
+DESIGN §2 "Inference": p = softmax(temperature · logits) without background, top-k over queries × classes,
+masks upsampled to the padded size, cropped to the image, resized to the output size, > 0; the score is
+p times the mean sigmoid inside the mask.
+
+Both resizes are linear and separable, so they are composed into one matrix a side. A mask is worked on
+only where it can be positive: interpolation of negative logits is never positive. Only masks that survive
+the top-k are touched, each query once, and they go straight to RLE.
+
+Letters: Q queries, K classes, N instances, h and w the mask logits' sides.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime import rle
+from d2zero_runtime.detections import Detections
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.images import Size
+from d2zero_runtime.vocabulary import Vocabulary
+
+SOFTMAX_TEMPERATURE = 0.2
+MAX_DETECTIONS = 100
+
+
+class Mode(StrEnum):
+    """Which classes compete and how many instances of each kind are kept."""
+
+    GZSIS = "gzsis"
+    """All active classes compete; the best instances are kept."""
+    ZSIS = "zsis"
+    """Only unseen classes may be predicted; the seen ones stay in the context."""
+    GZSIS_COPY_PASTE = "gzsis-copy-paste"
+    """All compete; half the places go to seen classes and half to unseen ones."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Mode":
+        """Read a mode by its name.
+
+        Raises:
+            D2ZeroError: there is no such mode.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            raise D2ZeroError(f"mode must be one of {', '.join(cls)}, got {text!r}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The classes that compete in the softmax, and how many instances each group may place."""
+
+    competing: NDArray[np.bool_]  # (K,)
+    groups: tuple[tuple[NDArray[np.bool_], int], ...]  # ((K,) members, instances kept)
+
+
+def selection(vocabulary: Vocabulary, mode: Mode, max_detections: int = MAX_DETECTIONS) -> Selection:
+    """The one mechanism behind all modes.
+
+    Raises:
+        D2ZeroError: the mode needs seen or unseen classes that the vocabulary does not have.
+    """
+    seen, active = vocabulary.seen, vocabulary.active
+    if mode is not Mode.GZSIS and not (active & ~seen).any():
+        raise D2ZeroError(f"mode {mode} needs unseen classes, the vocabulary has none that are active")
+    if mode is Mode.ZSIS:
+        return Selection(active & ~seen, ((active & ~seen, max_detections),))
+    if mode is Mode.GZSIS_COPY_PASTE:
+        half = max_detections // 2
+        return Selection(active, ((active & seen, max_detections - half), (active & ~seen, half)))
+    return Selection(active, ((active, max_detections),))
+
+
+def class_probabilities(
+    class_logits: NDArray[np.float32],
+    competing: NDArray[np.bool_],
+    temperature: float = SOFTMAX_TEMPERATURE,
+) -> NDArray[np.float32]:
+    """Softmax over the competing classes and the background, which is then dropped.
+
+    Args:
+        class_logits: (Q, K + 1), the background last.
+        competing: (K,) bool. Others get probability 0.
+        temperature: factor on the logits before the softmax.
+
+    Returns:
+        (Q, K) float32.
+    """
+    logits = temperature * class_logits.astype(np.float32)
+    logits = np.where(np.append(competing, True), logits, -np.inf)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float32] = (powers / powers.sum(axis=1, keepdims=True))[:, :-1]
+    return probabilities
+
+
+def top_instances(
+    probabilities: NDArray[np.float32], chosen: Selection
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The best (query, class) pairs of each group; a query may appear more than once.
+
+    Returns:
+        queries and classes, (N,) int64 each, group after group, best first within a group.
+    """
+    queries, classes = [], []
+    for members, kept in chosen.groups:
+        columns = np.flatnonzero(members)
+        scores = probabilities[:, columns].ravel()
+        kept = min(kept, scores.size)
+        best = np.argpartition(-scores, kept - 1)[:kept] if kept else np.zeros(0, np.int64)
+        best = best[np.lexsort((best, -scores[best]))]
+        queries.append(best // len(columns) if len(columns) else best)
+        classes.append(columns[best % len(columns)] if len(columns) else best)
+    return np.concatenate(queries).astype(np.int64), np.concatenate(classes).astype(np.int64)
+
+
+def postprocess(
+    class_logits: NDArray[np.float32],
+    mask_logits: NDArray[np.float32],
+    vocabulary: Vocabulary,
+    *,
+    input_size: Size,
+    output_size: Size,
+    padded_size: Size,
+    mode: Mode | str = Mode.GZSIS,
+    temperature: float = SOFTMAX_TEMPERATURE,
+    max_detections: int = MAX_DETECTIONS,
+    score_threshold: float = 0.0,
+    with_masks: bool = True,
+) -> Detections:
+    """Turn one image's raw output into instances at the output size.
+
+    Args:
+        class_logits: (Q, K + 1) float32, the background last.
+        mask_logits: (Q, h, w) float32, covering the padded input.
+        vocabulary: the K classes that the logits belong to.
+        input_size: (height, width) of the image as given to the network, before padding.
+        output_size: (height, width) of the masks and boxes to return.
+        padded_size: (height, width) after padding.
+        mode: a `Mode` or its name.
+        temperature: softmax temperature of the class probabilities.
+        max_detections: at most this many instances.
+        score_threshold: instances below this final score are dropped.
+        with_masks: whether to return RLE masks.
+
+    Raises:
+        D2ZeroError: shapes do not fit the vocabulary, or the mode does not.
+    """
+    queries_count = len(class_logits)
+    if class_logits.shape != (queries_count, len(vocabulary) + 1):
+        raise D2ZeroError(
+            f"class logits must be (Q, {len(vocabulary) + 1}) for a vocabulary of {len(vocabulary)} classes and"
+            f" the background, got {class_logits.shape}"
+        )
+    mode = Mode.parse(mode) if isinstance(mode, str) else mode
+    chosen = selection(vocabulary, mode, max_detections)
+    probabilities = class_probabilities(class_logits, chosen.competing, temperature)
+    queries, classes = top_instances(probabilities, chosen)
+    used, row_of = np.unique(queries, return_inverse=True)
+    rows = resize_matrix(mask_logits.shape[1], padded_size[0], input_size[0], output_size[0])
+    columns = resize_matrix(mask_logits.shape[2], padded_size[1], input_size[1], output_size[1])
+    masks = [_mask(mask_logits[query], rows, columns) for query in used]
+    quality = np.array([mask.quality for mask in masks], np.float32)
+    scores = probabilities[queries, classes] * quality[row_of]
+    order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] >= score_threshold]
+    picked = [masks[row] for row in row_of[order]]
+    class_ids = classes[order]
+    return Detections(
+        boxes=np.array([mask.box for mask in picked], np.float32).reshape(-1, 4),
+        scores=scores[order].astype(np.float32),
+        class_ids=class_ids,
+        names=tuple(vocabulary.names[index] for index in class_ids),
+        seen=vocabulary.seen[class_ids],
+        masks=tuple(mask.rle for mask in picked) if with_masks else None,
+        image_size=(int(output_size[0]), int(output_size[1])),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Mask:
+    rle: rle.RLE
+    box: tuple[float, float, float, float]
+    quality: float  # mean sigmoid inside the mask
+
+
+def _mask(logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]) -> _Mask:
+    height, width = len(rows), len(columns)
+    positive = logits_hw > 0
+    top, bottom = _reach(rows, positive.any(axis=1))
+    left, right = _reach(columns, positive.any(axis=0))
+    window = _interpolate(logits_hw, rows[top:bottom], columns[left:right])
+    inside = window > 0
+    filled_rows, filled_columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    if not len(filled_rows):
+        return _Mask(rle.encode_window(inside[:0, :0], 0, 0, height, width), (0.0, 0.0, 0.0, 0.0), 0.0)
+    logits = window[inside].astype(np.float64)
+    return _Mask(
+        rle=rle.encode_window(inside, top, left, height, width),
+        box=(
+            float(left + filled_columns[0]),
+            float(top + filled_rows[0]),
+            float(left + filled_columns[-1] + 1),
+            float(top + filled_rows[-1] + 1),
+        ),
+        quality=float((1 / (1 + np.exp(-logits))).sum() / (len(logits) + 1e-6)),
+    )
+
+
+def _reach(matrix: NDArray[np.float32], sources: NDArray[np.bool_]) -> tuple[int, int]:
+    """The range of outputs that any of `sources` contributes to."""
+    touched = np.flatnonzero((matrix[:, sources] > 0).any(axis=1))
+    return (int(touched[0]), int(touched[-1]) + 1) if len(touched) else (0, 0)
+
+
+def _interpolate(
+    logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`rows @ logits @ columns.T`, leaving out sources that do not contribute to the window."""
+    from_rows = np.flatnonzero((rows > 0).any(axis=0))
+    from_columns = np.flatnonzero((columns > 0).any(axis=0))
+    if not len(from_rows) or not len(from_columns):
+        return np.zeros((len(rows), len(columns)), np.float32)
+    r = slice(from_rows[0], from_rows[-1] + 1)
+    c = slice(from_columns[0], from_columns[-1] + 1)
+    result: NDArray[np.float32] = (rows[:, r] @ logits_hw[r, c]) @ columns[:, c].T
+    return result
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(source: int, padded: int, cropped: int, output: int) -> NDArray[np.float32]:
+    """Bilinear `source` → `padded`, crop to `cropped`, bilinear → `output`: (output, source) float32.
+
+    Bilinear as torch's `interpolate(align_corners=False)`: pixel centres, no antialiasing.
+    """
+    matrix = (_bilinear(cropped, output) @ _bilinear(source, padded)[:cropped]).astype(np.float32)
+    matrix.setflags(write=False)
+    return matrix
+
+
+def _bilinear(source: int, target: int) -> NDArray[np.float64]:
+    position = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    lower = np.minimum(position.astype(np.int64), source - 1)
+    upper = np.minimum(lower + 1, source - 1)
+    fraction = position - lower
+    matrix = np.zeros((target, source))
+    matrix[np.arange(target), lower] += 1 - fraction
+    matrix[np.arange(target), upper] += fraction
+    return matrix

@@ -1,0 +1,186 @@
+"""A vocabulary: the classes that a model is asked about, as names and text embeddings.
+
+Every class attends to every other in the semantic classifier, so adding a name shifts all scores. A
+vocabulary therefore has a *context* (all its names) and an *active* subset (the names that may be
+predicted). On disk it is a `.npz` without pickles, readable without torch.
+
+Letters: K classes, D text width.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.errors import D2ZeroError, listed
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Names, embeddings and flags of K classes.
+
+    Args:
+        names: K distinct, non-empty class names.
+        embeddings: (K, D) float32 text embeddings, one row a name, finite and not all zero.
+        seen: (K,) bool, True for classes that training saw. All seen if left out.
+        active: (K,) bool, True for classes that may be predicted. All active if left out.
+        source: where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of
+            different encoders do not mix.
+
+    Raises:
+        D2ZeroError: a field has the wrong shape or holds values that cannot be used.
+    """
+
+    names: tuple[str, ...]
+    embeddings: NDArray[np.float32]
+    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    active: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = tuple(str(name) for name in self.names)
+        embeddings = np.ascontiguousarray(self.embeddings, dtype=np.float32)
+        count = len(names)
+        _check_names(names)
+        _check_embeddings(names, embeddings)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "embeddings", embeddings)
+        object.__setattr__(self, "seen", _flags("seen", self.seen, count))
+        object.__setattr__(self, "active", _flags("active", self.active, count))
+        if not self.active.any():
+            raise D2ZeroError("a vocabulary needs at least one active class, got none")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """The text width D."""
+        return int(self.embeddings.shape[1])
+
+    @property
+    def encoder(self) -> str:
+        """The name of the text encoder, or an empty string if it was not recorded."""
+        return str(self.source.get("encoder", ""))
+
+    @property
+    def seen_names(self) -> tuple[str, ...]:
+        """Names that training saw, in order."""
+        return tuple(name for name, seen in zip(self.names, self.seen, strict=True) if seen)
+
+    @property
+    def unseen_names(self) -> tuple[str, ...]:
+        """Names that training never saw, in order."""
+        return tuple(name for name, seen in zip(self.names, self.seen, strict=True) if not seen)
+
+    def with_active(self, names: Sequence[str]) -> "Vocabulary":
+        """Keep the whole context and let only `names` be predicted."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
+        return replace(self, active=np.isin(np.array(self.names), list(names)))
+
+    def select(self, names: Sequence[str]) -> "Vocabulary":
+        """Keep `names` alone, in that order: a smaller context, which changes every score."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
+        rows = [self.names.index(name) for name in names]
+        return replace(
+            self,
+            names=tuple(names),
+            embeddings=self.embeddings[rows],
+            seen=self.seen[rows],
+            active=self.active[rows],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the vocabulary as `.npz`, atomically, and return its path."""
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise D2ZeroError(f"a vocabulary is saved as .npz, got {path.name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as stream:
+            np.savez_compressed(
+                stream,
+                format_version=np.array(FORMAT_VERSION),
+                names=np.array(self.names),
+                embeddings=self.embeddings,
+                seen=self.seen,
+                active=self.active,
+                source=np.array(json.dumps(self.source)),
+            )
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
+        """Read a `.npz` written by `save`.
+
+        Raises:
+            D2ZeroError: the file is absent, is not a vocabulary, or is of a newer version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise D2ZeroError(f"vocabulary {path} does not exist; make one with `d2zero vocab --help`")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                fields = {name: arrays[name] for name in arrays.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {error}") from error
+        missing = {"format_version", "names", "embeddings", "seen", "active", "source"} - fields.keys()
+        if missing:
+            raise D2ZeroError(f"{path} is not a vocabulary: it lacks {listed(sorted(missing))}")
+        if int(fields["format_version"]) > FORMAT_VERSION:
+            raise D2ZeroError(
+                f"{path} is a vocabulary of version {int(fields['format_version'])}, this d2zero reads up to"
+                f" {FORMAT_VERSION}; upgrade d2zero"
+            )
+        return cls(
+            names=tuple(fields["names"].tolist()),
+            embeddings=fields["embeddings"],
+            seen=fields["seen"],
+            active=fields["active"],
+            source=json.loads(str(fields["source"])),
+        )
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    if not names:
+        raise D2ZeroError("a vocabulary needs at least one class name, got none")
+    if any(not name.strip() for name in names):
+        raise D2ZeroError(f"class names must not be empty; number {[n.strip() for n in names].index('')} is")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise D2ZeroError(f"class names must be distinct, {listed(repeated)} given more than once")
+
+
+def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -> None:
+    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.shape[1] == 0:
+        raise D2ZeroError(
+            f"embeddings must have shape (K={len(names)}, D), one row a class name, got {embeddings.shape}"
+        )
+    broken = [name for name, row in zip(names, embeddings, strict=True) if not np.isfinite(row).all()]
+    if broken:
+        raise D2ZeroError(f"embeddings hold NaN or infinity for {listed(broken)}; make them anew")
+    empty = [name for name, row in zip(names, embeddings, strict=True) if not row.any()]
+    if empty:
+        raise D2ZeroError(f"embeddings are all zero for {listed(empty)}; the encoder did not know these names")
+
+
+def _flags(what: str, flags: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    flags = np.asarray(flags, dtype=bool)
+    if flags.size == 0:
+        return np.ones(count, bool)
+    if flags.shape != (count,):
+        raise D2ZeroError(f"{what} must have shape ({count},), one flag a class, got {flags.shape}")
+    return flags
