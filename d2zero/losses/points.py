@@ -1,0 +1,60 @@
+"""Masks as point samples: losses look at a few thousand points of each mask instead of every pixel.
+
+After PointRend (Kirillov et al. 2020). Coordinates are (x, y) in 0..1 of the padded image.
+
+Letters: T target masks, P points, h and w a mask's sides.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Generators = Sequence[torch.Generator] | None  # one an image; None is torch's global generator
+
+
+def draw_points(counts: Sequence[int], points: int, device: torch.device, generators: Generators) -> Tensor:
+    """Uniform points (sum(counts), P, 2), each image's rows from its own generator.
+
+    An image's points then depend on that image alone, however a batch is cut into processes.
+    """
+    if generators is None:
+        return torch.rand(sum(counts), points, 2, device=device)
+    return torch.cat(
+        [
+            torch.rand(count, points, 2, device=device, generator=generator)
+            for count, generator in zip(counts, generators, strict=True)
+        ]
+    )
+
+
+def sample(masks_Thw: Tensor, points_TP2: Tensor) -> Tensor:
+    """Bilinear values (T, P) of each mask at its own points, zero outside."""
+    grid = 2 * points_TP2[:, None] - 1
+    return F.grid_sample(masks_Thw[:, None], grid, align_corners=False)[:, 0, 0]
+
+
+def sample_shared(masks_Thw: Tensor, points_P2: Tensor) -> Tensor:
+    """Bilinear values (T, P) of all masks at the same points, zero outside."""
+    grid = 2 * points_P2[None, None] - 1
+    return F.grid_sample(masks_Thw[None], grid, align_corners=False)[0, :, 0]
+
+
+@torch.no_grad()
+def uncertain_points(
+    mask_logits_Thw: Tensor,
+    counts: Sequence[int],
+    points: int,
+    oversample_ratio: float,
+    importance_ratio: float,
+    generators: Generators,
+) -> Tensor:
+    """Points (T, P, 2), most of them where the sampled logit is nearest to zero, the rest uniform."""
+    device = mask_logits_Thw.device
+    candidates = draw_points(counts, int(points * oversample_ratio), device, generators)
+    uncertainty = -sample(mask_logits_Thw, candidates).abs()
+    important = int(points * importance_ratio)
+    chosen = uncertainty.topk(important, dim=1).indices
+    picked = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+    return torch.cat([picked, draw_points(counts, points - important, device, generators)], dim=1)
