@@ -1,0 +1,114 @@
+"""Our own checkpoints: weights as safetensors, with configuration and vocabulary in the metadata."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from d2zero.checkpoints.published import load_exactly
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero_runtime import D2ZeroError, Vocabulary
+
+FORMAT_VERSION = 1
+_KEY = "d2zero"  # of the JSON contract in the file's metadata
+
+
+def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> Path:
+    """Write a model as one `.safetensors` file, atomically.
+
+    Args:
+        model: what to save.
+        path: ends in `.safetensors`.
+        notes: plain data about how the model came to be, kept in the metadata.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise D2ZeroError(f"a checkpoint is saved as .safetensors, got {path.name!r}")
+    vocabulary = model.vocabulary
+    contract = {
+        "format_version": FORMAT_VERSION,
+        "config": model.config.to_dict(),
+        "vocabulary": {
+            "names": list(vocabulary.names),
+            "seen": vocabulary.seen.tolist(),
+            "active": vocabulary.active.tolist(),
+            "source": vocabulary.source,
+        },
+        "notes": notes or {},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    arrays = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
+    partial.replace(path)
+    return path
+
+
+def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> D2Zero:
+    """Load a checkpoint as a model in evaluation mode.
+
+    Raises:
+        D2ZeroError: the file is absent, damaged, of a newer version, or no checkpoint of ours.
+    """
+    path = Path(path)
+    contract, arrays = _read(path)
+    config = ModelConfig.from_dict(contract["config"])
+    if "class_embeddings" not in arrays:
+        raise D2ZeroError(f"{path} lacks the class embeddings")
+    words = contract["vocabulary"]
+    vocabulary = Vocabulary(
+        names=tuple(words["names"]),
+        embeddings=arrays["class_embeddings"].numpy(),
+        seen=np.array(words["seen"]),
+        active=np.array(words["active"]),
+        source=words["source"],
+    )
+    model = build(config, vocabulary)
+    try:
+        load_exactly(model, arrays)
+    except D2ZeroError as error:
+        raise D2ZeroError(f"{path}: {error}") from error
+    return model.eval().to(device)
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a checkpoint came to be, as `save_model` was told."""
+    notes: dict[str, Any] = _read(Path(path))[0]["notes"]
+    return notes
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.exists():
+        raise D2ZeroError(f"checkpoint {path} does not exist")
+    if path.suffix in (".pth", ".pt", ".pkl"):
+        raise D2ZeroError(f"{path} is not a .safetensors checkpoint; turn a published one into it with `d2zero convert`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (SafetensorError, OSError) as error:
+        raise D2ZeroError(f"{path} is damaged, cut short, or no .safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise D2ZeroError(f"{path} holds weights but no d2zero model description; turn it into one with `d2zero convert`")
+    contract = json.loads(metadata[_KEY])
+    if contract.get("format_version", 0) > FORMAT_VERSION:
+        raise D2ZeroError(
+            f"{path} is a checkpoint of version {contract['format_version']}, this d2zero reads up to {FORMAT_VERSION};"
+            " upgrade d2zero"
+        )
+    missing = {"config", "vocabulary", "notes"} - contract.keys()
+    if missing:
+        raise D2ZeroError(f"{path}: the model description lacks {', '.join(sorted(missing))}")
+    return contract, arrays
+
+
+def config_as_dict(config: Any) -> dict[str, Any]:
+    """A frozen configuration as plain data."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain

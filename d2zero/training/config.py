@@ -1,0 +1,191 @@
+"""What a training run does, as data: presets, and settings changed by name."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from d2zero.data.augment import AugmentConfig
+from d2zero.losses.config import LossConfig
+from d2zero.model import ModelConfig
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+from d2zero_runtime.images import Preprocessing
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("steps", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. The defaults are the published recipe."""
+
+    lr: float = 1e-4
+    backbone_lr_factor: float = 0.1
+    weight_decay: float = 0.05  # none on norms and embeddings
+    clip_norm: float = 0.01  # L2 norm of the whole model's gradient
+    warmup_steps: int = 10
+    schedule: str = "steps"  # or "cosine"
+    milestones: tuple[int, ...] = ()  # steps at which lr is multiplied by `gamma`
+    gamma: float = 0.1
+    final_factor: float = 0.02  # what the cosine schedule ends at
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.clip_norm <= 0:
+            raise D2ZeroError(f"optim.lr and optim.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
+        if self.schedule not in SCHEDULES:
+            raise D2ZeroError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    split: str
+    steps: int
+    batch_size: int = 16  # of all processes together
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0
+    precision: str = "auto"  # float16 on a GPU, float32 on a CPU
+    channels_last: bool = True
+    workers: int = 4  # processes that read images; 0 reads in the training process
+    cache: bool = False  # keep decoded images in memory (small data sets)
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    picture_every: int = 5000  # 0 for none
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise D2ZeroError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+def coco_48_17() -> TrainConfig:
+    """The published 48/17 run."""
+    return TrainConfig("coco-48-17", steps=140_350, optim=OptimConfig(milestones=(126_315, 133_333)))
+
+
+def coco_65_15() -> TrainConfig:
+    """The published 65/15 run."""
+    return TrainConfig("coco-65-15", steps=210_525, optim=OptimConfig(milestones=(189_472, 200_000)))
+
+
+def shapes() -> TrainConfig:
+    """The demo: a small model for the drawn data set, trained on two CPU cores."""
+    model = ModelConfig(
+        backbone="test_resnet",
+        frozen_backbone_norm=False,
+        hidden_dim=128,
+        num_heads=8,
+        encoder_layers=2,
+        encoder_ffn_dim=256,
+        num_queries=15,
+        decoder_layers=3,
+        decoder_ffn_dim=256,
+        text_dim=64,
+        semantic_dim=128,
+        adaptation_ffn_dim=256,
+        adaptation_dropout=0.0,
+        logit_scale=20.0,
+        softmax_temperature=1.0,
+        preprocessing=Preprocessing(shortest_edge=96, longest_edge=160),
+    )
+    return TrainConfig(
+        "shapes",
+        steps=2000,
+        model=model,
+        loss=LossConfig(num_points=256),
+        optim=OptimConfig(
+            lr=1e-3, backbone_lr_factor=1.0, clip_norm=1.0, warmup_steps=100, schedule="cosine"
+        ),
+        augment=AugmentConfig(size=96, scale_range=(1.0, 1.0), vertical_flip=True, quarter_turns=True),
+        workers=0,
+        cache=True,
+        channels_last=True,
+        checkpoint_every=250,
+        picture_every=500,
+    )
+
+
+PRESETS = {"coco-48-17": coco_48_17, "coco-65-15": coco_65_15, "shapes": shapes}
+
+
+def find_preset(name: str) -> TrainConfig:
+    """The preset of that name.
+
+    Raises:
+        D2ZeroError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise D2ZeroError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]()
+
+
+def with_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
+    """Change settings given as `key=value`, such as `optim.lr=2e-4` or `model.backbone=convnext_tiny`.
+
+    Raises:
+        D2ZeroError: a setting is malformed, unknown, or has a value of the wrong kind.
+    """
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise D2ZeroError(f"--set takes key=value, such as optim.lr=2e-4, got {setting!r}")
+        config = _changed(config, key.split("."), key, text)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Read what `dataclasses.asdict` and JSON made of a configuration."""
+    return TrainConfig(
+        **{
+            **values,
+            "model": ModelConfig.from_dict(values["model"]),
+            "loss": LossConfig(**values["loss"]),
+            "optim": OptimConfig(**{**values["optim"], "milestones": tuple(values["optim"]["milestones"])}),
+            "augment": AugmentConfig(
+                **{**values["augment"], "scale_range": tuple(values["augment"]["scale_range"])}
+            ),
+        }
+    )
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain data that survives JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def _changed(config: Any, path: list[str], key: str, text: str) -> Any:
+    assert is_dataclass(config) and not isinstance(config, type)
+    names = [entry.name for entry in fields(config)]
+    if path[0] not in names:
+        raise D2ZeroError(f"no setting {key!r}; here there are {listed(names, 30)}")
+    current = getattr(config, path[0])
+    if len(path) > 1:
+        if not is_dataclass(current):
+            raise D2ZeroError(f"no setting {key!r}: {path[0]} has no parts")
+        return replace(config, **{path[0]: _changed(current, path[1:], key, text)})
+    if is_dataclass(current):
+        raise D2ZeroError(f"{key!r} is a group of settings; name one of {listed([f.name for f in fields(current)], 30)}")
+    return replace(config, **{path[0]: _parsed(key, text, current)})
+
+
+def _parsed(key: str, text: str, current: Any) -> Any:
+    if isinstance(current, str):
+        return text
+    try:
+        value = json.loads(text.lower() if isinstance(current, bool) else text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(current, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(current):
+        raise D2ZeroError(f"{key} must be of type {type(current).__name__} (now {current!r}), got {text!r}")
+    return value
