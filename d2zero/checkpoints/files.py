@@ -1,8 +1,8 @@
 """Our own checkpoints: weights as safetensors, with configuration and vocabulary in the metadata."""
 
+import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return contract, arrays
 
 
-def config_as_dict(config: Any) -> dict[str, Any]:
-    """A frozen configuration as plain data."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

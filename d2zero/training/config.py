@@ -78,10 +78,11 @@ def shapes() -> TrainConfig:
     """The demo: a small model for the drawn data set, trained on two CPU cores."""
     model = ModelConfig(
         backbone="test_resnet",
+        backbone_options={"channels": [48, 96, 128, 128]},
         frozen_backbone_norm=False,
         hidden_dim=128,
-        num_heads=8,
-        encoder_layers=2,
+        num_heads=4,
+        encoder_layers=1,
         encoder_ffn_dim=256,
         num_queries=15,
         decoder_layers=3,

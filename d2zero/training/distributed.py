@@ -34,7 +34,7 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     """
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local)
+    chosen = pick_device(device, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if count > 1:
@@ -46,7 +46,12 @@ def joined(device: str = "auto") -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, or the best there is for `auto`.
+
+    Raises:
+        D2ZeroError: there is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:

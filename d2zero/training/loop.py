@@ -4,10 +4,11 @@ A step is a function of the run's configuration, its seed and the step's number,
 moment goes on from its last checkpoint with the same losses as an uninterrupted one.
 """
 
+import ctypes
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Run:
 
     def train(self) -> Path:
         """Run to the last step and return the finished model's file."""
+        keep_freed_memory()
         network = self._network()
         self.model.train()
         with self.record as record:
@@ -187,6 +189,14 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.record.rewind(self.step)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a step's tensors then reuse it instead of asking the kernel for pages."""
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
+            libc.mallopt(parameter, value)
 
 
 def read_state(output: Path) -> dict[str, Any]:

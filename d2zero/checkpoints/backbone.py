@@ -1,0 +1,55 @@
+"""ImageNet weights for the backbone: torchvision's, timm's or detectron2's names."""
+
+from torch import Tensor
+
+from d2zero.checkpoints.published import our_name
+from d2zero.model.backbone import Backbone
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+
+_CLASSIFIER = ("fc.", "stem.fc.", "head.", "classifier.")  # the ImageNet classifier has no use here
+
+
+def is_backbone_only(arrays: dict[str, Tensor]) -> bool:
+    """Whether these are weights of an image classifier and not of a whole D2Zero model."""
+    return not any(name.startswith(("sem_seg_head.", "decoder.")) for name in arrays)
+
+
+def load_backbone(backbone: Backbone, arrays: dict[str, Tensor]) -> int:
+    """Copy ImageNet weights into a backbone, every array of it; returns how many.
+
+    Raises:
+        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+    """
+    wanted = backbone.net.state_dict()
+    translated: dict[str, Tensor] = {}
+    unexpected = []
+    for name, array in arrays.items():
+        if name.startswith(_CLASSIFIER) or name.endswith("num_batches_tracked"):
+            continue
+        ours = _backbone_name(name)
+        if ours in wanted:
+            translated[ours] = array.float()
+        else:
+            unexpected.append(name)
+    missing = [name for name in wanted if name not in translated and not name.endswith("num_batches_tracked")]
+    misshapen = [
+        f"{name} {tuple(array.shape)} instead of {tuple(wanted[name].shape)}"
+        for name, array in translated.items()
+        if array.shape != wanted[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {listed(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise D2ZeroError(f"the weights do not fit the backbone; {'; '.join(problems)}")
+    backbone.net.load_state_dict(translated, strict=False)
+    return len(translated)
+
+
+def _backbone_name(name: str) -> str:
+    """timm's and torchvision's names are ours; detectron2's are translated."""
+    published = name if name.startswith("backbone.") else f"backbone.{name}"
+    return (our_name(published) or name).removeprefix("backbone.net.")

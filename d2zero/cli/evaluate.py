@@ -1,0 +1,122 @@
+"""`d2zero eval`: accuracy of a checkpoint, or of a file of detections."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+
+
+def evaluate(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint (.safetensors); leave it out with --detections.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")] = None,
+    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
+    detections: Annotated[Path | None, typer.Option("--detections", help="COCO results to evaluate without a model.")] = None,
+    annotations: Annotated[Path | None, typer.Option("--annotations", help="The test file, if not in DIR/annotations.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="The folder of its images, if not in DIR.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15; the checkpoint's own by default.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Classes to use instead of the checkpoint's.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print a row a class.")] = False,
+    pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
+) -> None:
+    """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
+    from rich.console import Console
+
+    from d2zero.evaluation.table import per_class_table, summary_table
+
+    chosen = Mode.parse(mode)
+    if (checkpoint is None) == (detections is None):
+        raise D2ZeroError("give either a checkpoint or --detections FILE")
+    if json_file and not json_file.parent.is_dir():
+        raise D2ZeroError(f"the folder of --json {json_file} does not exist")
+    if detections is not None:
+        summary = _of_detections(detections, annotations, split, chosen)
+    else:
+        assert checkpoint is not None
+        summary = _of_model(
+            checkpoint, data, chosen, annotations, images, split, vocabulary, output, pictures, batch_size, limit, device
+        )
+    console = Console()
+    console.print(summary_table(summary))
+    if per_class:
+        console.print(per_class_table(summary))
+    if summary.get("unreadable"):
+        files = summary["unreadable"]
+        console.print(f"warning: {len(files)} images could not be read and count as without detections: {files[0]}")
+    if json_file:
+        json_file.write_text(json.dumps(summary, indent=1))
+        console.print(f"all figures: {json_file}")
+
+
+def _of_detections(detections: Path, annotations: Path | None, split: str | None, mode: Mode) -> dict[str, Any]:
+    from d2zero.data.coco import read_coco, read_json
+    from d2zero.data.splits import find_split
+    from d2zero.evaluation.metrics import score_detections
+
+    if annotations is None or split is None:
+        raise D2ZeroError("--detections needs --annotations FILE and --split NAME")
+    chosen = find_split(split)
+    truth = read_coco(annotations)
+    chosen.is_seen(truth.categories)  # refuses a file of another split
+    entries = read_json(detections)
+    if not isinstance(entries, list):
+        raise D2ZeroError(f"{detections} must be a list of COCO results, got a {type(entries).__name__}")
+    return score_detections(truth, entries, chosen.seen, mode)
+
+
+def _of_model(
+    checkpoint: Path,
+    data: Path | None,
+    mode: Mode,
+    annotations: Path | None,
+    images: Path | None,
+    split: str | None,
+    vocabulary: Path | None,
+    output: Path | None,
+    pictures: Path | None,
+    batch_size: int,
+    limit: int | None,
+    device: str,
+) -> dict[str, Any]:
+    from d2zero.checkpoints.files import file_hash, load_model
+    from d2zero.cli.progress import tracked
+    from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+    from d2zero.data.splits import find_split
+    from d2zero.evaluation.pictures import draw_predictions
+    from d2zero.evaluation.run import EvaluationRun
+    from d2zero.training.distributed import pick_device
+    from d2zero.training.start import check_split
+
+    model = load_model(checkpoint, pick_device(device))
+    if vocabulary:
+        model.set_vocabulary(Vocabulary.load(vocabulary))
+    if split:
+        check_split(model.vocabulary, find_split(split).name)
+    name = find_split(split).name if split else str(model.vocabulary.source.get("split", ""))
+    if annotations is None:
+        if data is None:
+            raise D2ZeroError("give --data DIR, or --annotations FILE with --images DIR")
+        if not name:
+            raise D2ZeroError("the checkpoint does not say its split; give --split or --annotations")
+        annotations = find_annotations(data, name, "unseen" if mode is Mode.ZSIS else "gzsi")
+    if images is None:
+        if data is None:
+            raise D2ZeroError("give --images DIR (or --data DIR) to find the images of the annotations")
+        images = find_image_folder(data, annotations)
+    truth = read_coco(annotations)
+    folder = output or Path("runs") / f"eval-{checkpoint.stem}"
+    run = EvaluationRun(model, truth, images, folder, [mode], batch_size, file_hash(checkpoint), limit)
+    summary = run.run(tracked)[mode]
+    if pictures:
+        sheet = draw_predictions(model, truth, images, run.image_ids[:12], mode=mode, cell=420, title=checkpoint.name)
+        pictures.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(pictures)
+        print(f"pictures: {pictures}")
+    return summary

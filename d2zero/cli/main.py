@@ -1,0 +1,80 @@
+"""The `d2zero` command: sub-commands, and errors as single lines.
+
+Sub-commands import what they need when they run, so that those which need no torch work without it.
+"""
+
+import importlib.util
+import os
+import sys
+
+import typer
+
+from d2zero.cli import convert, data, demo, evaluate, train, vocab
+from d2zero_runtime import D2ZeroError
+
+app = typer.Typer(
+    name="d2zero",
+    help="Zero-shot instance segmentation: train, evaluate, and look at objects of classes never seen in training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("convert")(convert.convert)
+app.add_typer(vocab.app, name="vocab")
+app.add_typer(data.app, name="data")
+
+
+@app.callback()
+def _options() -> None:
+    """Zero-shot instance segmentation: train, evaluate, and look at objects of classes never seen in training."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit: 0 done, 2 for what the user can mend, 130 when interrupted."""
+    try:
+        code = app(args=arguments, prog_name="d2zero", standalone_mode=False)
+    except D2ZeroError as error:
+        code = _fail(str(error))
+    except ModuleNotFoundError as error:
+        code = _fail(_missing_package(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except PermissionError as error:
+        code = _fail(f"no permission to use {error.filename}")
+    except Exception as error:
+        # Usage errors of the command line parser, whichever click typer brings along.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f"; see `{context.command_path} --help`" if context is not None else ""
+        message = str(error.format_message()).strip().rstrip(".")
+        if not message:  # a bare command group has just printed its help
+            sys.exit(int(getattr(error, "exit_code", 2)))
+        code = _fail(f"{message}{hint}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _missing_package(error: ModuleNotFoundError) -> str:
+    name = (error.name or "").split(".")[0]
+    extras = {"open_clip": "clip", "onnxruntime": "cpu", "supervision": "viz", "pandas": "viz"}
+    if name not in extras and importlib.util.find_spec("torch") is not None and name.startswith("d2zero"):
+        raise error
+    extra = extras.get(name, "train")
+    return f"this needs the package {name}; install it with: pip install 'd2zero[{extra}]'"
+
+
+if __name__ == "__main__":
+    main()

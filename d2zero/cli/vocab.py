@@ -1,0 +1,85 @@
+"""`d2zero vocab`: vocabularies from embedding files or text, and what is in one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2zero_runtime import D2ZeroError, Vocabulary
+
+app = typer.Typer(
+    help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True
+)
+Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
+SplitName = Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15: which classes are seen.")]
+
+
+@app.command()
+def word2vec(
+    file: Annotated[Path, typer.Argument(help="A published file: 300 rows, 1 + K comma-separated columns.")],
+    output: Output,
+    split: Annotated[str, typer.Option("--split", help="coco-48-17 or coco-65-15.")],
+) -> None:
+    """From a published word2vec file."""
+    from d2zero.data.splits import find_split
+    from d2zero.text.word2vec import read_word2vec
+
+    _write(read_word2vec(file, find_split(split)), output)
+
+
+@app.command()
+def npy(
+    file: Annotated[Path, typer.Argument(help="A (K, D) array, one row a class.")],
+    output: Output,
+    names: Annotated[str, typer.Option("--names", help="A .txt or .json file of K names, 'a, b, c', or 'coco' for COCO's 80.")],
+    split: SplitName = None,
+    encoder: Annotated[str, typer.Option("--encoder", help="What made the embeddings; vocabularies of different encoders do not mix.")] = "",
+) -> None:
+    """From a NumPy array and a list of names. With --split, keeps that split's classes in its order."""
+    from d2zero.text.arrays import read_array, read_names
+
+    _write(read_array(file, read_names(names), split, encoder), output)
+
+
+@app.command()
+def clip(
+    names: Annotated[str, typer.Argument(help="'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'.")],
+    output: Output,
+    weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
+    model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",
+    split: SplitName = None,
+) -> None:
+    """From text, with a CLIP text encoder (needs the extra 'clip')."""
+    from d2zero.text.arrays import read_names, with_split
+    from d2zero.text.clip import encode_names
+
+    _write(with_split(encode_names(read_names(names), model, weights), split), output)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz).")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What is in a vocabulary."""
+    vocabulary = Vocabulary.load(file)
+    if as_json:
+        flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
+        classes = [{"name": name, "seen": seen, "active": active} for name, seen, active in flags]
+        print(json.dumps({"width": vocabulary.width, "source": vocabulary.source, "classes": classes}, indent=1))
+        return
+    print(f"{len(vocabulary)} classes, {vocabulary.width} values each, encoder {vocabulary.encoder or 'not recorded'}")
+    for label, names in (("seen", vocabulary.seen_names), ("unseen", vocabulary.unseen_names)):
+        if names:
+            print(f"{label} ({len(names)}): {', '.join(names)}")
+    if not vocabulary.active.all():
+        active = [name for name, flag in zip(vocabulary.names, vocabulary.active, strict=True) if flag]
+        print(f"active ({len(active)}): {', '.join(active)}")
+
+
+def _write(vocabulary: Vocabulary, output: Path) -> None:
+    if output.suffix != ".npz":
+        raise D2ZeroError(f"--output must end in .npz, got {output}")
+    vocabulary.save(output)
+    print(f"{output}: {len(vocabulary.seen_names)} seen and {len(vocabulary.unseen_names)} unseen classes")

@@ -1,0 +1,90 @@
+"""The zero-shot annotation files, built from COCO's own (DESIGN §3).
+
+Training keeps images without any unseen instance; tests keep images with at least one. Files and their
+names are laid out as the published ones.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2zero.data.coco import CocoFile
+from d2zero.data.splits import Split
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file that was written."""
+
+    path: Path
+    images: int
+    annotations: int
+
+
+def training_part(source: CocoFile, split: Split) -> dict[str, Any]:
+    """Seen annotations of the images that hold no unseen instance."""
+    unseen = _ids(source, split.unseen)
+    kept = [
+        number
+        for number, entries in source.annotations.items()
+        if not any(entry["category_id"] in unseen for entry in entries)
+    ]
+    return _content(source, kept, split.seen)
+
+
+def test_part(source: CocoFile, split: Split, names: tuple[str, ...]) -> dict[str, Any]:
+    """Annotations of `names` in the images that hold at least one unseen instance."""
+    unseen = _ids(source, split.unseen)
+    kept = [
+        number
+        for number, entries in source.annotations.items()
+        if any(entry["category_id"] in unseen for entry in entries)
+    ]
+    return _content(source, kept, names)
+
+
+def write_split(train: CocoFile | None, val: CocoFile | None, split: Split, output: Path) -> list[Part]:
+    """Write `instances_{train}_seen_…`, `instances_{val}_gzsi_…` and `instances_{val}_unseen_…`.
+
+    Raises:
+        D2ZeroError: a source lacks categories of the split, or a part would be empty.
+    """
+    tail = split.name.removeprefix("coco-").replace("-", "_")
+    parts: list[tuple[str, str, dict[str, Any]]] = []
+    if train is not None:
+        parts.append((train.path.stem, "seen", training_part(train, split)))
+    if val is not None:
+        parts.append((val.path.stem, "gzsi", test_part(val, split, split.names)))
+        parts.append((val.path.stem, "unseen", test_part(val, split, split.unseen)))
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stem, part, content in parts:
+        if not content["annotations"]:
+            raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
+        path = output / f"{stem}_{part}_{tail}.json"
+        path.write_text(json.dumps(content))
+        written.append(Part(path, len(content["images"]), len(content["annotations"])))
+    return written
+
+
+def _ids(source: CocoFile, names: tuple[str, ...]) -> set[int]:
+    lacking = [name for name in names if name not in source.categories]
+    if lacking:
+        raise D2ZeroError(f"{source.path} lacks categories of the split: {listed(lacking)}; expected COCO's own file")
+    return {source.categories[name] for name in names}
+
+
+def _content(source: CocoFile, image_ids: list[int], names: tuple[str, ...]) -> dict[str, Any]:
+    kept = _ids(source, names)
+    annotations = [
+        entry for number in image_ids for entry in source.annotations[number] if entry["category_id"] in kept
+    ]
+    used = {entry["image_id"] for entry in annotations}
+    return {
+        "images": [entry for number, entry in source.images.items() if number in used],
+        "annotations": annotations,
+        "categories": [{"id": source.categories[name], "name": name} for name in names],
+    }

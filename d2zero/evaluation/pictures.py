@@ -1,0 +1,63 @@
+"""Contact sheets: annotations beside predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from d2zero.data.coco import CocoFile, decode_mask
+from d2zero.model import D2Zero
+from d2zero_runtime import Detections, Mode, Vocabulary, read_image, rle
+from d2zero_runtime.draw import SheetRow, contact_sheet
+
+
+def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -> Detections:
+    """An image's annotations as a result with scores of 1, leaving out crowds and foreign classes."""
+    entry = annotations.images[image_id]
+    size = (entry["height"], entry["width"])
+    names = annotations.names
+    kept = [
+        a
+        for a in annotations.annotations.get(image_id, [])
+        if names[a["category_id"]] in vocabulary.names and not a.get("iscrowd")
+    ]
+    class_ids = np.array([vocabulary.names.index(names[a["category_id"]]) for a in kept], np.int64)
+    masks = [decode_mask(a, *size) for a in kept]
+    return Detections(
+        boxes=np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4),
+        scores=np.ones(len(kept), np.float32),
+        class_ids=class_ids,
+        names=tuple(vocabulary.names[index] for index in class_ids),
+        seen=vocabulary.seen[class_ids],
+        masks=tuple(rle.encode(mask) for mask in masks),
+        image_size=size,
+    )
+
+
+def draw_predictions(
+    model: D2Zero,
+    annotations: CocoFile,
+    images: Path,
+    image_ids: Sequence[int],
+    *,
+    mode: Mode = Mode.GZSIS,
+    score_threshold: float = 0.3,
+    columns: int = 3,
+    cell: int = 300,
+    title: str = "",
+) -> Image.Image:
+    """A contact sheet of some images, best-scored instances above the threshold."""
+    rows = []
+    for image_id in image_ids:
+        image = read_image(images / annotations.images[image_id]["file_name"])
+        found = model.predict([image], mode, score_threshold=score_threshold)[0]
+        rows.append(SheetRow(image, ground_truth(annotations, image_id, model.vocabulary), found))
+    return contact_sheet(rows, columns, title, cell)
+
+
+def _box(mask: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]") -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return (0, 0, 0, 0)
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

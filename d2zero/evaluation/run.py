@@ -1,0 +1,173 @@
+"""Evaluating a model over an annotation file's images: resumable, in flat memory.
+
+Detections are appended to one file a mode, a line an image, as they are made. A run that was stopped goes
+on after the last whole line. The figures are then summed up from the files, a few images at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero.data.coco import CocoFile
+from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
+from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError, Mode, read_image
+from d2zero_runtime.errors import listed
+
+Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
+
+
+@dataclass
+class EvaluationRun:
+    """One model over one annotation file in one or several modes.
+
+    Args:
+        model: in evaluation mode, with the vocabulary to use.
+        annotations: the ground truth; its categories must be classes of the vocabulary.
+        images: the folder of its images.
+        output: where detections are kept.
+        modes: evaluated from the same pass of the network.
+        batch_size: images at a time.
+        identity: whatever else results depend on (such as a checkpoint's hash); a folder with detections of
+            another identity is not continued.
+        limit: evaluate only so many images.
+    """
+
+    model: D2Zero
+    annotations: CocoFile
+    images: Path
+    output: Path
+    modes: Sequence[Mode]
+    batch_size: int = 1
+    identity: str = ""
+    limit: int | None = None
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        vocabulary = self.model.vocabulary
+        strangers = [name for name in self.annotations.categories if name not in vocabulary.names]
+        used = {entry["category_id"] for entries in self.annotations.annotations.values() for entry in entries}
+        lost = [name for name in strangers if self.annotations.categories[name] in used]
+        if lost:
+            raise D2ZeroError(
+                f"{self.annotations.path.name} has classes that the vocabulary lacks: {listed(lost)}; evaluate with the"
+                " files of the model's own split, or give --vocabulary"
+            )
+        if not self.images.is_dir():
+            raise D2ZeroError(f"image folder {self.images} does not exist")
+        ids = list(self.annotations.images)
+        self.image_ids = ids[: self.limit] if self.limit else ids
+
+    def run(self, progress: Progress | None = None) -> dict[Mode, dict[str, Any]]:
+        """Evaluate what is left to evaluate and sum up.
+
+        Returns:
+            Figures by mode, as of `ZeroShotScores.summary`, with `unreadable` image files added.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._check_identity()
+        done = set.intersection(*(self._done(mode) for mode in self.modes))
+        left = [number for number in self.image_ids if number not in done]
+        batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
+        steps = progress(iter(batches), len(batches), "evaluating") if progress else iter(batches)
+        with ThreadPoolExecutor(1) as reader:
+            pending = reader.submit(self._read, batches[0]) if batches else None
+            for index, batch in enumerate(steps):
+                assert pending is not None
+                pictures = pending.result()
+                if index + 1 < len(batches):
+                    pending = reader.submit(self._read, batches[index + 1])
+                self._predict(batch, pictures)
+        return {mode: self._sum_up(mode) for mode in self.modes}
+
+    def _predict(self, image_ids: list[int], pictures: list[NDArray[np.uint8] | None]) -> None:
+        readable = [(number, picture) for number, picture in zip(image_ids, pictures, strict=True) if picture is not None]
+        entries: dict[tuple[Mode, int], list[dict[str, Any]]] = {}
+        if readable:
+            resized = [self.model.config.preprocessing.resize(picture) for _, picture in readable]
+            out = self.model.predict_raw(resized)
+            input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
+            output_sizes = [(picture.shape[0], picture.shape[1]) for _, picture in readable]
+            for mode in self.modes:
+                found = self.model.postprocess(out, input_sizes, output_sizes, mode)
+                for (number, _), detections in zip(readable, found, strict=True):
+                    entries[mode, number] = self._known(detections.to_coco(number, self._category_ids()))
+        for mode in self.modes:
+            with self._file(mode).open("a") as stream:
+                for number in image_ids:
+                    line = {"image_id": number, "detections": entries.get((mode, number), [])}
+                    stream.write(json.dumps(line) + "\n")
+
+    def _category_ids(self) -> dict[str, int]:
+        return {name: self.annotations.categories.get(name, -1) for name in self.model.vocabulary.names}
+
+    def _known(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Drop detections of classes that the annotation file does not evaluate."""
+        return [entry for entry in entries if entry["category_id"] >= 0]
+
+    def _read(self, image_ids: list[int]) -> list[NDArray[np.uint8] | None]:
+        pictures: list[NDArray[np.uint8] | None] = []
+        for number in image_ids:
+            try:
+                pictures.append(read_image(self.images / self.annotations.images[number]["file_name"]))
+            except D2ZeroError as error:
+                self.unreadable.append(str(error))
+                pictures.append(None)
+        if len(self.unreadable) >= len(self.image_ids):
+            raise D2ZeroError(f"no image could be read; the first: {self.unreadable[0]}. Check --images")
+        return pictures
+
+    def _sum_up(self, mode: Mode) -> dict[str, Any]:
+        wanted = set(self.image_ids)
+        scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
+        ids: list[int] = []
+        detections: list[dict[str, Any]] = []
+        for line in self._lines(mode):
+            if line["image_id"] not in wanted:
+                continue
+            wanted.discard(line["image_id"])
+            ids.append(line["image_id"])
+            detections += line["detections"]
+            if len(ids) == CHUNK:
+                scores.add(ids, detections)
+                ids, detections = [], []
+        if ids:
+            scores.add(ids, detections)
+        return {**scores.summary(mode), "unreadable": self.unreadable}
+
+    def _done(self, mode: Mode) -> set[int]:
+        return {line["image_id"] for line in self._lines(mode)}
+
+    def _lines(self, mode: Mode) -> Iterator[dict[str, Any]]:
+        if not self._file(mode).exists():
+            return
+        with self._file(mode).open() as stream:
+            for line in stream:
+                if line.endswith("\n"):  # else: cut short when the run was stopped
+                    yield json.loads(line)
+
+    def _file(self, mode: Mode) -> Path:
+        return self.output / f"detections_{mode}.jsonl"
+
+    def _check_identity(self) -> None:
+        """Start over if the folder's detections are of another model or other data; mend a cut last line."""
+        vocabulary = self.model.vocabulary
+        digest = hashlib.sha256(vocabulary.embeddings.tobytes())
+        digest.update(repr((vocabulary.names, self.identity, str(self.annotations.path.resolve()))).encode())
+        stamp = self.output / "identity.txt"
+        if stamp.exists() and stamp.read_text() != digest.hexdigest():
+            for mode in Mode:
+                self._file(mode).unlink(missing_ok=True)
+        stamp.write_text(digest.hexdigest())
+        for mode in self.modes:
+            path = self._file(mode)
+            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                content = path.read_bytes()
+                path.write_bytes(content[: content.rfind(b"\n") + 1])

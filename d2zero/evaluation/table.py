@@ -1,0 +1,56 @@
+"""Figures as tables for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Masks and boxes in rows; seen, unseen and harmonic mean in columns. In percent."""
+    table = Table(title=f"{summary['mode']}: {summary['images']} images, {summary['annotations']} instances (percent)")
+    table.add_column("")
+    if summary["mode"] == "zsis":
+        columns = {
+            "AP50": "unseen_ap50",
+            "R@100 .4": "unseen_recall40",
+            "R@100 .5": "unseen_recall50",
+            "R@100 .6": "unseen_recall60",
+            "AP .5:.95": "ap",
+        }
+    else:
+        columns = {
+            "seen AP50": "seen_ap50",
+            "unseen AP50": "unseen_ap50",
+            "HM AP50": "hm_ap50",
+            "seen R50": "seen_recall50",
+            "unseen R50": "unseen_recall50",
+            "HM R50": "hm_recall50",
+            "AP .5:.95": "ap",
+        }
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind, label in (("segm", "masks"), ("bbox", "boxes")):
+        table.add_row(label, *(_number(summary[kind].get(key)) for key in columns.values()))
+    return table
+
+
+def per_class_table(summary: Mapping[str, Any], kind: str = "segm") -> Table:
+    """A row a class that has annotations."""
+    table = Table(title=f"{summary['mode']}, {'masks' if kind == 'segm' else 'boxes'} (percent)")
+    table.add_column("class")
+    table.add_column("")
+    for column in ("instances", "AP50", "R50", "AP .5:.95"):
+        table.add_column(column, justify="right")
+    for name, row in sorted(summary[kind]["per_class"].items(), key=lambda item: (not item[1]["seen"], item[0])):
+        table.add_row(
+            name,
+            "seen" if row["seen"] else "[bold]unseen[/bold]",
+            str(row["instances"]),
+            *(_number(row[key]) for key in ("ap50", "recall50", "ap")),
+        )
+    return table

@@ -1,0 +1,76 @@
+"""Vocabularies from arrays of embeddings and lists of names."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from d2zero.data.splits import COCO_IDS, find_split
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.errors import listed
+
+
+def read_names(text: str) -> list[str]:
+    """Names from a `.txt` file (a line each), a `.json` list, `a, b, c`, or `coco` for COCO's 80.
+
+    Raises:
+        D2ZeroError: the file is absent or holds no names.
+    """
+    if text == "coco":
+        return list(COCO_IDS)
+    path = Path(text)
+    if path.suffix not in (".txt", ".json"):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    if not path.is_file():
+        raise D2ZeroError(f"file of names {path} does not exist")
+    if path.suffix == ".txt":
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        names = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise D2ZeroError(f"{path} is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise D2ZeroError(f"{path} must be a JSON list of names")
+    return names
+
+
+def read_array(path: Path, names: list[str], split: str | None, encoder: str) -> Vocabulary:
+    """A vocabulary from a `.npy` file (K, D).
+
+    Raises:
+        D2ZeroError: the file is absent or no array, its rows do not match the names, or it lacks classes of
+            the split.
+    """
+    if not path.is_file():
+        raise D2ZeroError(f"embedding file {path} does not exist")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise D2ZeroError(f"{path} is not a NumPy array of numbers (.npy), or is damaged: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
+        raise D2ZeroError(f"{path} must hold one (K, D) array of numbers, got shape {np.shape(array)}")
+    if len(array) != len(names):
+        raise D2ZeroError(f"{path} has {len(array)} rows, but {len(names)} names were given")
+    vocabulary = Vocabulary(tuple(names), array.astype(np.float32), source={"encoder": encoder} if encoder else {})
+    return with_split(vocabulary, split)
+
+
+def with_split(vocabulary: Vocabulary, split: str | None) -> Vocabulary:
+    """Keep a split's classes, in its order, and set which are seen; without a split, as it is.
+
+    Raises:
+        D2ZeroError: the vocabulary lacks classes of the split.
+    """
+    if split is None:
+        return vocabulary
+    chosen = find_split(split)
+    lacking = [name for name in chosen.names if name not in vocabulary.names]
+    if lacking:
+        raise D2ZeroError(f"the names lack {len(lacking)} classes of split {chosen.name}: {listed(lacking)}")
+    vocabulary = vocabulary.select(chosen.names)
+    return replace(
+        vocabulary,
+        seen=np.array(chosen.is_seen(chosen.names)),
+        source={**vocabulary.source, "split": chosen.name},
+    )

@@ -1,0 +1,135 @@
+"""From what a person gave to a training run: inputs checked and put together."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from d2zero.checkpoints.backbone import load_backbone
+from d2zero.checkpoints.files import load_model
+from d2zero.checkpoints.published import load_exactly, read_arrays
+from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+from d2zero.data.splits import SPLITS
+from d2zero.data.training_set import TrainingSet
+from d2zero.evaluation.pictures import draw_predictions
+from d2zero.model import D2Zero, build
+from d2zero.training.config import TrainConfig
+from d2zero.training.distributed import joined
+from d2zero.training.loop import STATE_FILE, Run
+from d2zero.training.record import Record
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.errors import listed
+
+PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a run."""
+
+    data: Path
+    vocabulary: Path
+    annotations: Path | None = None
+    images: Path | None = None
+    init: Path | None = None
+    backbone_weights: Path | None = None
+
+
+def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = False, device: str = "auto") -> Path | None:
+    """Train to the end; returns the finished model's file, or None in all but the main process.
+
+    Raises:
+        D2ZeroError: inputs are missing or do not belong together, or the folder holds another run.
+    """
+    vocabulary = Vocabulary.load(inputs.vocabulary)
+    check_split(vocabulary, config.split)
+    config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
+    if output.exists() and not output.is_dir():
+        raise D2ZeroError(f"--output takes a folder, {output} is a file")
+    if (output / STATE_FILE).exists() and not resume:
+        raise D2ZeroError(f"{output} already holds a run; go on with --resume, or choose another folder")
+    path = inputs.annotations or find_annotations(inputs.data, config.split, "seen")
+    images = inputs.images or find_image_folder(inputs.data, path)
+    data = TrainingSet(read_coco(path), images, vocabulary, config.augment, config.cache)
+    torch.manual_seed(config.seed)
+    model = build(config.model, vocabulary)
+    if inputs.init:
+        load_exactly(model, load_model(inputs.init).state_dict())
+    if inputs.backbone_weights:
+        load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
+    output.mkdir(parents=True, exist_ok=True)
+    with joined(device) as processes:
+        record = Record(output, config.steps, config.log_every, processes.is_main)
+        run = Run(config, output, model, data, processes, record, _drawer(config, inputs.data))
+        if resume:
+            run.resume()
+        if processes.is_main:
+            _announce(run, path)
+        try:
+            finished = run.train()
+        finally:
+            _report_problems(run)
+        return finished if processes.is_main else None
+
+
+def check_split(vocabulary: Vocabulary, split: str) -> None:
+    """Refuse a vocabulary of another split.
+
+    Raises:
+        D2ZeroError: its record, or its seen and unseen names, are of another split.
+    """
+    recorded = vocabulary.source.get("split")
+    if recorded and recorded != split:
+        raise D2ZeroError(f"the vocabulary is of split {recorded}, this needs {split}; make it with --split {split}")
+    if split in SPLITS:
+        wrong = sorted(set(SPLITS[split].seen) ^ set(vocabulary.seen_names))
+        if wrong:
+            raise D2ZeroError(
+                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ ({listed(wrong)});"
+                f" make it with --split {split}"
+            )
+    if not vocabulary.seen.any():
+        raise D2ZeroError("the vocabulary has no seen classes to train on")
+
+
+def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] | None:
+    """Draws predictions on a few test images, if the test files are there."""
+    if not config.picture_every:
+        return None
+    try:
+        path = find_annotations(data, config.split, "gzsi")
+        annotations, folder = read_coco(path), find_image_folder(data, path)
+    except D2ZeroError:
+        return None
+    chosen = [number for number in annotations.annotations][:PICTURES]
+
+    def draw(model: D2Zero, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw_predictions(model, annotations, folder, chosen, title=file.stem.replace("_", " ")).save(file)
+
+    return draw
+
+
+def _announce(run: Run, annotations: Path) -> None:
+    console = Console(file=sys.stderr)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    console.print(
+        f"{len(run.data)} images of {annotations.name}, {len(run.model.vocabulary.seen_names)} seen classes,"
+        f" {parameters:.1f} M parameters, {run.processes.count} process(es) on {run.processes.device},"
+        f" steps {run.step} to {run.config.steps}",
+        highlight=False,
+    )
+    if run.data.missing:
+        console.print(f"warning: {len(run.data.missing)} images are missing and left out: {listed(run.data.missing)}")
+
+
+def _report_problems(run: Run) -> None:
+    if run.bad_files and run.processes.is_main:
+        print(
+            f"warning: {len(run.bad_files)} images could not be used and were replaced by others:"
+            f" {listed(run.bad_files)}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,157 @@
+"""Pictures of results: overlays of one image, and contact sheets of many.
+
+Seen and unseen classes are told apart by the outline and the label: seen instances have a thin outline and a
+dark label, unseen ones a thick white outline and a white label with a star.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from d2zero_runtime import rle
+from d2zero_runtime.detections import Detections
+
+SMALLEST_SIDE = 240  # pictures with shorter sides are drawn enlarged, so that labels can be read
+_GOLDEN = 0.618033988749895
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def class_colour(class_id: int) -> tuple[int, int, int]:
+    """A colour for a class, far from those of its neighbours."""
+    hue = (0.11 + class_id * _GOLDEN) % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 1.0)
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def overlay(image_HWC: NDArray[np.uint8], detections: Detections, with_scores: bool = True) -> Image.Image:
+    """Masks, boxes, names and scores over an image (H, W, 3) uint8 RGB.
+
+    Small images are enlarged by a whole factor.
+    """
+    height, width = image_HWC.shape[:2]
+    zoom = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    canvas = Image.fromarray(image_HWC).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    thickness = max(1, round(min(canvas.size) / 300))
+    for index in reversed(range(len(detections))):
+        if detections.masks is not None:
+            _draw_mask(canvas, detections, index, thickness)
+    draw = ImageDraw.Draw(canvas)
+    font = _font(max(11, round(min(canvas.size) / 34)))
+    taken: list[tuple[float, float, float, float]] = []
+    for index in reversed(range(len(detections))):
+        box = tuple(float(side) * zoom for side in detections.boxes[index])
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        colour = class_colour(int(detections.class_ids[index]))
+        seen = bool(detections.seen[index])
+        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour if seen else "white", width=thickness)
+        _draw_label(draw, font, canvas.size, box, _label(detections, index, with_scores), colour, seen, taken)
+    return canvas
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One image of a contact sheet with its annotations and predictions."""
+
+    image: NDArray[np.uint8]
+    truth: Detections
+    found: Detections
+
+
+def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", cell: int = 300) -> Image.Image:
+    """Pairs of ground truth (left) and prediction (right), with a legend on top.
+
+    Args:
+        rows: the images.
+        columns: pairs side by side.
+        title: one line above.
+        cell: longest side of each picture in pixels.
+    """
+    gap, head = 10, 58
+    pair = 2 * cell + 4
+    lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * (pair + gap) + gap, head + lines * (cell + gap) + gap), (32, 34, 38))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 8), title, fill="white", font=_font(20))
+    draw.text(
+        (gap, 34),
+        "left: ground truth, right: prediction; thick white outline and *: class never seen in training",
+        fill=(200, 204, 210),
+        font=_font(14),
+    )
+    for number, row in enumerate(rows):
+        left = gap + (number % columns) * (pair + gap)
+        top = head + (number // columns) * (cell + gap)
+        for side, (detections, with_scores) in enumerate(((row.truth, False), (row.found, True))):
+            picture = overlay(row.image, detections, with_scores)
+            picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left + side * (cell + 4), top))
+    return sheet
+
+
+def _draw_mask(canvas: Image.Image, detections: Detections, index: int, thickness: int) -> None:
+    assert detections.masks is not None
+    x1, y1, x2, y2 = (int(side) for side in detections.boxes[index])
+    if x2 <= x1 or y2 <= y1:
+        return
+    zoom = canvas.width // detections.image_size[1]
+    mask = rle.decode(detections.masks[index])[y1:y2, x1:x2].repeat(zoom, 0).repeat(zoom, 1)
+    colour = np.array(class_colour(int(detections.class_ids[index])), np.float32)
+    seen = bool(detections.seen[index])
+    width = thickness if seen else 2 * thickness
+    edge = mask & ~_eroded(mask, width)
+    box = (x1 * zoom, y1 * zoom, x2 * zoom, y2 * zoom)
+    patch = np.asarray(canvas.crop(box)).astype(np.float32)
+    patch[mask] = 0.55 * patch[mask] + 0.45 * colour
+    patch[edge] = colour if seen else (255, 255, 255)
+    canvas.paste(Image.fromarray(patch.astype(np.uint8)), box[:2])
+
+
+def _eroded(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    padded = np.pad(mask, width)
+    kept = mask.copy()
+    for shift in range(1, width + 1):
+        for axis in (0, 1):
+            for sign in (-shift, shift):
+                kept &= np.roll(padded, sign, axis)[width:-width, width:-width]
+    return kept
+
+
+def _label(detections: Detections, index: int, with_scores: bool) -> str:
+    star = "" if detections.seen[index] else "* "
+    score = f" {detections.scores[index]:.2f}" if with_scores else ""
+    return f"{star}{detections.names[index]}{score}"
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw,
+    font: Font,
+    canvas: tuple[int, int],
+    box: tuple[float, ...],
+    text: str,
+    colour: tuple[int, int, int],
+    seen: bool,
+    taken: list[tuple[float, float, float, float]],
+) -> None:
+    """Above the box if there is room, else inside; moved down past labels that are already there."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    width, height = right - left + 6, bottom - top + 5
+    x = min(max(0.0, box[0]), max(0.0, canvas[0] - width))
+    y = box[1] - height if box[1] >= height else box[1]
+    for _ in range(len(taken)):
+        clash = [t for t in taken if x < t[2] and x + width > t[0] and y < t[3] and y + height > t[1]]
+        if not clash:
+            break
+        y = max(t[3] for t in clash)
+    y = min(y, canvas[1] - height)
+    taken.append((x, y, x + width, y + height))
+    draw.rectangle((x, y, x + width, y + height), fill=(20, 20, 22) if seen else "white", outline=colour)
+    draw.text((x + 3 - left, y + 2 - top), text, fill=colour if seen else (20, 20, 22), font=font)
+
+
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)
