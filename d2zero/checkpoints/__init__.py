@@ -1,0 +1,1 @@
+"""Weights in and out: our own checkpoints, published ones, ImageNet backbones."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from d2zero_runtime import D2ZeroError, Vocabulary
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from d2zero.checkpoints.published import load_exactly
 from d2zero.model import D2Zero, ModelConfig, build
-from d2zero_runtime import D2ZeroError, Vocabulary
 
 FORMAT_VERSION = 1
 _KEY = "d2zero"  # of the JSON contract in the file's metadata
@@ -87,7 +87,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not path.exists():
         raise D2ZeroError(f"checkpoint {path} does not exist")
     if path.suffix in (".pth", ".pt", ".pkl"):
-        raise D2ZeroError(f"{path} is not a .safetensors checkpoint; turn a published one into it with `d2zero convert`")
+        raise D2ZeroError(
+            f"{path} is not a .safetensors checkpoint; turn a published one into it with `d2zero convert`"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -95,7 +97,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (SafetensorError, OSError) as error:
         raise D2ZeroError(f"{path} is damaged, cut short, or no .safetensors file: {error}") from error
     if _KEY not in metadata:
-        raise D2ZeroError(f"{path} holds weights but no d2zero model description; turn it into one with `d2zero convert`")
+        raise D2ZeroError(
+            f"{path} holds weights but no d2zero model description; turn it into one with `d2zero convert`"
+        )
     contract = json.loads(metadata[_KEY])
     if contract.get("format_version", 0) > FORMAT_VERSION:
         raise D2ZeroError(

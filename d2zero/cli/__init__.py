@@ -1,0 +1,1 @@
+"""The `d2zero` command, a module a sub-command."""

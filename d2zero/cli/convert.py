@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A published .pth or .pkl, or ResNet-50 weights of torchvision, timm or detectron2.")],
+    file: Annotated[
+        Path, typer.Argument(help="A published .pth or .pkl, or ResNet-50 weights of torchvision, timm or detectron2.")
+    ],
     vocabulary: Annotated[Path, typer.Option("--vocabulary", "-v", help="The vocabulary it was trained with (.npz).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write (.safetensors).")],
 ) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
@@ -13,11 +12,19 @@ app = typer.Typer(help="Make data sets ready for zero-shot training and tests.",
 
 @app.command()
 def split(
-    data: Annotated[Path, typer.Option("--data", help="COCO's folder, with annotations/instances_train20XX.json and …val….")],
+    data: Annotated[
+        Path, typer.Option("--data", help="COCO's folder, with annotations/instances_train20XX.json and …val….")
+    ],
     split: Annotated[str, typer.Option("--split", help="coco-48-17 or coco-65-15.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; DIR/annotations/ZSIS by default.")] = None,
-    train_json: Annotated[Path | None, typer.Option("--train-json", help="The training annotations, if not found by name.")] = None,
-    val_json: Annotated[Path | None, typer.Option("--val-json", help="The validation annotations, if not found by name.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write; DIR/annotations/ZSIS by default.")
+    ] = None,
+    train_json: Annotated[
+        Path | None, typer.Option("--train-json", help="The training annotations, if not found by name.")
+    ] = None,
+    val_json: Annotated[
+        Path | None, typer.Option("--val-json", help="The validation annotations, if not found by name.")
+    ] = None,
 ) -> None:
     """Build the zero-shot training and test files from COCO's own annotations."""
     from d2zero.data.coco import read_coco
@@ -46,7 +53,10 @@ def shapes(
 
     config = ShapesConfig(size=size, train_images=train_images, val_images=val_images, seed=seed)
     write_dataset(output, config, tracked)
-    print(f"{output}: {len(SPLIT.seen)} seen and {len(SPLIT.unseen)} unseen classes, {train_images} + 2 x {val_images} images")
+    print(
+        f"{output}: {len(SPLIT.seen)} seen and {len(SPLIT.unseen)} unseen classes,"
+        f" {train_images} + 2 x {val_images} images"
+    )
 
 
 def _source(data: Path, part: str) -> Path:

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from d2zero_runtime import D2ZeroError
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for data, figures and pictures.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for data, figures and pictures.")] = Path(
+        "demo-output"
+    ),
     train: Annotated[bool, typer.Option("--train", help="Train the demo's model from nothing first.")] = False,
     images: Annotated[int, typer.Option("--images", min=1, help="Validation images of each set.")] = 600,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="With --train: change a setting, such as steps=500.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="With --train: change a setting, such as steps=500.")
+    ] = None,
 ) -> None:
     """Segment a drawn data set whose unseen classes the model was never shown, and look at the result."""
     from rich.console import Console
@@ -31,4 +34,6 @@ def demo(
     console.print(results_table(result.rows))
     figures = output / "results.json"
     figures.write_text(json.dumps([asdict(row) for row in result.rows], indent=1))
-    console.print(f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n", highlight=False)
+    console.print(
+        f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n", highlight=False
+    )

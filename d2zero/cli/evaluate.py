@@ -5,20 +5,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 
 def evaluate(
-    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint (.safetensors); leave it out with --detections.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint (.safetensors); leave it out with --detections.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")
+    ] = None,
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
-    detections: Annotated[Path | None, typer.Option("--detections", help="COCO results to evaluate without a model.")] = None,
-    annotations: Annotated[Path | None, typer.Option("--annotations", help="The test file, if not in DIR/annotations.")] = None,
+    detections: Annotated[
+        Path | None, typer.Option("--detections", help="COCO results to evaluate without a model.")
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="The test file, if not in DIR/annotations.")
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The folder of its images, if not in DIR.")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15; the checkpoint's own by default.")] = None,
-    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Classes to use instead of the checkpoint's.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="coco-48-17 or coco-65-15; the checkpoint's own by default.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option("--vocabulary", "-v", help="Classes to use instead of the checkpoint's.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print a row a class.")] = False,
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
@@ -41,7 +54,18 @@ def evaluate(
     else:
         assert checkpoint is not None
         summary = _of_model(
-            checkpoint, data, chosen, annotations, images, split, vocabulary, output, pictures, batch_size, limit, device
+            checkpoint,
+            data,
+            chosen,
+            annotations,
+            images,
+            split,
+            vocabulary,
+            output,
+            pictures,
+            batch_size,
+            limit,
+            device,
         )
     console = Console()
     console.print(summary_table(summary))

@@ -10,14 +10,22 @@ def train(
     preset: Annotated[str, typer.Option("--preset", help="coco-48-17, coco-65-15 or shapes.")],
     data: Annotated[Path, typer.Option("--data", help="The data folder: annotations/ and image folders.")],
     vocabulary: Annotated[Path, typer.Option("--vocabulary", "-v", help="Seen and unseen classes (.npz).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder: checkpoints, logs, pictures, model.")],
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Change a setting, such as optim.lr=2e-4; may be repeated.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The run's folder: checkpoints, logs, pictures, model.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting, such as optim.lr=2e-4; may be repeated.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    init: Annotated[Path | None, typer.Option("--init", help="Start from a checkpoint's weights (.safetensors).")] = None,
+    init: Annotated[
+        Path | None, typer.Option("--init", help="Start from a checkpoint's weights (.safetensors).")
+    ] = None,
     backbone_weights: Annotated[
         Path | None, typer.Option("--backbone-weights", help="ImageNet weights: torchvision, timm or detectron2.")
     ] = None,
-    annotations: Annotated[Path | None, typer.Option("--annotations", help="The training file, if not in DIR/annotations.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="The training file, if not in DIR/annotations.")
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The folder of its images, if not in DIR.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
 ) -> None:

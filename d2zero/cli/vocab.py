@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from d2zero_runtime import D2ZeroError, Vocabulary
 
-app = typer.Typer(
-    help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True
-)
+app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
 SplitName = Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15: which classes are seen.")]
 
@@ -32,9 +29,13 @@ def word2vec(
 def npy(
     file: Annotated[Path, typer.Argument(help="A (K, D) array, one row a class.")],
     output: Output,
-    names: Annotated[str, typer.Option("--names", help="A .txt or .json file of K names, 'a, b, c', or 'coco' for COCO's 80.")],
+    names: Annotated[
+        str, typer.Option("--names", help="A .txt or .json file of K names, 'a, b, c', or 'coco' for COCO's 80.")
+    ],
     split: SplitName = None,
-    encoder: Annotated[str, typer.Option("--encoder", help="What made the embeddings; vocabularies of different encoders do not mix.")] = "",
+    encoder: Annotated[
+        str, typer.Option("--encoder", help="What made the embeddings; vocabularies of different encoders do not mix.")
+    ] = "",
 ) -> None:
     """From a NumPy array and a list of names. With --split, keeps that split's classes in its order."""
     from d2zero.text.arrays import read_array, read_names
@@ -44,7 +45,9 @@ def npy(
 
 @app.command()
 def clip(
-    names: Annotated[str, typer.Argument(help="'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'.")],
+    names: Annotated[
+        str, typer.Argument(help="'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'.")
+    ],
     output: Output,
     weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
     model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",

@@ -1,0 +1,1 @@
+"""Images, annotations, zero-shot splits, augmentation, and the drawn data set."""

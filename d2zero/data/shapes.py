@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from d2zero_runtime import D2ZeroError, Vocabulary, rle
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from d2zero.data.splits import Split
-from d2zero_runtime import D2ZeroError, Vocabulary, rle
 
 COLOURS = {"red": 0.0, "yellow": 0.14, "green": 0.33, "cyan": 0.5, "blue": 0.64, "magenta": 0.84}  # hues
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -110,9 +110,7 @@ def write_dataset(
         (directory / name).mkdir(exist_ok=True)
         numbers: Iterator[int] = iter(range(count))
         for index in progress(numbers, count, f"drawing {name}") if progress else numbers:
-            picture, objects = draw_image(
-                config, classes, np.random.default_rng([config.seed, number, index]), first
-            )
+            picture, objects = draw_image(config, classes, np.random.default_rng([config.seed, number, index]), first)
             image_id = 1_000_000 * number + index + 1
             file_name = f"{image_id:07d}.png"
             Image.fromarray(picture).save(directory / name / file_name, compress_level=1)
@@ -176,9 +174,7 @@ def _ellipse(size: int, random: np.random.Generator) -> NDArray[np.float64]:
     return _drawn(size, lambda draw, side: draw.ellipse(_scaled([x - a, y - b, x + a, y + b], side), fill=255))
 
 
-def _stencil(
-    size: int, shape: str, radius: tuple[float, float], random: np.random.Generator
-) -> NDArray[np.float64]:
+def _stencil(size: int, shape: str, radius: tuple[float, float], random: np.random.Generator) -> NDArray[np.float64]:
     """How much of each pixel a shape covers, (H, W) in 0..1."""
     r = random.uniform(*radius)
     x, y = random.uniform(r * 0.8, 1 - r * 0.8, 2)

@@ -72,9 +72,7 @@ _UNSEEN_15 = _names(
     """airplane,train,parking meter,cat,bear,suitcase,frisbee,snowboard,fork,sandwich,hot dog,toilet,mouse,
     toaster,hair drier"""
 )
-COCO_65_15 = Split(
-    "coco-65-15", seen=tuple(name for name in COCO_IDS if name not in _UNSEEN_15), unseen=_UNSEEN_15
-)
+COCO_65_15 = Split("coco-65-15", seen=tuple(name for name in COCO_IDS if name not in _UNSEEN_15), unseen=_UNSEEN_15)
 SPLITS = {split.name: split for split in (COCO_48_17, COCO_65_15)}
 
 

@@ -10,10 +10,12 @@ the data set; what was damaged is named.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from d2zero_runtime import D2ZeroError, Vocabulary, read_image
+from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -22,16 +24,14 @@ from torchvision import tv_tensors
 from d2zero.data.augment import AugmentConfig, training_transform
 from d2zero.data.coco import CocoFile, decode_mask
 from d2zero.losses.matcher import Targets
-from d2zero_runtime import D2ZeroError, Vocabulary, read_image
-from d2zero_runtime.errors import listed
 
 MAX_REPLACEMENTS = 50
 
 
 class SampleKey(NamedTuple):
-    """Which image, and the seed of all that is random about it."""
+    """The image's place in the set, and the seed of all that is random about it."""
 
-    index: int
+    place: int
     seed: int
 
 
@@ -110,7 +110,7 @@ class TrainingSet(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         problems: list[str] = []
         for attempt in range(MAX_REPLACEMENTS):
-            index = (key.index + attempt) % len(self)
+            index = (key.place + attempt) % len(self)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(key.seed)
                 try:
@@ -150,7 +150,7 @@ class TrainingSet(Dataset[Sample]):
             self.cache[image_id] = (image_HWC, masks, labels)
         return image_HWC, masks, labels
 
-    def _instances(self, image_id: int) -> list[dict[str, object]]:
+    def _instances(self, image_id: int) -> list[dict[str, Any]]:
         return [
             entry
             for entry in self.annotations.annotations.get(image_id, [])

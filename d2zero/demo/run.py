@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
@@ -23,7 +24,6 @@ from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.loop import MODEL_FILE
 from d2zero.training.start import Inputs, start
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 BATCH_SIZE = 8

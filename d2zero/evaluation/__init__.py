@@ -1,0 +1,1 @@
+"""Accuracy of seen and unseen classes, tables, pictures."""

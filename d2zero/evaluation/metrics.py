@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from d2zero_runtime import D2ZeroError, Mode
+from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d2zero.data.coco import CocoFile
-from d2zero_runtime import D2ZeroError, Mode
-from d2zero_runtime.errors import listed
 
 IOU_TYPES = ("segm", "bbox")
 IOU_THRESHOLDS = np.concatenate([[0.4], np.linspace(0.5, 0.95, 10)])
@@ -72,9 +72,7 @@ class ZeroShotScores:
     def __init__(self, annotations: CocoFile, seen: Iterable[str]) -> None:
         self.annotations = annotations
         self.seen = frozenset(seen)
-        self.records: dict[str, dict[int, _ClassRecord]] = {
-            kind: defaultdict(_ClassRecord) for kind in IOU_TYPES
-        }
+        self.records: dict[str, dict[int, _ClassRecord]] = {kind: defaultdict(_ClassRecord) for kind in IOU_TYPES}
         self.images = 0
         self.detections = 0
 
@@ -188,7 +186,9 @@ def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[
     by_image: Mapping[int, Entries] = _grouped(detections)
     strange = sorted(by_image.keys() - annotations.images.keys())
     if strange:
-        raise D2ZeroError(f"detections refer to images that {annotations.path.name} does not list: ids {listed(strange)}")
+        raise D2ZeroError(
+            f"detections refer to images that {annotations.path.name} does not list: ids {listed(strange)}"
+        )
     scores = ZeroShotScores(annotations, seen)
     ids = list(annotations.images)
     for start in range(0, len(ids), CHUNK):
@@ -202,7 +202,9 @@ def _grouped(detections: Entries) -> dict[int, Entries]:
     for entry in detections:
         missing = {"image_id", "category_id", "score", "bbox", "segmentation"} - entry.keys()
         if missing:
-            raise D2ZeroError(f"a detection lacks {', '.join(sorted(missing))}; expected COCO result entries with masks")
+            raise D2ZeroError(
+                f"a detection lacks {', '.join(sorted(missing))}; expected COCO result entries with masks"
+            )
         by_image[entry["image_id"]].append(entry)
     return by_image
 

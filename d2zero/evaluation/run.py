@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from d2zero_runtime import D2ZeroError, Mode, read_image
+from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Mode, read_image
-from d2zero_runtime.errors import listed
 
 Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
 
@@ -88,7 +88,9 @@ class EvaluationRun:
         return {mode: self._sum_up(mode) for mode in self.modes}
 
     def _predict(self, image_ids: list[int], pictures: list[NDArray[np.uint8] | None]) -> None:
-        readable = [(number, picture) for number, picture in zip(image_ids, pictures, strict=True) if picture is not None]
+        readable = [
+            (number, picture) for number, picture in zip(image_ids, pictures, strict=True) if picture is not None
+        ]
         entries: dict[tuple[Mode, int], list[dict[str, Any]]] = {}
         if readable:
             resized = [self.model.config.preprocessing.resize(picture) for _, picture in readable]

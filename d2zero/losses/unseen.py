@@ -15,14 +15,12 @@ from d2zero.losses.points import Generators
 
 
 def log_similarity(seen_SD: Tensor, unseen_UD: Tensor, temperature: float) -> Tensor:
-    """log softmax over the unseen classes of the cosine similarity: (S, U)."""
+    """Log softmax over the unseen classes of the cosine similarity: (S, U)."""
     cosine = F.normalize(seen_SD, dim=-1) @ F.normalize(unseen_UD, dim=-1).T
     return (cosine / temperature).log_softmax(-1)
 
 
-def draw_pseudo_labels(
-    log_similarity_SU: Tensor, labels: list[Tensor], generators: Generators
-) -> Tensor:
+def draw_pseudo_labels(log_similarity_SU: Tensor, labels: list[Tensor], generators: Generators) -> Tensor:
     """One unseen class (M,) for each matched query, by the Gumbel-max trick.
 
     Args:

@@ -9,10 +9,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
-from torch import Tensor, nn
-
 from d2zero_runtime import D2ZeroError
+from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]
+from torch import Tensor, nn
 
 STRIDES = (4, 8, 16, 32)
 
@@ -36,7 +35,7 @@ class Backbone(nn.Module):
         if missing:
             raise D2ZeroError(f"backbone {name!r} has features at strides {strides}, needs {list(STRIDES)}")
         indices = tuple(strides.index(stride) for stride in STRIDES)
-        net = timm.create_model(name, features_only=True, out_indices=indices, **dict(options or {}))
+        net: Any = timm.create_model(name, features_only=True, out_indices=indices, **dict(options or {}))
         self.channels: tuple[int, ...] = tuple(net.feature_info.channels())
         self.channels_last = net.feature_info.get_dicts()[0].get("format") == "NHWC" or (
             getattr(net, "output_fmt", "NCHW") == "NHWC"
@@ -56,7 +55,7 @@ def _feature_strides(name: str, options: dict[str, Any]) -> list[int]:
         raise D2ZeroError(f"timm has no backbone {name!r}{hint}")
     try:
         with torch.device("meta"):
-            probe = timm.create_model(name, features_only=True, **options)
+            probe: Any = timm.create_model(name, features_only=True, **options)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise D2ZeroError(f"backbone {name!r} gives no feature maps with options {options}: {error}") from error
     return list(probe.feature_info.reduction())

@@ -70,4 +70,5 @@ class ModelConfig:
 
 
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
-    return Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    fields_: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Preprocessing(**fields_)

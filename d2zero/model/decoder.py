@@ -21,9 +21,7 @@ class MaskMLP(nn.Sequential):
     """Three linear layers from query features to mask embeddings."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
-        )
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
 
 class DecoderLayer(nn.Module):
@@ -112,9 +110,7 @@ class MaskedDecoder(nn.Module):
             level_index = index % LEVELS
             blocked = attention_mask(heads[-1][1], sizes[level_index])
             blocked = blocked.repeat_interleave(self.heads, dim=0)
-            queries_BQC = layer(
-                queries_BQC, self.query_positions, values[level_index], keys[level_index], blocked
-            )
+            queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], blocked)
             heads.append(self._head(queries_BQC, mask_features_BCHW))
         return heads
 

@@ -124,9 +124,7 @@ class DeformableAttention(nn.Module):
         """Attend from `query_BSC` to points of `source_BSC` around `reference_S2` (x, y in 0..1)."""
         batch, length, _ = query_BSC.shape
         values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query_BSC).view(
-            batch, length, self.heads, self.levels, self.points, 2
-        )
+        offsets = self.sampling_offsets(query_BSC).view(batch, length, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query_BSC).view(batch, length, self.heads, -1).softmax(-1)
         weights = weights.view(batch, length, self.heads, self.levels, self.points)
         extent = torch.tensor([[w, h] for h, w in sizes], device=query_BSC.device, dtype=reference_S2.dtype)

@@ -30,6 +30,8 @@ class EncoderLayer(nn.Module):
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, source_BSC: Tensor, position_SC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
         attended = self.attention(source_BSC + position_SC, source_BSC, reference_S2, sizes)
@@ -78,16 +80,15 @@ class PixelDecoder(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as the published code does (DESIGN §2)."""
         nn.init.normal_(self.level_embedding)
-        for projection in self.input_projections:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
-        for layer in self.layers:
-            for weight in (layer.linear1.weight, layer.linear2.weight):
-                nn.init.xavier_uniform_(weight)
-        for conv in (self.lateral[0], self.fuse[0], self.mask_features):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+        for module in self.input_projections.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                zero_bias(module)
+        for part in (self.lateral, self.fuse, self.mask_features):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_uniform_(module.weight, a=1)
+                    zero_bias(module)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Decode backbone features.
@@ -103,8 +104,7 @@ class PixelDecoder(nn.Module):
 
     def _decode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         levels = [
-            project(feature)
-            for project, feature in zip(self.input_projections, reversed(features[1:]), strict=True)
+            project(feature) for project, feature in zip(self.input_projections, reversed(features[1:]), strict=True)
         ]
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
         device, dim = levels[0].device, levels[0].shape[1]
@@ -125,3 +125,9 @@ class PixelDecoder(nn.Module):
         upsampled = F.interpolate(memory[-1], features[0].shape[2:], mode="bilinear", align_corners=False)
         fused = self.fuse(self.lateral(features[0]) + upsampled)
         return self.mask_features(fused), memory
+
+
+def zero_bias(module: nn.Conv2d) -> None:
+    """Set a convolution's bias to zero, if it has one."""
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""Class embeddings: word2vec files, arrays, CLIP."""

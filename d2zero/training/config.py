@@ -4,12 +4,13 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from d2zero.data.augment import AugmentConfig
-from d2zero.losses.config import LossConfig
-from d2zero.model import ModelConfig
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Preprocessing
+
+from d2zero.data.augment import AugmentConfig
+from d2zero.losses.config import LossConfig
+from d2zero.model import ModelConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("steps", "cosine")
@@ -78,7 +79,7 @@ def shapes() -> TrainConfig:
     """The demo: a small model for the drawn data set, trained on two CPU cores."""
     model = ModelConfig(
         backbone="test_resnet",
-        backbone_options={"channels": [48, 96, 128, 128]},
+        backbone_options={"channels": [48, 96, 128, 96]},
         frozen_backbone_norm=False,
         hidden_dim=128,
         num_heads=4,
@@ -100,9 +101,7 @@ def shapes() -> TrainConfig:
         steps=2000,
         model=model,
         loss=LossConfig(num_points=256),
-        optim=OptimConfig(
-            lr=1e-3, backbone_lr_factor=1.0, clip_norm=1.0, warmup_steps=100, schedule="cosine"
-        ),
+        optim=OptimConfig(lr=1e-3, backbone_lr_factor=1.0, clip_norm=1.0, warmup_steps=100, schedule="cosine"),
         augment=AugmentConfig(size=96, scale_range=(1.0, 1.0), vertical_flip=True, quarter_turns=True),
         workers=0,
         cache=True,
@@ -148,9 +147,7 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
             "model": ModelConfig.from_dict(values["model"]),
             "loss": LossConfig(**values["loss"]),
             "optim": OptimConfig(**{**values["optim"], "milestones": tuple(values["optim"]["milestones"])}),
-            "augment": AugmentConfig(
-                **{**values["augment"], "scale_range": tuple(values["augment"]["scale_range"])}
-            ),
+            "augment": AugmentConfig(**{**values["augment"], "scale_range": tuple(values["augment"]["scale_range"])}),
         }
     )
 
@@ -172,7 +169,9 @@ def _changed(config: Any, path: list[str], key: str, text: str) -> Any:
             raise D2ZeroError(f"no setting {key!r}: {path[0]} has no parts")
         return replace(config, **{path[0]: _changed(current, path[1:], key, text)})
     if is_dataclass(current):
-        raise D2ZeroError(f"{key!r} is a group of settings; name one of {listed([f.name for f in fields(current)], 30)}")
+        raise D2ZeroError(
+            f"{key!r} is a group of settings; name one of {listed([f.name for f in fields(current)], 30)}"
+        )
     return replace(config, **{path[0]: _parsed(key, text, current)})
 
 

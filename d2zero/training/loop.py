@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -27,8 +29,6 @@ from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import build_optimizer, lr_factor, set_lr
 from d2zero.training.record import Record
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model
@@ -51,7 +51,8 @@ class Run:
     def __post_init__(self) -> None:
         device = self.processes.device
         memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        self.model.to(device=device, memory_format=memory)
+        self.model.to(device)
+        self.model.to(memory_format=memory)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.precision = _precision(self.config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -234,5 +235,3 @@ def _precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "float16" and device.type == "cpu":
         raise D2ZeroError("precision float16 needs a GPU; use --set precision=float32 or bfloat16 on a CPU")
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-

@@ -24,7 +24,9 @@ class Record:
         console: where progress goes; plain lines if it is not a terminal.
     """
 
-    def __init__(self, output: Path, steps: int, every: int, active: bool = True, console: Console | None = None) -> None:
+    def __init__(
+        self, output: Path, steps: int, every: int, active: bool = True, console: Console | None = None
+    ) -> None:
         self.path = output / "log.jsonl"
         self.output, self.steps, self.every, self.active = output, steps, every, active
         self.console = console or Console(stderr=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.errors import listed
 from rich.console import Console
 
 from d2zero.checkpoints.backbone import load_backbone
@@ -20,8 +22,6 @@ from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import joined
 from d2zero.training.loop import STATE_FILE, Run
 from d2zero.training.record import Record
-from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
 
 PICTURES = 6
 
@@ -104,7 +104,7 @@ def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] |
         annotations, folder = read_coco(path), find_image_folder(data, path)
     except D2ZeroError:
         return None
-    chosen = [number for number in annotations.annotations][:PICTURES]
+    chosen = list(annotations.annotations)[:PICTURES]
 
     def draw(model: D2Zero, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

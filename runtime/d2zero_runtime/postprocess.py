@@ -98,9 +98,7 @@ def class_probabilities(
     return probabilities
 
 
-def top_instances(
-    probabilities: NDArray[np.float32], chosen: Selection
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def top_instances(probabilities: NDArray[np.float32], chosen: Selection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The best (query, class) pairs of each group; a query may appear more than once.
 
     Returns:
@@ -191,8 +189,8 @@ class _Mask:
 def _mask(logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]) -> _Mask:
     height, width = len(rows), len(columns)
     positive = logits_hw > 0
-    top, bottom = _reach(rows, positive.any(axis=1))
-    left, right = _reach(columns, positive.any(axis=0))
+    top, bottom = _reach(rows, np.asarray(positive.any(axis=1)))
+    left, right = _reach(columns, np.asarray(positive.any(axis=0)))
     window = _interpolate(logits_hw, rows[top:bottom], columns[left:right])
     inside = window > 0
     filled_rows, filled_columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
@@ -227,8 +225,7 @@ def _interpolate(
         return np.zeros((len(rows), len(columns)), np.float32)
     r = slice(from_rows[0], from_rows[-1] + 1)
     c = slice(from_columns[0], from_columns[-1] + 1)
-    result: NDArray[np.float32] = (rows[:, r] @ logits_hw[r, c]) @ columns[:, c].T
-    return result
+    return np.asarray((rows[:, r] @ logits_hw[r, c]) @ columns[:, c].T, np.float32)
 
 
 @lru_cache(maxsize=64)
@@ -237,7 +234,8 @@ def resize_matrix(source: int, padded: int, cropped: int, output: int) -> NDArra
 
     Bilinear as torch's `interpolate(align_corners=False)`: pixel centres, no antialiasing.
     """
-    matrix = (_bilinear(cropped, output) @ _bilinear(source, padded)[:cropped]).astype(np.float32)
+    composed = _bilinear(cropped, output) @ _bilinear(source, padded)[:cropped]
+    matrix = np.asarray(composed, np.float32)
     matrix.setflags(write=False)
     return matrix
 

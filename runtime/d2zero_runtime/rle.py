@@ -68,7 +68,7 @@ def _compress(counts: NDArray[np.int64]) -> str:
         written.append(open_)
         open_ = open_ & more
     text = np.stack(groups, axis=1)[np.stack(written, axis=1)]
-    return text.astype(np.uint8).tobytes().decode("ascii")
+    return bytes(text.astype(np.uint8).tobytes()).decode("ascii")
 
 
 def _decompress(text: str | bytes) -> NDArray[np.int64]:

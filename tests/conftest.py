@@ -1,0 +1,89 @@
+"""What tests share: the reference data beside the checkout, the published model, a small model, the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from d2zero.checkpoints.published import load_published
+from d2zero.cli.main import main
+from d2zero.data.shapes import ShapesConfig, vocabulary, write_dataset
+from d2zero.data.splits import find_split
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.text.word2vec import read_word2vec
+from d2zero.training.config import shapes
+from d2zero_runtime import Vocabulary
+
+from published import published_shapes, reference_weights
+
+SHARED = Path(__file__).parents[2] / "shared"
+SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference cases, photos and embeddings; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (reference cases, photos, embeddings), which is absent")
+    return SHARED
+
+
+def published_vocabulary(shared: Path, split: str) -> Vocabulary:
+    return read_word2vec(shared / "data/embeddings" / f"word_w2v_withbg_{split}.txt", find_split(split))
+
+
+def placeholder_vocabulary() -> Vocabulary:
+    """Names and seen flags of the 48/17 split with drawn embeddings, for what does not depend on text."""
+    split = find_split("48_17")
+    rows = np.random.default_rng(0).standard_normal((len(split.names), 300)).astype(np.float32)
+    return Vocabulary(split.names, rows, seen=np.array(split.is_seen(split.names)))
+
+
+def published_model(words: Vocabulary) -> D2Zero:
+    """The published architecture with the reference weights, without dropout."""
+    model = build(ModelConfig(adaptation_dropout=0.0), words)
+    weights = reference_weights(published_shapes(len(words.seen_names)))
+    load_published(model, {name: torch.from_numpy(array) for name, array in weights.items()})
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_48_17(shared: Path) -> D2Zero:
+    return published_model(published_vocabulary(shared, "48_17"))
+
+
+@pytest.fixture
+def small_model() -> D2Zero:
+    """The demo's architecture with fresh weights; cheap, and every part is there."""
+    torch.manual_seed(0)
+    return build(shapes().model, vocabulary()).eval()
+
+
+@pytest.fixture(scope="session")
+def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small drawn data set; not to be changed."""
+    directory = tmp_path_factory.mktemp("shapes")
+    write_dataset(directory, ShapesConfig(train_images=48, val_images=24))
+    return directory
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `d2zero …` in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -1,0 +1,65 @@
+"""The forms of deformable attention compute the same, which is what the definition says."""
+
+import math
+
+import pytest
+import torch
+from d2zero.model.deformable import DeformableForm, gather, grid_sample
+from torch import Tensor
+
+FORMS = (grid_sample, gather)
+
+
+def case(seed: int, spread: float = 0.3) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
+    """Random values, locations (some of them outside the maps) and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(2, 3), (4, 7), (8, 5)]
+    batch, heads, width, queries, points = 2, 2, 3, 6, 4
+    values = torch.randn(batch, sum(h * w for h, w in sizes), heads, width, generator=generator)
+    locations = torch.randn(batch, queries, heads, len(sizes), points, 2, generator=generator) * spread + 0.5
+    weights = torch.rand(batch, queries, heads, len(sizes), points, generator=generator)
+    return values, sizes, locations, weights / weights.sum((-2, -1), keepdim=True)
+
+
+def by_definition(values: Tensor, sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """One sample at a time, in Python floats."""
+    batch, queries, heads, levels, points, _ = locations.shape
+    out = torch.zeros(batch, queries, heads, values.shape[-1], dtype=torch.float64)
+    starts = [sum(h * w for h, w in sizes[:level]) for level in range(levels)]
+    for b, q, m, level, p in torch.cartesian_prod(*(torch.arange(n) for n in (batch, queries, heads, levels, points))):
+        height, width = sizes[level]
+        x = float(locations[b, q, m, level, p, 0]) * width - 0.5
+        y = float(locations[b, q, m, level, p, 1]) * height - 0.5
+        for row in (math.floor(y), math.floor(y) + 1):
+            for column in (math.floor(x), math.floor(x) + 1):
+                if 0 <= row < height and 0 <= column < width:
+                    share = (1 - abs(x - column)) * (1 - abs(y - row)) * float(weights[b, q, m, level, p])
+                    out[b, q, m] += share * values[b, starts[level] + row * width + column, m].double()
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spread", [0.1, 0.5, 3.0])
+def test_equals_the_definition(form: DeformableForm, spread: float) -> None:
+    values, sizes, locations, weights = case(1, spread)
+    expected = by_definition(values, sizes, locations, weights)
+    torch.testing.assert_close(form(values, sizes, locations, weights).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_equal() -> None:
+    gradients = []
+    for form in FORMS:
+        values, sizes, locations, weights = case(2)
+        inputs = [tensor.clone().requires_grad_() for tensor in (values, locations, weights)]
+        (form(inputs[0], sizes, inputs[1], inputs[2]) ** 2).sum().backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_a_pixel_centre_returns_the_pixel() -> None:
+    values, sizes = torch.arange(6.0).view(1, 6, 1, 1), [(2, 3)]
+    locations = torch.tensor([[0.5 / 3, 0.5 / 2], [2.5 / 3, 1.5 / 2]]).view(1, 2, 1, 1, 1, 2)
+    for form in FORMS:
+        out = form(values, sizes, locations, torch.ones(1, 2, 1, 1, 1))
+        torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 5.0]))
