@@ -1,0 +1,81 @@
+"""The result type: validation, selection, conversions, pictures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from d2zero_runtime import D2ZeroError, Detections, rle
+from d2zero_runtime.draw import SheetRow, contact_sheet, overlay
+
+
+def two() -> Detections:
+    masks = np.zeros((2, 40, 50), bool)
+    masks[0, 5:20, 10:30] = masks[1, 15:35, 2:12] = True
+    return Detections(
+        boxes=np.array([[10, 5, 30, 20], [2, 15, 12, 35]], np.float32),
+        scores=np.array([0.9, 0.4], np.float32),
+        class_ids=np.array([3, 1]),
+        names=("dog", "cat"),
+        seen=np.array([False, True]),
+        masks=tuple(rle.encode(mask) for mask in masks),
+        image_size=(40, 50),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": np.zeros((2, 5))}, r"boxes must have shape \(2, 4\), got \(2, 5\)"),
+        ({"class_ids": np.zeros(3, int)}, r"class_ids must have shape \(2,\)"),
+        ({"names": ("dog",)}, "names must have 2 entries"),
+        ({"image_size": (50, 40)}, r"image's size \[50, 40\], got \[40, 50\]"),
+    ],
+)
+def test_fields_must_agree(change: dict, message: str) -> None:
+    with pytest.raises(D2ZeroError, match=message):
+        replace(two(), **change)
+
+
+def test_selection() -> None:
+    assert two().above(0.5).names == ("dog",)
+    assert two()[[1, 0]].names == ("cat", "dog")
+    assert len(two()[:0]) == 0 and two()[:0].bitmaps().shape == (0, 40, 50)
+
+
+def test_coco_entries() -> None:
+    entries = two().to_coco(7, {"dog": 18, "cat": 17})
+    assert [entry["category_id"] for entry in entries] == [18, 17]
+    assert entries[0]["bbox"] == [10, 5, 20, 15] and entries[0]["image_id"] == 7
+    assert rle.area(entries[0]["segmentation"]) == 300
+    with pytest.raises(D2ZeroError, match="no category id given for cat"):
+        two().to_coco(7, {"dog": 18})
+
+
+def test_supervision_and_pandas() -> None:
+    converted = two().to_supervision()
+    np.testing.assert_array_equal(converted.mask, two().bitmaps())
+    np.testing.assert_array_equal(converted.xyxy, two().boxes)
+    assert list(converted.data["class_name"]) == ["dog", "cat"]
+    table = two().to_pandas()
+    assert list(table["area"]) == [300, 200] and list(table["x2"]) == [30, 12]
+
+
+def test_no_masks() -> None:
+    with pytest.raises(D2ZeroError, match="carry no masks"):
+        replace(two(), masks=None).bitmaps()
+
+
+def test_overlay_changes_what_is_inside_and_enlarges_small_images() -> None:
+    image = np.full((40, 50, 3), 100, np.uint8)
+    picture = np.asarray(overlay(image, two()))
+    assert picture.shape == (240, 300, 3)  # six times
+    assert (picture[12 * 6, 20 * 6] != 100).any() and (picture[38 * 6, 45 * 6] == 100).all()
+    assert overlay(image, two()[:0]).size == (300, 240)
+    assert two().plot(image).size == (300, 240)
+
+
+def test_contact_sheet_of_several_and_of_none() -> None:
+    image = np.full((40, 50, 3), 100, np.uint8)
+    sheet = contact_sheet([SheetRow(image, two(), two())] * 4, columns=3, cell=100)
+    assert sheet.width == 3 * 214 + 10 and sheet.height == 58 + 2 * 110 + 10
+    assert contact_sheet([]).height > 0
