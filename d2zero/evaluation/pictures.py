@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from d2zero_runtime import Detections, Mode, Vocabulary, read_image, rle
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
 from d2zero_runtime.draw import SheetRow, contact_sheet
 from PIL import Image
 
@@ -47,10 +47,13 @@ def draw_predictions(
     cell: int = 300,
     title: str = "",
 ) -> Image.Image:
-    """A contact sheet of some images, best-scored instances above the threshold."""
+    """A contact sheet of some images, instances above the threshold; files that cannot be read are left out."""
     rows = []
     for image_id in image_ids:
-        image = read_image(images / annotations.images[image_id]["file_name"])
+        try:
+            image = read_image(images / annotations.images[image_id]["file_name"])
+        except D2ZeroError:  # the evaluation has named it
+            continue
         found = model.predict([image], mode, score_threshold=score_threshold)[0]
         rows.append(SheetRow(image, ground_truth(annotations, image_id, model.vocabulary), found))
     return contact_sheet(rows, columns, title, cell)

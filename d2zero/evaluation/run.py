@@ -48,7 +48,7 @@ class EvaluationRun:
     batch_size: int = 1
     identity: str = ""
     limit: int | None = None
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[int, str] = field(default_factory=dict)  # what was wrong, by image id
 
     def __post_init__(self) -> None:
         vocabulary = self.model.vocabulary
@@ -104,7 +104,9 @@ class EvaluationRun:
         for mode in self.modes:
             with self._file(mode).open("a") as stream:
                 for number in image_ids:
-                    line = {"image_id": number, "detections": entries.get((mode, number), [])}
+                    line: dict[str, Any] = {"image_id": number, "detections": entries.get((mode, number), [])}
+                    if number in self.unreadable:
+                        line["unreadable"] = self.unreadable[number]
                     stream.write(json.dumps(line) + "\n")
 
     def _category_ids(self) -> dict[str, int]:
@@ -120,29 +122,32 @@ class EvaluationRun:
             try:
                 pictures.append(read_image(self.images / self.annotations.images[number]["file_name"]))
             except D2ZeroError as error:
-                self.unreadable.append(str(error))
+                self.unreadable[number] = str(error)
                 pictures.append(None)
         if len(self.unreadable) >= len(self.image_ids):
-            raise D2ZeroError(f"no image could be read; the first: {self.unreadable[0]}. Check --images")
+            raise D2ZeroError(f"no image could be read; the first: {next(iter(self.unreadable.values()))}. Check --images")
         return pictures
 
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
         wanted = set(self.image_ids)
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
         ids: list[int] = []
+        unreadable: list[str] = []
         detections: list[dict[str, Any]] = []
         for line in self._lines(mode):
             if line["image_id"] not in wanted:
                 continue
             wanted.discard(line["image_id"])
             ids.append(line["image_id"])
+            if "unreadable" in line:
+                unreadable.append(line["unreadable"])
             detections += line["detections"]
             if len(ids) == CHUNK:
                 scores.add(ids, detections)
                 ids, detections = [], []
         if ids:
             scores.add(ids, detections)
-        return {**scores.summary(mode), "unreadable": self.unreadable}
+        return {**scores.summary(mode), "unreadable": unreadable}
 
     def _done(self, mode: Mode) -> set[int]:
         return {line["image_id"] for line in self._lines(mode)}

@@ -1,0 +1,146 @@
+"""What a person reads after a mistake: one line that says what to do, and exit code 2."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Outcome, placeholder_vocabulary
+from d2zero.demo.run import packaged_checkpoint
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
+    """A folder full of mistakes."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(shapes_data, folder / "data")
+    placeholder_vocabulary().save(folder / "words48.npz")
+    (folder / "empty").mkdir()
+    (folder / "text.json").write_text("not json")
+    (folder / "list.json").write_text("[]")
+    whole = (folder / "data/annotations/instances_val_gzsi_shapes.json").read_text()
+    content = json.loads(whole)
+    for entry in content["annotations"][:3]:
+        del entry["segmentation"]
+    (folder / "boxes.json").write_text(json.dumps(content))
+    (folder / "no_images.json").write_text(json.dumps({**content, "images": []}))
+    (folder / "cut.json").write_text(whole[:500])
+    checkpoint = packaged_checkpoint().read_bytes()
+    (folder / "model.safetensors").write_bytes(checkpoint)
+    (folder / "cut.safetensors").write_bytes(checkpoint[:100_000])
+    (folder / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
+    np.save(folder / "nan.npy", np.full((2, 8), np.nan, np.float32))
+    np.save(folder / "three.npy", np.ones((3, 8), np.float32))
+    (folder / "cut.npy").write_bytes((folder / "three.npy").read_bytes()[:100])
+    (folder / "w2v.txt").write_text("\n".join(",".join(["0.5"] * 66) for _ in range(300)))
+    (folder / "words.txt").write_text("these are words\nnot numbers")
+    return folder
+
+
+TRAIN = "train --preset shapes --data data -v data/vocabulary.npz -o run --device cpu"
+CASES = [
+    ("", None),
+    ("fly", "No such command 'fly'"),
+    ("eval --bogus", "No such option: --bogus"),
+    ("eval", "give either a checkpoint or --detections FILE"),
+    ("eval none.safetensors --data data", "checkpoint none.safetensors does not exist"),
+    ("eval cut.safetensors --data data", "damaged, cut short"),
+    ("eval cut.pth --data data", "turn a published one into it with `d2zero convert`"),
+    ("eval model.safetensors", "give --data DIR"),
+    ("eval model.safetensors --data nowhere", "data folder nowhere does not exist"),
+    ("eval model.safetensors --data empty", "no annotations/instances_*_gzsi_shapes.json in empty"),
+    ("eval model.safetensors --data data --mode best", "gzsis, zsis, gzsis-copy-paste, got 'best'"),
+    ("eval model.safetensors --data data --split coco-48-17", "of split shapes, this needs coco-48-17"),
+    ("eval model.safetensors --data data --vocabulary words48.npz", "width 64, the vocabulary has 300"),
+    ("eval model.safetensors --data data --device tpu9", "device must be auto, cpu or cuda"),
+    ("eval model.safetensors --data data --images empty -o out", "no image could be read"),
+    ("eval model.safetensors --data data --annotations boxes.json", "3 of"),
+    ("eval model.safetensors --data data --annotations no_images.json", "lists no images"),
+    ("eval model.safetensors --data data --annotations cut.json", "is not JSON or is cut short"),
+    ("eval model.safetensors --data data --annotations list.json", "is not a COCO annotation file"),
+    ("eval model.safetensors --data data --batch-size 0", "Invalid value for '--batch-size'"),
+    ("eval model.safetensors --data data --json no/such/place.json", "the folder of --json"),
+    ("eval --detections text.json --annotations data/annotations/instances_val_gzsi_shapes.json", "--split NAME"),
+    (
+        "eval --detections list.json --split coco-48-17 --annotations data/annotations/instances_val_gzsi_shapes.json",
+        "not in split coco-48-17",
+    ),
+    ("train --preset huge --data data -v v.npz -o run", "preset must be one of coco-48-17, coco-65-15, shapes"),
+    ("train --preset shapes --data data -v none.npz -o run", "vocabulary none.npz does not exist"),
+    ("train --preset shapes --data data -v text.json -o run", "is not a vocabulary"),
+    ("train --preset shapes -v v.npz -o run", "Missing option '--data'"),
+    ("train --preset coco-65-15 --data data -v words48.npz -o run", "seen classes are not those of split coco-65-15"),
+    (f"{TRAIN} --set optim.lr=fast", "optim.lr must be of type float"),
+    (f"{TRAIN} --set model.backbone=resnet5000", "timm has no backbone 'resnet5000'"),
+    (f"{TRAIN} --set precision=float16", "needs a GPU"),
+    (f"{TRAIN} --resume", "has no checkpoint"),
+    (f"{TRAIN} --init cut.safetensors", "damaged, cut short"),
+    (f"{TRAIN} --images empty", "none of the 48 images"),
+    (f"{TRAIN} --annotations data/annotations/instances_val_gzsi_shapes.json --images data/val", "not be zero-shot"),
+    ("train --preset shapes --data data -v data/vocabulary.npz -o text.json", "takes a folder"),
+    ("convert none.pth -v words48.npz -o m.safetensors", "checkpoint none.pth does not exist"),
+    ("convert cut.pth -v words48.npz -o m.safetensors", "is damaged, or is not a checkpoint of plain arrays"),
+    ("convert cut.pth -v words48.npz -o m.onnx", "--output must end in .safetensors"),
+    ("vocab word2vec none.txt --split coco-48-17 -o v.npz", "does not exist"),
+    ("vocab word2vec w2v.txt --split coco-65-15 -o v.npz", "66 columns, split coco-65-15 needs 81"),
+    ("vocab word2vec words.txt --split coco-48-17 -o v.npz", "not a table of comma-separated numbers"),
+    ("vocab word2vec w2v.txt --split coco-1-1 -o v.npz", "split must be one of"),
+    ("vocab npy nan.npy --names a,b -o v.npz", "NaN or infinity for a, b"),
+    ("vocab npy three.npy --names a,b -o v.npz", "has 3 rows, but 2 names"),
+    ("vocab npy three.npy --names a,b,a -o v.npz", "a given more than once"),
+    ("vocab npy three.npy --names none.txt -o v.npz", "file of names none.txt does not exist"),
+    ("vocab npy three.npy --names a,b,c --split coco-48-17 -o v.npz", "lack 65 classes of split coco-48-17"),
+    ("vocab npy cut.npy --names a,b,c -o v.npz", "is damaged"),
+    ("vocab npy three.npy --names a,b,c -o v.txt", "--output must end in .npz"),
+    ("vocab clip cat --weights none.pt -o v.npz", "CLIP weights none.pt do not exist"),
+    ("vocab clip cat --model ViT-Z --weights none.pt -o v.npz", "open_clip has no model 'ViT-Z'"),
+    ("vocab show text.json", "is not a vocabulary"),
+    ("data split --data empty --split coco-48-17", "has no folder 'annotations'"),
+    ("data split --data data --split coco-48-17", "no instances_train20XX.json"),
+    (
+        "data split --data data --split coco-48-17 --train-json data/annotations/instances_train_seen_shapes.json"
+        " --val-json data/annotations/instances_val_gzsi_shapes.json",
+        "lacks categories of the split: bus, dog",
+    ),
+    ("data shapes -o drawn --size 8", "size must be at least 32"),
+    ("demo --set steps=3", "give --train with it"),
+    ("demo -o text.json", "takes a folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), CASES)
+def test_one_line_and_exit_code_2(
+    line: str, message: str | None, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    outcome = command(*line.split())
+    assert outcome.code == 2, outcome
+    if message is None:
+        assert "Usage" in outcome.out + outcome.err
+        return
+    assert outcome.err.startswith("error: ") and message in outcome.err, outcome.err
+    assert outcome.err.count("\n") == 1 and "Traceback" not in outcome.err
+    assert not outcome.out
+
+
+def test_help_texts(command: Command) -> None:
+    for words in ("", "train", "eval", "convert", "demo", "vocab", "vocab clip", "vocab npy", "data", "data split"):
+        outcome = command(*words.split(), "--help")
+        assert outcome.code == 0 and "Usage" in outcome.out and "--help" in outcome.out
+
+
+def test_folder_without_permission_is_a_line_too(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "no", str(place / "x.npz"))
+
+    monkeypatch.setattr("d2zero_runtime.Vocabulary.save", refuse)
+    outcome = command("vocab", "npy", place / "three.npy", "--names", "a,b,c", "-o", place / "x.npz")
+    assert outcome.code == 2 and "no permission to use" in outcome.err
+
+

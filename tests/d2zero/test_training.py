@@ -1,0 +1,235 @@
+"""Training runs: resuming after a kill, many processes, what stops a run, what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from d2zero.data.training_set import Batch
+from d2zero.model import build
+from d2zero.training.config import (
+    OptimConfig,
+    coco_48_17,
+    config_from_dict,
+    config_to_dict,
+    find_preset,
+    shapes,
+    with_settings,
+)
+from d2zero.training.loop import read_state
+from d2zero.training.optim import build_optimizer, lr_factor
+from d2zero.training.start import Inputs, start
+from d2zero_runtime import D2ZeroError, Vocabulary
+
+import d2zero
+
+Command = Callable[..., Outcome]
+FAST = ["batch_size=4", "augment.size=64", "model.num_queries=6", "loss.num_points=64", "log_every=1"]
+
+
+def train(data: Path, output: Path, *settings: str, resume: bool = False) -> Path:
+    config = with_settings(shapes(), [*FAST, *settings])
+    finished = start(config, Inputs(data, data / "vocabulary.npz"), output, resume=resume, device="cpu")
+    assert finished is not None
+    return finished
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_loss_falls_and_the_run_leaves_what_it_should(shapes_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished = train(shapes_data, run, "steps=30", "picture_every=15", "optim.warmup_steps=5")
+    found = losses(run)
+    assert list(found) == list(range(1, 31))
+    assert sum(found[step] for step in range(26, 31)) < 0.85 * sum(found[step] for step in range(1, 6))
+    entry = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert {"loss_ce", "loss_mask_2", "loss_dice", "gradient_norm", "lr", "steps_per_second"} <= entry.keys()
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["step_000015.png", "step_000030.png"]
+    assert list((run / "tensorboard").iterdir())
+    model = d2zero.load(finished)
+    assert model.vocabulary.names == Vocabulary.load(shapes_data / "vocabulary.npz").names
+    assert read_state(run)["step"] == 30
+
+
+def command_line(data: Path, run: Path, *more: str) -> list[str]:
+    sets = [part for setting in (*FAST, "steps=14", "checkpoint_every=4") for part in ("--set", setting)]
+    return [
+        "train", "--preset", "shapes", "--data", str(data), "--vocabulary", str(data / "vocabulary.npz"),
+        "--output", str(run), "--device", "cpu", *sets, *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(shapes_data: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for run in (whole, killed):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "d2zero", *command_line(shapes_data, run)], env=environment, stderr=subprocess.DEVNULL
+        )
+        if run == killed:
+            log = killed / "log.jsonl"
+            while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 6):
+                time.sleep(0.01)
+            assert process.poll() is None, "the run ended before it could be killed"
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = read_state(killed)["step"]
+    assert 4 <= step < 14 and not (killed / "model.safetensors").exists()
+    again = [sys.executable, "-m", "d2zero", *command_line(shapes_data, killed, "--resume")]
+    subprocess.run(again, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-6)
+    left, right = (d2zero.load(run / "model.safetensors").state_dict() for run in (whole, killed))
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(shapes_data: Path, tmp_path: Path) -> None:
+    """Gloo on the CPU; frozen batch norm, since statistics of half a batch are others."""
+    settings = ["--set", "model.frozen_backbone_norm=true", "--set", "steps=5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in (
+        ("one", [sys.executable, "-m", "d2zero"]),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "d2zero"]),
+    ):
+        arguments = command_line(shapes_data, tmp_path / name, *settings)
+        subprocess.run([*launcher, *arguments], env=environment, check=True, capture_output=True)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two) == [1, 2, 3, 4, 5]
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-3)
+    left, right = (d2zero.load(tmp_path / name / "model.safetensors").state_dict() for name in ("one", "two"))
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=2e-3, rtol=2e-2, msg=name)
+
+
+def test_resume_refuses_other_settings_and_a_new_run_refuses_the_folder(shapes_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(D2ZeroError, match="has no checkpoint"):
+        train(shapes_data, run, "steps=2", resume=True)
+    train(shapes_data, run, "steps=2")
+    with pytest.raises(D2ZeroError, match="already holds a run"):
+        train(shapes_data, run, "steps=2")
+    with pytest.raises(D2ZeroError, match=r"optim\.lr: now 0\.5, then 0\.001"):
+        train(shapes_data, run, "steps=2", "optim.lr=0.5", resume=True)
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:999])
+    with pytest.raises(D2ZeroError, match="damaged or cut short"):
+        train(shapes_data, run, "steps=2", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
+    shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d2zero.training.loop import Run
+
+    normalised = Run._normalised
+
+    def poisoned(self: Run, images: torch.Tensor) -> torch.Tensor:
+        found = normalised(self, images)
+        return found * float("nan") if self.step == 2 else found
+
+    monkeypatch.setattr(Run, "_normalised", poisoned)
+    seen: list[Batch] = []
+    step = Run._train_step
+    monkeypatch.setattr(Run, "_train_step", lambda self, net, batch: (seen.append(batch), step(self, net, batch))[1])
+    with pytest.raises(D2ZeroError, match="not finite at step 3") as stopped:
+        train(shapes_data, tmp_path / "run", "steps=5", "checkpoint_every=1")
+    assert all(name in str(stopped.value) for name in seen[-1].file_names)
+    assert read_state(tmp_path / "run")["step"] == 2
+
+
+def test_unseen_constrained_training_runs(shapes_data: Path, tmp_path: Path) -> None:
+    train(shapes_data, tmp_path / "run", "steps=3", "loss.unseen_weight=0.1")
+    entry = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert entry["loss_unseen"] > 0 and entry["loss_unseen_0"] > 0
+
+
+def test_bfloat16_and_workers(shapes_data: Path, tmp_path: Path) -> None:
+    train(shapes_data, tmp_path / "run", "steps=3", "precision=bfloat16", "workers=2", "cache=false")
+    assert all(loss > 0 for loss in losses(tmp_path / "run").values())
+
+
+def test_starting_from_a_checkpoint(shapes_data: Path, tmp_path: Path) -> None:
+    first = train(shapes_data, tmp_path / "a", "steps=1")
+    config = with_settings(shapes(), [*FAST, "steps=1", "optim.lr=1e-12"])
+    inputs = Inputs(shapes_data, shapes_data / "vocabulary.npz", init=first)
+    second = start(config, inputs, tmp_path / "b", device="cpu")
+    assert second is not None
+    left, right = d2zero.load(first), d2zero.load(second)
+    torch.testing.assert_close(left.decoder.query_features, right.decoder.query_features)
+
+
+def test_vocabulary_of_another_split_is_refused(shapes_data: Path, tmp_path: Path) -> None:
+    config = coco_48_17()
+    with pytest.raises(D2ZeroError, match="of split shapes, this needs coco-48-17"):
+        start(config, Inputs(shapes_data, shapes_data / "vocabulary.npz"), tmp_path / "run", device="cpu")
+
+
+def test_parameter_groups() -> None:
+    model = build(shapes().model, d2zero.Vocabulary(("a", "b"), torch.eye(2, 64).numpy()))
+    optimizer = build_optimizer(model, OptimConfig())
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = group_of[id(parameter)]
+        assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone") else 1e-4)
+        undecayed = "norm" in name or ".bn" in name or name.endswith(("query_features", "level_embedding"))
+        if undecayed:
+            assert group["weight_decay"] == 0, name
+    assert group_of[id(model.decoder.layers[0].linear1.weight)]["weight_decay"] == 0.05
+    assert group_of[id(model.pixel_decoder.level_embedding)]["weight_decay"] == 0
+    assert group_of[id(model.pixel_decoder.lateral[1].weight)]["weight_decay"] == 0
+
+
+def test_schedules() -> None:
+    published = coco_48_17()
+    assert [lr_factor(s, published.steps, published.optim) for s in (0, 9, 126_314, 126_315, 133_333)] == pytest.approx(
+        [0.1, 1, 1, 0.1, 0.01]
+    )
+    cosine = OptimConfig(schedule="cosine", warmup_steps=0, final_factor=0.02)
+    assert [lr_factor(s, 100, cosine) for s in (0, 50, 100)] == pytest.approx([1, 0.51, 0.02])
+
+
+def test_settings() -> None:
+    changed = with_settings(
+        find_preset("coco-65-15"),
+        ["optim.lr=1", "model.backbone=convnext_tiny", "augment.scale_range=[0.5, 1.5]", "cache=True", "optim.milestones=[3]"],
+    )
+    assert changed.optim.lr == 1.0 and changed.model.backbone == "convnext_tiny" and changed.cache is True
+    assert changed.augment.scale_range == (0.5, 1.5) and changed.optim.milestones == (3,)
+    assert config_from_dict(config_to_dict(changed)) == changed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("steps", "takes key=value"),
+        ("speed=9", "no setting 'speed'"),
+        ("optim.speed=9", r"no setting 'optim.speed'; here there are lr"),
+        ("steps.more=9", "steps has no parts"),
+        ("steps=many", "of type int"),
+        ("steps=1.5", "of type int"),
+        ("optim=3", "a group of settings"),
+        ("steps=0", "steps must be at least 1"),
+        ("precision=int4", "auto, float32"),
+        ("optim.schedule=wavy", "steps, cosine"),
+        ("optim.lr=-1", "must be positive"),
+        ("augment.size=100", "multiple of 32"),
+        ("augment.scale_range=[2,1]", "two rising positive numbers"),
+        ("model.num_heads=5", "multiple of 32 and of num_heads"),
+    ],
+)
+def test_wrong_settings_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(D2ZeroError, match=message):
+        with_settings(shapes(), [setting])
