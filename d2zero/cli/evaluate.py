@@ -130,11 +130,11 @@ def _of_model(
         if not name:
             raise D2ZeroError("the checkpoint does not say its split; give --split or --annotations")
         annotations = find_annotations(data, name, "unseen" if mode is Mode.ZSIS else "gzsi")
+    truth = read_coco(annotations)
     if images is None:
         if data is None:
             raise D2ZeroError("give --images DIR (or --data DIR) to find the images of the annotations")
         images = find_image_folder(data, annotations)
-    truth = read_coco(annotations)
     folder = output or Path("runs") / f"eval-{checkpoint.stem}"
     run = EvaluationRun(model, truth, images, folder, [mode], batch_size, file_hash(checkpoint), limit)
     summary = run.run(tracked)[mode]

@@ -151,8 +151,9 @@ def _row(label: str, summary: dict[str, Any]) -> Row:
 
 def _draw(model: D2Zero, data: Path, output: Path) -> Path:
     truth = read_coco(data / "annotations" / "instances_val_gzsi_shapes.json")
-    crowded = sorted(truth.annotations, key=lambda number: (-len(truth.annotations[number]), number))
-    chosen = sorted(crowded[: len(crowded) // 2])[:SHEET_IMAGES]
+    seen = {truth.categories[name] for name in model.vocabulary.seen_names}
+    both = [n for n, found in truth.annotations.items() if {a["category_id"] in seen for a in found} == {True, False}]
+    chosen = (both or list(truth.annotations))[:SHEET_IMAGES]
     sheet = draw_predictions(
         model, truth, data / "val", chosen, title="D2Zero demo: classes by colour and shape, 27 seen, 9 never seen"
     )

@@ -54,7 +54,7 @@ def draw_predictions(
             image = read_image(images / annotations.images[image_id]["file_name"])
         except D2ZeroError:  # the evaluation has named it
             continue
-        found = model.predict([image], mode, score_threshold=score_threshold)[0]
+        found = model.predict([image], mode, score_threshold=score_threshold)[0].without_duplicates()
         rows.append(SheetRow(image, ground_truth(annotations, image_id, model.vocabulary), found))
     return contact_sheet(rows, columns, title, cell)
 

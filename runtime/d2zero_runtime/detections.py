@@ -79,6 +79,29 @@ class Detections:
         """The instances with at least this score."""
         return self[self.scores >= score]
 
+    def without_duplicates(self, iou: float = 0.7) -> "Detections":
+        """Leave out instances whose mask (or box, without masks) overlaps a better one's by more than `iou`.
+
+        For pictures: several queries often find the same object. Accuracy is measured without it.
+        """
+        regions = self.bitmaps() if self.masks is not None else None
+        kept: list[int] = []
+        for row in np.argsort(-self.scores, kind="stable"):
+            overlaps = (self._overlap(int(row), other, regions) for other in kept)
+            if all(overlap <= iou for overlap in overlaps):
+                kept.append(int(row))
+        return self[sorted(kept)]
+
+    def _overlap(self, one: int, other: int, regions: "NDArray[np.bool_] | None") -> float:
+        if regions is not None:
+            union = int((regions[one] | regions[other]).sum())
+            return int((regions[one] & regions[other]).sum()) / union if union else 0.0
+        low = np.maximum(self.boxes[one, :2], self.boxes[other, :2])
+        high = np.minimum(self.boxes[one, 2:], self.boxes[other, 2:])
+        shared = float(np.prod(np.maximum(high - low, 0)))
+        areas = [float(np.prod(self.boxes[row, 2:] - self.boxes[row, :2])) for row in (one, other)]
+        return shared / (sum(areas) - shared) if sum(areas) > shared else 0.0
+
     def bitmaps(self) -> NDArray[np.bool_]:
         """Masks as a (N, H, W) boolean array."""
         if self.masks is None:

@@ -124,9 +124,9 @@ def test_samples_depend_on_their_key_alone(shapes_data: Path) -> None:
     torch.manual_seed(1)
     first = data[SampleKey(3, 17)]
     torch.manual_seed(2)
-    again, other = training_set(shapes_data, cache=True)[SampleKey(3, 17)], data[SampleKey(3, 18)]
+    again = training_set(shapes_data, cache=True)[SampleKey(3, 17)]
     assert torch.equal(first.image, again.image) and torch.equal(first.targets.masks, again.targets.masks)
-    assert not torch.equal(first.image, other.image)
+    assert any(not torch.equal(first.image, data[SampleKey(3, seed)].image) for seed in range(8))
     assert first.image.dtype == torch.uint8 and first.image.shape == (3, 96, 96)
     assert first.targets.masks.shape == (len(first.targets.labels), 96, 96)
 

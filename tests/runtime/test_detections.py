@@ -42,6 +42,25 @@ def test_selection() -> None:
     assert len(two()[:0]) == 0 and two()[:0].bitmaps().shape == (0, 40, 50)
 
 
+def test_duplicates_are_left_out_best_first() -> None:
+    pair = two()
+    shifted = np.zeros((40, 50), bool)
+    shifted[5:20, 12:30] = True  # overlaps the dog's mask by 0.9
+    more = Detections(
+        boxes=np.concatenate([pair.boxes, [[12, 5, 30, 20]]]).astype(np.float32),
+        scores=np.array([0.6, 0.4, 0.9], np.float32),
+        class_ids=np.array([3, 1, 2]),
+        names=("dog", "cat", "fox"),
+        seen=np.array([False, True, True]),
+        masks=(*pair.masks, rle.encode(shifted)),
+        image_size=(40, 50),
+    )
+    assert more.without_duplicates().names == ("cat", "fox")
+    assert replace(more, masks=None).without_duplicates().names == ("cat", "fox")
+    assert more.without_duplicates(iou=0.95).names == ("dog", "cat", "fox")
+    assert len(more[:0].without_duplicates()) == 0
+
+
 def test_coco_entries() -> None:
     entries = two().to_coco(7, {"dog": 18, "cat": 17})
     assert [entry["category_id"] for entry in entries] == [18, 17]
