@@ -102,7 +102,15 @@ class Run:
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}, gradient_norm
+        return self._of_all_processes({"loss": total, **losses}), gradient_norm
+
+    def _of_all_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss averaged over the processes: that of the whole batch."""
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self.processes.count > 1:
+            dist.all_reduce(values)
+            values = values / self.processes.count
+        return dict(zip(losses, values.unbind(), strict=True))
 
     def _normalised(self, images_B3HW: Tensor) -> Tensor:
         preprocessing, device = self.config.model.preprocessing, self.processes.device
