@@ -8,11 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary
-
     from d2zero.checkpoints.files import load_model as load
     from d2zero.checkpoints.files import save_model as save
     from d2zero.model import D2Zero, ModelConfig, RawOutput, build
+    from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary
 
 _WHERE = {
     "load": ("d2zero.checkpoints.files", "load_model"),

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from published import published_shapes, reference_weights
+
 from d2zero.checkpoints.published import load_published
 from d2zero.cli.main import main
 from d2zero.data.shapes import ShapesConfig, vocabulary, write_dataset
@@ -15,8 +17,6 @@ from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.text.word2vec import read_word2vec
 from d2zero.training.config import shapes
 from d2zero_runtime import Vocabulary
-
-from published import published_shapes, reference_weights
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"

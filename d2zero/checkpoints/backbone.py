@@ -1,11 +1,11 @@
 """ImageNet weights for the backbone: torchvision's, timm's or detectron2's names."""
 
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 from torch import Tensor
 
 from d2zero.checkpoints.published import our_name
 from d2zero.model.backbone import Backbone
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 
 _CLASSIFIER = ("fc.", "stem.fc.", "head.", "classifier.")  # the ImageNet classifier has no use here
 

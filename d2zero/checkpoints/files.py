@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from d2zero_runtime import D2ZeroError, Vocabulary
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from d2zero.checkpoints.published import load_exactly
 from d2zero.model import D2Zero, ModelConfig, build
+from d2zero_runtime import D2ZeroError, Vocabulary
 
 FORMAT_VERSION = 1
 _KEY = "d2zero"  # of the JSON contract in the file's metadata

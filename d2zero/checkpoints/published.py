@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 from torch import Tensor
 
 from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 
 # published name -> ours, the first rule that matches the whole name
 _HEAD = r"sem_seg_head\."

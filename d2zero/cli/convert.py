@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
@@ -48,7 +49,7 @@ def shapes(
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Draw a zero-shot data set of coloured shapes, in COCO format, with its vocabulary."""
-    from d2zero.cli.progress import tracked
+    from d2zero.cli.terminal import tracked
     from d2zero.data.shapes import SPLIT, ShapesConfig, write_dataset
 
     config = ShapesConfig(size=size, train_images=train_images, val_images=val_images, seed=seed)

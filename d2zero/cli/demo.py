@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from d2zero_runtime import D2ZeroError
 
 
@@ -20,9 +21,7 @@ def demo(
     ] = None,
 ) -> None:
     """Segment a drawn data set whose unseen classes the model was never shown, and look at the result."""
-    from rich.console import Console
-
-    from d2zero.cli.progress import tracked
+    from d2zero.cli.terminal import console, tracked
     from d2zero.demo.run import results_table, run_demo
 
     if settings and not train:
@@ -30,10 +29,7 @@ def demo(
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     result = run_demo(output, images, tracked, train, settings)
-    console = Console()
-    console.print(results_table(result.rows))
+    console().print(results_table(result.rows))
     figures = output / "results.json"
     figures.write_text(json.dumps([asdict(row) for row in result.rows], indent=1))
-    console.print(
-        f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n", highlight=False
-    )
+    print(f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n")

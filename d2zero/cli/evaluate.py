@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 
@@ -40,8 +41,7 @@ def evaluate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
-    from rich.console import Console
-
+    from d2zero.cli.terminal import console
     from d2zero.evaluation.table import per_class_table, summary_table
 
     chosen = Mode.parse(mode)
@@ -67,16 +67,16 @@ def evaluate(
             limit,
             device,
         )
-    console = Console()
-    console.print(summary_table(summary))
+    screen = console()
+    screen.print(summary_table(summary))
     if per_class:
-        console.print(per_class_table(summary))
+        screen.print(per_class_table(summary))
     if summary.get("unreadable"):
         files = summary["unreadable"]
-        console.print(f"warning: {len(files)} images could not be read and count as without detections: {files[0]}")
+        print(f"warning: {len(files)} images could not be read and count as without detections: {files[0]}")
     if json_file:
         json_file.write_text(json.dumps(summary, indent=1))
-        console.print(f"all figures: {json_file}")
+        print(f"all figures: {json_file}")
 
 
 def _of_detections(detections: Path, annotations: Path | None, split: str | None, mode: Mode) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _of_model(
     device: str,
 ) -> dict[str, Any]:
     from d2zero.checkpoints.files import file_hash, load_model
-    from d2zero.cli.progress import tracked
+    from d2zero.cli.terminal import tracked
     from d2zero.data.coco import find_annotations, find_image_folder, read_coco
     from d2zero.data.splits import find_split
     from d2zero.evaluation.pictures import draw_predictions

@@ -8,9 +8,9 @@ import os
 import sys
 
 import typer
-from d2zero_runtime import D2ZeroError
 
 from d2zero.cli import convert, data, demo, evaluate, train, vocab
+from d2zero_runtime import D2ZeroError
 
 app = typer.Typer(
     name="d2zero",

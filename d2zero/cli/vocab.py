@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from d2zero_runtime import D2ZeroError
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
+
+from d2zero_runtime import D2ZeroError
 
 
 @dataclass(frozen=True)

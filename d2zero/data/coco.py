@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Vocabulary, rle
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from d2zero.data.splits import Split
+from d2zero_runtime import D2ZeroError, Vocabulary, rle
 
 COLOURS = {"red": 0.0, "yellow": 0.14, "green": 0.33, "cyan": 0.5, "blue": 0.64, "magenta": 0.84}  # hues
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from d2zero_runtime import D2ZeroError, Vocabulary, read_image
-from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -24,6 +22,8 @@ from torchvision import tv_tensors
 from d2zero.data.augment import AugmentConfig, training_transform
 from d2zero.data.coco import CocoFile, decode_mask
 from d2zero.losses.matcher import Targets
+from d2zero_runtime import D2ZeroError, Vocabulary, read_image
+from d2zero_runtime.errors import listed
 
 MAX_REPLACEMENTS = 50
 

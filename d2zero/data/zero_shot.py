@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
-
 from d2zero.data.coco import CocoFile
 from d2zero.data.splits import Split
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from rich import box
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
@@ -24,6 +24,7 @@ from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.loop import MODEL_FILE
 from d2zero.training.start import Inputs, start
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 BATCH_SIZE = 8
@@ -59,7 +60,7 @@ def run_demo(
     Args:
         output: the folder for all of it.
         images: validation images of each of the two sets.
-        progress: wraps loops, as `d2zero.cli.progress.tracked` does.
+        progress: wraps loops, as `d2zero.cli.terminal.tracked` does.
         train: train from nothing instead of using the checkpoint that comes with the package.
         settings: `key=value` changes to the training preset.
     """
@@ -103,7 +104,7 @@ def misnamed(vocabulary: Vocabulary) -> Vocabulary:
 
 def results_table(rows: list[Row]) -> Table:
     """The figures for people."""
-    table = Table(title="masks, percent")
+    table = Table(title="masks, percent", box=box.SIMPLE)
     for column in ("", "images", "seen AP50", "unseen AP50", "HM AP50", "unseen R@100"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:

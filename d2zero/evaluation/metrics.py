@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Mode
-from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d2zero.data.coco import CocoFile
+from d2zero_runtime import D2ZeroError, Mode
+from d2zero_runtime.errors import listed
 
 IOU_TYPES = ("segm", "bbox")
 IOU_THRESHOLDS = np.concatenate([[0.4], np.linspace(0.5, 0.95, 10)])

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
-from d2zero_runtime.draw import SheetRow, contact_sheet
 from PIL import Image
 
 from d2zero.data.coco import CocoFile, decode_mask
 from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
+from d2zero_runtime.draw import SheetRow, contact_sheet
 
 
 def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -> Detections:

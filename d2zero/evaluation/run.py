@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Mode, read_image
-from d2zero_runtime.errors import listed
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
 from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError, Mode, read_image
+from d2zero_runtime.errors import listed
 
 Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
 
@@ -125,7 +125,9 @@ class EvaluationRun:
                 self.unreadable[number] = str(error)
                 pictures.append(None)
         if len(self.unreadable) >= len(self.image_ids):
-            raise D2ZeroError(f"no image could be read; the first: {next(iter(self.unreadable.values()))}. Check --images")
+            raise D2ZeroError(
+                f"no image could be read; the first: {next(iter(self.unreadable.values()))}. Check --images"
+            )
         return pictures
 
     def _sum_up(self, mode: Mode) -> dict[str, Any]:

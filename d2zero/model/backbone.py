@@ -9,9 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from d2zero_runtime import D2ZeroError
 from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
+
+from d2zero_runtime import D2ZeroError
 
 STRIDES = (4, 8, 16, 32)
 

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, postprocess
-from d2zero_runtime.images import Size, as_image
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,6 +18,8 @@ from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableForm
 from d2zero.model.pixel_decoder import PixelDecoder
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, postprocess
+from d2zero_runtime.images import Size, as_image
 
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
 

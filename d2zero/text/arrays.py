@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
 
 from d2zero.data.splits import COCO_IDS, find_split
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.errors import listed
 
 
 def read_names(text: str) -> list[str]:

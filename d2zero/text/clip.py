@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
 

@@ -7,9 +7,9 @@ the split's order.
 from pathlib import Path
 
 import numpy as np
-from d2zero_runtime import D2ZeroError, Vocabulary
 
 from d2zero.data.splits import Split
+from d2zero_runtime import D2ZeroError, Vocabulary
 
 
 def read_word2vec(path: Path, split: Split) -> Vocabulary:

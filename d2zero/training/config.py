@@ -4,13 +4,12 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
-from d2zero_runtime.images import Preprocessing
-
 from d2zero.data.augment import AugmentConfig
 from d2zero.losses.config import LossConfig
 from d2zero.model import ModelConfig
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+from d2zero_runtime.images import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("steps", "cosine")

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -29,6 +27,8 @@ from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import build_optimizer, lr_factor, set_lr
 from d2zero.training.record import Record
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model

@@ -1,6 +1,7 @@
 """What a training run leaves to read: a progress bar, `log.jsonl`, and TensorBoard curves."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -104,4 +105,4 @@ class Record:
         self.progress.update(self.task, note=note)
         if not self.console.is_terminal:
             left = (self.steps - step) / max(rate, 1e-9)
-            self.console.print(f"step {step}/{self.steps} {note}, {left / 60:.1f} min left", highlight=False)
+            print(f"step {step}/{self.steps} {note}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
-from rich.console import Console
 
 from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
@@ -22,6 +19,8 @@ from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import joined
 from d2zero.training.loop import STATE_FILE, Run
 from d2zero.training.record import Record
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.errors import listed
 
 PICTURES = 6
 
@@ -114,16 +113,16 @@ def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] |
 
 
 def _announce(run: Run, annotations: Path) -> None:
-    console = Console(file=sys.stderr)
     parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-    console.print(
+    print(
         f"{len(run.data)} images of {annotations.name}, {len(run.model.vocabulary.seen_names)} seen classes,"
         f" {parameters:.1f} M parameters, {run.processes.count} process(es) on {run.processes.device},"
         f" steps {run.step} to {run.config.steps}",
-        highlight=False,
+        file=sys.stderr,
     )
     if run.data.missing:
-        console.print(f"warning: {len(run.data.missing)} images are missing and left out: {listed(run.data.missing)}")
+        lost = run.data.missing
+        print(f"warning: {len(lost)} images are missing and left out: {listed(lost)}", file=sys.stderr)
 
 
 def _report_problems(run: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Outcome, placeholder_vocabulary
+
 from d2zero.demo.run import packaged_checkpoint
 
 Command = Callable[..., Outcome]
@@ -127,6 +128,15 @@ def test_one_line_and_exit_code_2(
     assert not outcome.out
 
 
+def test_the_table_of_errors_has_every_case() -> None:
+    table = (Path(__file__).parents[2] / "docs/ERRORS.md").read_text()
+    for line, message in CASES:
+        row = next(
+            (row for row in table.splitlines() if row.startswith(f"| `d2zero {line}`".replace(" `|", "`"))), None
+        )
+        assert row is not None and (message or "").replace("|", "") in row.replace("\\|", ""), line
+
+
 def test_help_texts(command: Command) -> None:
     for words in ("", "train", "eval", "convert", "demo", "vocab", "vocab clip", "vocab npy", "data", "data split"):
         outcome = command(*words.split(), "--help")
@@ -142,5 +152,3 @@ def test_folder_without_permission_is_a_line_too(
     monkeypatch.setattr("d2zero_runtime.Vocabulary.save", refuse)
     outcome = command("vocab", "npy", place / "three.npy", "--names", "a,b,c", "-o", place / "x.npz")
     assert outcome.code == 2 and "no permission to use" in outcome.err
-
-

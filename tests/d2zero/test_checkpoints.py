@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from d2zero.checkpoints.files import file_hash, load_model, read_notes, save_model
-from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import d2zero
+from d2zero.checkpoints.files import file_hash, load_model, read_notes, save_model
+from d2zero.model import D2Zero
+from d2zero_runtime import D2ZeroError
 
 
 def test_round_trip(small_model: D2Zero, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_bad_files(small_model: D2Zero, tmp_path: Path) -> None:
         (lambda c: c["config"].update(flux=1), "unknown model settings flux"),
     ],
 )
-def test_descriptions_that_do_not_fit(change, message: str, small_model: D2Zero, tmp_path: Path) -> None:  # noqa: ANN001
+def test_descriptions_that_do_not_fit(change, message: str, small_model: D2Zero, tmp_path: Path) -> None:
     path = save_model(small_model, tmp_path / "m.safetensors")
     with safe_open(path, "pt") as file:
         contract = json.loads(file.metadata()["d2zero"])

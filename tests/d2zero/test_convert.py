@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from conftest import Outcome, placeholder_vocabulary
-from d2zero.checkpoints.files import load_model
-from d2zero.checkpoints.published import our_name
+from published import published_shapes, reference_weights
 
 import d2zero
-from published import published_shapes, reference_weights
+from d2zero.checkpoints.files import load_model
+from d2zero.checkpoints.published import our_name
 
 Command = Callable[..., Outcome]
 

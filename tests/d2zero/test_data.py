@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import tv_tensors
+
 from d2zero.data.augment import AugmentConfig, training_transform
 from d2zero.data.coco import decode_mask, find_annotations, find_image_folder, read_coco
 from d2zero.data.shapes import SPLIT, ShapesConfig, draw_image, vocabulary, write_dataset
@@ -16,8 +19,6 @@ from d2zero.data.training_set import SampleKey, StepSampler, TrainingSet, collat
 from d2zero.data.zero_shot import test_part as unseen_part
 from d2zero.data.zero_shot import training_part, write_split
 from d2zero_runtime import D2ZeroError, Preprocessing, Vocabulary, read_image
-from PIL import Image
-from torchvision import tv_tensors
 
 AUGMENT = AugmentConfig(size=96, scale_range=(1.0, 1.0))
 

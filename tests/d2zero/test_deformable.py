@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from d2zero.model.deformable import DeformableForm, gather, grid_sample
 from torch import Tensor
+
+from d2zero.model.deformable import DeformableForm, gather, grid_sample
 
 FORMS = (grid_sample, gather)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from conftest import Outcome
-from d2zero.data.shapes import vocabulary
-from d2zero.demo.run import misnamed, packaged_checkpoint
 from PIL import Image
 
 import d2zero
+from d2zero.data.shapes import vocabulary
+from d2zero.demo.run import misnamed, packaged_checkpoint
 
 
 def test_checkpoint_is_small_and_of_the_drawn_vocabulary() -> None:
@@ -31,9 +31,7 @@ def test_shuffling_gives_each_unseen_class_another_one() -> None:
     assert {row.tobytes() for row in words.embeddings[unseen]} == {row.tobytes() for row in shuffled.embeddings[unseen]}
 
 
-def test_demo_finds_unseen_objects_and_the_control_does_not(
-    tmp_path: Path, command: Callable[..., Outcome]
-) -> None:
+def test_demo_finds_unseen_objects_and_the_control_does_not(tmp_path: Path, command: Callable[..., Outcome]) -> None:
     outcome = command("demo", "-o", tmp_path, "--images", "60")
     assert outcome.code == 0, outcome.err
     rows = json.loads((tmp_path / "results.json").read_text())

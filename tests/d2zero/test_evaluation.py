@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
 from d2zero.checkpoints.files import save_model
 from d2zero.data.coco import read_coco
 from d2zero.data.splits import COCO_48_17
@@ -15,8 +18,6 @@ from d2zero.evaluation.metrics import harmonic_mean, score_detections
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Mode
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}
@@ -144,7 +145,8 @@ def test_command_with_a_checkpoint_an_unreadable_image_and_pictures(
     for _ in ("first", "again"):
         outcome = command(
             "eval", checkpoint, "--data", shapes_data, "--images", images, "--mode", "zsis", "--limit", "5",
-            "--json", tmp_path / "o.json", "-o", tmp_path / "eval", "--device", "cpu", "--pictures", tmp_path / "sheet.png",
+            "--json", tmp_path / "o.json", "-o", tmp_path / "eval", "--device", "cpu",
+            "--pictures", tmp_path / "sheet.png",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         assert "1 images could not be read" in outcome.out.replace("\n", " ")
@@ -171,5 +173,3 @@ def test_foreign_classes_are_refused(small_model: D2Zero, shared: Path, tmp_path
     truth = read_coco(shared / "reference/evaluation/eval_48_17_gzsi_gt.json")
     with pytest.raises(D2ZeroError, match="classes that the vocabulary lacks"):
         EvaluationRun(small_model, truth, shared / "data/coco_tiny/val2017", tmp_path, [Mode.GZSIS])
-
-

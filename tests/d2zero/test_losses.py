@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
 from d2zero.losses.matcher import Targets, match
@@ -81,9 +82,7 @@ def test_images_of_a_batch_add_up() -> None:
     """With generators of their own, two images cost what they cost apart, at the batch's normalisation."""
     targets = two_images()
     generator = torch.Generator().manual_seed(3)
-    head = HeadOutput(
-        torch.randn(2, 6, 6, generator=generator), torch.randn(2, 6, 64, 64, generator=generator)
-    )
+    head = HeadOutput(torch.randn(2, 6, 6, generator=generator), torch.randn(2, 6, 64, 64, generator=generator))
 
     def loss(rows: list[int]) -> dict[str, float]:
         part = HeadOutput(head.class_logits[rows], head.mask_logits[rows])

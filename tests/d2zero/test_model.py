@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import placeholder_vocabulary
+
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.model.classifier import background_embedding
 from d2zero.model.decoder import attention_mask

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_REFERENCE, placeholder_vocabulary, published_model, published_vocabulary
+from published import published_shapes, reference_weights
+from torch import Tensor
+
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
 from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, deformable
 from d2zero.model import classifier as classifier_module
 from d2zero_runtime import Preprocessing, read_image, rle
-from torch import Tensor
-
-from published import published_shapes, reference_weights
 
 TOLERANCE = 1e-3  # of logits; noise of 1e-4 grey levels on the input moves them by 8e-5
 MODES = ("gzsis", "zsis", "gzsis-copy-paste")
@@ -85,7 +85,9 @@ def test_all_tensors_and_detections(shared: Path, split: str) -> None:
         key = mode.replace("-", "_")
         first = len(model.vocabulary.seen_names) if mode == "zsis" else 0  # ZSIS counts unseen classes alone
         ours = sorted(
-            zip(detections.class_ids, map(rle.area, detections.masks), detections.scores, detections.boxes, strict=True),
+            zip(
+                detections.class_ids, map(rle.area, detections.masks), detections.scores, detections.boxes, strict=True
+            ),
             key=lambda row: row[:3],
         )
         theirs = sorted(
@@ -190,5 +192,3 @@ def test_resize_equals_the_recorded_one(shared: Path) -> None:
         assert list(resized.shape[:2]) == case["out_hw"]
         difference = np.abs(resized[case["ys"], case["xs"]].astype(int) - np.array(case["rgb"]))
         assert difference.max() <= 1, name
-
-

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome
+
+import d2zero
 from d2zero.data.training_set import Batch
 from d2zero.model import build
 from d2zero.training.config import (
@@ -27,8 +29,6 @@ from d2zero.training.loop import read_state
 from d2zero.training.optim import build_optimizer, lr_factor
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Vocabulary
-
-import d2zero
 
 Command = Callable[..., Outcome]
 FAST = ["batch_size=4", "augment.size=64", "model.num_queries=6", "loss.num_points=64", "log_every=1"]
@@ -75,7 +75,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(shapes_data: Path, tmp_
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for run in (whole, killed):
         process = subprocess.Popen(
-            [sys.executable, "-m", "d2zero", *command_line(shapes_data, run)], env=environment, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "d2zero", *command_line(shapes_data, run)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
         )
         if run == killed:
             log = killed / "log.jsonl"
@@ -204,7 +206,13 @@ def test_schedules() -> None:
 def test_settings() -> None:
     changed = with_settings(
         find_preset("coco-65-15"),
-        ["optim.lr=1", "model.backbone=convnext_tiny", "augment.scale_range=[0.5, 1.5]", "cache=True", "optim.milestones=[3]"],
+        [
+            "optim.lr=1",
+            "model.backbone=convnext_tiny",
+            "augment.scale_range=[0.5, 1.5]",
+            "cache=True",
+            "optim.milestones=[3]",
+        ],
     )
     assert changed.optim.lr == 1.0 and changed.model.backbone == "convnext_tiny" and changed.cache is True
     assert changed.augment.scale_range == (0.5, 1.5) and changed.optim.milestones == (3,)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from d2zero_runtime import D2ZeroError, Detections, rle
 from d2zero_runtime.draw import SheetRow, contact_sheet, overlay
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from d2zero_runtime import D2ZeroError, Preprocessing, read_image
 from PIL import Image
+
+from d2zero_runtime import D2ZeroError, Preprocessing, read_image
 
 
 def picture(height: int = 6, width: int = 9) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, postprocess
 
 SIZES = {"input_size": (90, 121), "output_size": (135, 160), "padded_size": (96, 128)}

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from d2zero_runtime import rle
 from pycocotools import mask as coco_mask
+
+from d2zero_runtime import rle
 
 
 def masks() -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 
@@ -76,5 +77,5 @@ def test_bad_files(tmp_path: Path) -> None:
         Vocabulary.load(tmp_path / "pickled.npz")
     content = dict(np.load(path))
     np.savez(tmp_path / "newer.npz", **{**content, "format_version": np.array(99)})
-    with pytest.raises(D2ZeroError, match="version 99.*upgrade"):
+    with pytest.raises(D2ZeroError, match=r"version 99.*upgrade"):
         Vocabulary.load(tmp_path / "newer.npz")

@@ -1,4 +1,4 @@
-"""Progress for what lasts: a bar on a terminal, a line now and then elsewhere."""
+"""What a person sees: tables, and progress for what lasts (a bar on a terminal, a line now and then elsewhere)."""
 
 import sys
 import time
@@ -12,14 +12,19 @@ T = TypeVar("T")
 SILENCE = 15.0  # seconds between lines where the output is no terminal
 
 
+def console() -> Console:
+    """Standard output; wide enough for tables where it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=120, highlight=False)
+
+
 def tracked(items: Iterator[T], length: int, label: str) -> Iterator[T]:
     """Yield the items and show how far they have come, on standard error."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
+    screen = Console(file=sys.stderr)
+    if not screen.is_terminal:
         yield from _in_lines(items, length, label)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=screen) as progress:
         task = progress.add_task(label, total=length)
         for item in items:
             yield item
