@@ -6,6 +6,7 @@ on after the last whole line. The figures are then summed up from the files, a f
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -176,7 +177,21 @@ class EvaluationRun:
                 self._file(mode).unlink(missing_ok=True)
         stamp.write_text(digest.hexdigest())
         for mode in self.modes:
-            path = self._file(mode)
-            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                content = path.read_bytes()
-                path.write_bytes(content[: content.rfind(b"\n") + 1])
+            _drop_cut_line(self._file(mode))
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove a last line that has no end, reading back from the file's end only as far as needed."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65_536)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                stream.truncate(start + newline + 1)
+                return
+            end = start
+        stream.truncate(0)
