@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+
+if TYPE_CHECKING:
+    from d2zero.data.coco import CocoFile
+    from d2zero.evaluation.run import EvaluationRun
+    from d2zero.model import D2Zero
+
+PICTURES = 12  # images on a contact sheet
 
 
 def evaluate(
@@ -16,7 +23,9 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
+    mode: Annotated[
+        str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste; several, with commas, share one pass.")
+    ] = "gzsis",
     detections: Annotated[
         Path | None, typer.Option("--detections", help="COCO results to evaluate without a model.")
     ] = None,
@@ -41,80 +50,70 @@ def evaluate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
-    from d2zero.cli.terminal import console
-    from d2zero.evaluation.table import per_class_table, summary_table
-
-    chosen = Mode.parse(mode)
+    modes = [Mode.parse(name.strip()) for name in mode.split(",")]
     if (checkpoint is None) == (detections is None):
         raise D2ZeroError("give either a checkpoint or --detections FILE")
     if json_file and not json_file.parent.is_dir():
         raise D2ZeroError(f"the folder of --json {json_file} does not exist")
     if detections is not None:
-        summary = _of_detections(detections, annotations, split, chosen)
+        summaries = _of_detections(detections, annotations, split, modes)
     else:
+        from d2zero.checkpoints.files import file_hash
+        from d2zero.cli.terminal import tracked
+        from d2zero.evaluation.run import EvaluationRun
+
         assert checkpoint is not None
-        summary = _of_model(
-            checkpoint,
-            data,
-            chosen,
-            annotations,
-            images,
-            split,
-            vocabulary,
-            output,
-            pictures,
-            batch_size,
-            limit,
-            device,
-        )
-    screen = console()
-    screen.print(summary_table(summary))
-    if per_class:
-        screen.print(per_class_table(summary))
-    if summary.get("unreadable"):
-        files = summary["unreadable"]
-        print(f"warning: {len(files)} images could not be read and count as without detections: {files[0]}")
+        model = _model(checkpoint, vocabulary, split, device)
+        truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
+        output = output or Path("runs") / f"eval-{checkpoint.stem}"
+        run = EvaluationRun(model, truth, folder, output, modes, batch_size, file_hash(checkpoint), limit)
+        summaries = run.run(tracked)
+        if pictures:
+            _draw(run, pictures, checkpoint.name)
+    _show(list(summaries.values()), per_class)
     if json_file:
-        json_file.write_text(json.dumps(summary, indent=1))
+        content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}
+        json_file.write_text(json.dumps(content, indent=1))
         print(f"all figures: {json_file}")
 
 
-def _of_detections(detections: Path, annotations: Path | None, split: str | None, mode: Mode) -> dict[str, Any]:
+def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
+    from d2zero.cli.terminal import console
+    from d2zero.evaluation.table import per_class_table, summary_table
+
+    screen = console()
+    for summary in summaries:
+        screen.print(summary_table(summary))
+        if per_class:
+            screen.print(per_class_table(summary))
+    unreadable = summaries[0].get("unreadable")
+    if unreadable:
+        print(f"warning: {len(unreadable)} images could not be read and count as without detections: {unreadable[0]}")
+
+
+def _of_detections(
+    detections: Path, annotations: Path | None, split: str | None, modes: list[Mode]
+) -> dict[Mode, dict[str, Any]]:
     from d2zero.data.coco import read_coco, read_json
     from d2zero.data.splits import find_split
     from d2zero.evaluation.metrics import score_detections
 
     if annotations is None or split is None:
         raise D2ZeroError("--detections needs --annotations FILE and --split NAME")
+    if len(modes) > 1:
+        raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
     chosen = find_split(split)
     truth = read_coco(annotations)
     chosen.is_seen(truth.categories)  # refuses a file of another split
     entries = read_json(detections)
     if not isinstance(entries, list):
         raise D2ZeroError(f"{detections} must be a list of COCO results, got a {type(entries).__name__}")
-    return score_detections(truth, entries, chosen.seen, mode)
+    return {modes[0]: score_detections(truth, entries, chosen.seen, modes[0])}
 
 
-def _of_model(
-    checkpoint: Path,
-    data: Path | None,
-    mode: Mode,
-    annotations: Path | None,
-    images: Path | None,
-    split: str | None,
-    vocabulary: Path | None,
-    output: Path | None,
-    pictures: Path | None,
-    batch_size: int,
-    limit: int | None,
-    device: str,
-) -> dict[str, Any]:
-    from d2zero.checkpoints.files import file_hash, load_model
-    from d2zero.cli.terminal import tracked
-    from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+def _model(checkpoint: Path, vocabulary: Path | None, split: str | None, device: str) -> "D2Zero":
+    from d2zero.checkpoints.files import load_model
     from d2zero.data.splits import find_split
-    from d2zero.evaluation.pictures import draw_predictions
-    from d2zero.evaluation.run import EvaluationRun
     from d2zero.training.distributed import pick_device
     from d2zero.training.start import check_split
 
@@ -123,24 +122,39 @@ def _of_model(
         model.set_vocabulary(Vocabulary.load(vocabulary))
     if split:
         check_split(model.vocabulary, find_split(split).name)
-    name = find_split(split).name if split else str(model.vocabulary.source.get("split", ""))
+    return model
+
+
+def _split_name(model: "D2Zero", split: str | None) -> str:
+    from d2zero.data.splits import find_split
+
+    return find_split(split).name if split else str(model.vocabulary.source.get("split", ""))
+
+
+def _test_data(
+    data: Path | None, annotations: Path | None, images: Path | None, split: str, modes: list[Mode]
+) -> "tuple[CocoFile, Path]":
+    from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+
     if annotations is None:
         if data is None:
             raise D2ZeroError("give --data DIR, or --annotations FILE with --images DIR")
-        if not name:
+        if not split:
             raise D2ZeroError("the checkpoint does not say its split; give --split or --annotations")
-        annotations = find_annotations(data, name, "unseen" if mode is Mode.ZSIS else "gzsi")
+        annotations = find_annotations(data, split, "unseen" if modes == [Mode.ZSIS] else "gzsi")
     truth = read_coco(annotations)
     if images is None:
         if data is None:
             raise D2ZeroError("give --images DIR (or --data DIR) to find the images of the annotations")
         images = find_image_folder(data, annotations)
-    folder = output or Path("runs") / f"eval-{checkpoint.stem}"
-    run = EvaluationRun(model, truth, images, folder, [mode], batch_size, file_hash(checkpoint), limit)
-    summary = run.run(tracked)[mode]
-    if pictures:
-        sheet = draw_predictions(model, truth, images, run.image_ids[:12], mode=mode, cell=420, title=checkpoint.name)
-        pictures.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(pictures)
-        print(f"pictures: {pictures}")
-    return summary
+    return truth, images
+
+
+def _draw(run: "EvaluationRun", file: Path, title: str) -> None:
+    from d2zero.evaluation.pictures import draw_predictions
+
+    chosen = run.image_ids[:PICTURES]
+    sheet = draw_predictions(run.model, run.annotations, run.images, chosen, mode=run.modes[0], cell=420, title=title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    print(f"pictures: {file}")

@@ -155,6 +155,17 @@ def test_command_with_a_checkpoint_an_unreadable_image_and_pictures(
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
+def test_several_modes_share_a_pass(small_model: D2Zero, shapes_data: Path, tmp_path: Path, command: Command) -> None:
+    checkpoint = save_model(small_model, tmp_path / "m.safetensors")
+    common = ("--data", shapes_data, "--limit", "4", "--device", "cpu", "--json", tmp_path / "o.json")
+    outcome = command("eval", checkpoint, *common, "--mode", "gzsis, zsis", "-o", tmp_path / "both")
+    assert outcome.code == 0, outcome.err
+    both = json.loads((tmp_path / "o.json").read_text())
+    assert list(both) == ["gzsis", "zsis"]
+    assert command("eval", checkpoint, *common, "--mode", "zsis", "-o", tmp_path / "one").code == 0
+    assert json.loads((tmp_path / "o.json").read_text())["segm"] == both["zsis"]["segm"]
+
+
 def test_detections_that_do_not_fit(shapes_data: Path) -> None:
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
     entry = next(iter(truth.annotations.values()))[0]

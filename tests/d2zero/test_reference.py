@@ -70,7 +70,7 @@ def test_all_tensors_and_detections(shared: Path, split: str) -> None:
     names = [name for name in recorded.files if name in found]
     assert len(names) == 8 + 2 + 18
     for name in names:
-        atol = 1e-4 if name.endswith("fraction") else TOLERANCE
+        atol = 1e-3 if name.endswith("fraction") else TOLERANCE  # of 4032 pixels, a few may flip
         np.testing.assert_allclose(found[name], recorded[name], atol=atol, rtol=0, err_msg=name)
     for form in (deformable.grid_sample, deformable.gather):
         model.set_deformable(form)
