@@ -153,8 +153,8 @@ def _test_data(
 def _draw(run: "EvaluationRun", file: Path, title: str) -> None:
     from d2zero.evaluation.pictures import draw_predictions
 
-    chosen = run.image_ids[:PICTURES]
-    sheet = draw_predictions(run.model, run.annotations, run.images, chosen, mode=run.modes[0], cell=420, title=title)
+    found = run.detections(run.modes[0], run.image_ids[:PICTURES])
+    sheet = draw_predictions(run.annotations, run.images, run.model.vocabulary, found, cell=420, title=title)
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     print(f"pictures: {file}")

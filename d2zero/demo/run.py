@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from d2zero.checkpoints.files import file_hash, load_model
 from d2zero.data.coco import read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
-from d2zero.evaluation.pictures import draw_predictions
+from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
@@ -155,9 +155,9 @@ def _draw(model: D2Zero, data: Path, output: Path) -> Path:
     seen = {truth.categories[name] for name in model.vocabulary.seen_names}
     both = [n for n, found in truth.annotations.items() if {a["category_id"] in seen for a in found} == {True, False}]
     chosen = (both or list(truth.annotations))[:SHEET_IMAGES]
-    sheet = draw_predictions(
-        model, truth, data / "val", chosen, title="D2Zero demo: classes by colour and shape, 27 seen, 9 never seen"
-    )
+    found = predictions(model, truth, data / "val", chosen)
+    title = "D2Zero demo: classes by colour and shape, 27 seen, 9 never seen"
+    sheet = draw_predictions(truth, data / "val", model.vocabulary, found, title=title)
     path = output / "contact-sheet.png"
     sheet.save(path)
     return path

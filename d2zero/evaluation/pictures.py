@@ -1,6 +1,7 @@
 """Contact sheets: annotations beside predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from d2zero.data.coco import CocoFile, decode_mask
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
 from d2zero_runtime.draw import SheetRow, contact_sheet
+
+SCORE_THRESHOLD = 0.3
 
 
 def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -> Detections:
@@ -35,27 +38,35 @@ def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -
     )
 
 
+def predictions(
+    model: D2Zero, annotations: CocoFile, images: Path, image_ids: Sequence[int], mode: Mode = Mode.GZSIS
+) -> dict[int, Detections]:
+    """What a model finds in some images, by image id; files that cannot be read are left out."""
+    found = {}
+    for image_id in image_ids:
+        with suppress(D2ZeroError):
+            image = read_image(images / annotations.images[image_id]["file_name"])
+            found[image_id] = model.predict([image], mode)[0]
+    return found
+
+
 def draw_predictions(
-    model: D2Zero,
     annotations: CocoFile,
     images: Path,
-    image_ids: Sequence[int],
+    vocabulary: Vocabulary,
+    found: Mapping[int, Detections],
     *,
-    mode: Mode = Mode.GZSIS,
-    score_threshold: float = 0.3,
     columns: int = 3,
     cell: int = 300,
     title: str = "",
 ) -> Image.Image:
-    """A contact sheet of some images, instances above the threshold; files that cannot be read are left out."""
+    """A contact sheet: of each image the annotations beside what was found above `SCORE_THRESHOLD`."""
     rows = []
-    for image_id in image_ids:
-        try:
+    for image_id, detections in found.items():
+        with suppress(D2ZeroError):  # a file that cannot be read; the evaluation has named it
             image = read_image(images / annotations.images[image_id]["file_name"])
-        except D2ZeroError:  # the evaluation has named it
-            continue
-        found = model.predict([image], mode, score_threshold=score_threshold)[0].without_duplicates()
-        rows.append(SheetRow(image, ground_truth(annotations, image_id, model.vocabulary), found))
+            shown = detections.above(SCORE_THRESHOLD).without_duplicates()
+            rows.append(SheetRow(image, ground_truth(annotations, image_id, vocabulary), shown))
     return contact_sheet(rows, columns, title, cell)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Mode, read_image
+from d2zero_runtime import D2ZeroError, Detections, Mode, read_image
 from d2zero_runtime.errors import listed
 
 Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
@@ -87,6 +87,19 @@ class EvaluationRun:
                     pending = reader.submit(self._read, batches[index + 1])
                 self._predict(batch, pictures)
         return {mode: self._sum_up(mode) for mode in self.modes}
+
+    def detections(self, mode: Mode, image_ids: Sequence[int]) -> dict[int, Detections]:
+        """What was found in some of the images that have been evaluated."""
+        names, wanted = self.annotations.names, set(image_ids)
+        found = {}
+        for line in self._lines(mode):
+            if line["image_id"] in wanted:
+                entry = self.annotations.images[line["image_id"]]
+                size = (entry["height"], entry["width"])
+                found[line["image_id"]] = Detections.from_coco(line["detections"], names, self.model.vocabulary, size)
+                if len(found) == len(wanted):
+                    break
+        return found
 
     def _predict(self, image_ids: list[int], pictures: list[NDArray[np.uint8] | None]) -> None:
         readable = [

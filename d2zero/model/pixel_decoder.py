@@ -100,9 +100,10 @@ class PixelDecoder(nn.Module):
             mask features (B, C, H/4, W/4) and memory [(B, C, H/s, W/s)] at strides 32, 16, 8, float32.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            return self._decode([feature.float() for feature in features])
+            return self.decode([feature.float() for feature in features])
 
-    def _decode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same in the precision of its inputs, for export."""
         levels = [
             project(feature) for project, feature in zip(self.input_projections, reversed(features[1:]), strict=True)
         ]

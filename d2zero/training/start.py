@@ -13,7 +13,7 @@ from d2zero.checkpoints.published import load_exactly, read_arrays
 from d2zero.data.coco import find_annotations, find_image_folder, read_coco
 from d2zero.data.splits import SPLITS
 from d2zero.data.training_set import TrainingSet
-from d2zero.evaluation.pictures import draw_predictions
+from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.model import D2Zero, build
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import joined
@@ -107,7 +107,9 @@ def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] |
 
     def draw(model: D2Zero, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw_predictions(model, annotations, folder, chosen, title=file.stem.replace("_", " ")).save(file)
+        found = predictions(model, annotations, folder, chosen)
+        title = file.stem.replace("_", " ")
+        draw_predictions(annotations, folder, model.vocabulary, found, title=title).save(file)
 
     return draw
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import supervision
     from PIL import Image
 
+    from d2zero_runtime.vocabulary import Vocabulary
+
 
 @dataclass(frozen=True, eq=False)
 class Detections:
@@ -131,6 +133,38 @@ class Detections:
                 entry["segmentation"] = dict(self.masks[row])
             entries.append(entry)
         return entries
+
+    @classmethod
+    def from_coco(
+        cls,
+        entries: Sequence[Mapping[str, Any]],
+        category_names: Mapping[int, str],
+        vocabulary: "Vocabulary",
+        image_size: tuple[int, int],
+    ) -> "Detections":
+        """Read what `to_coco` wrote of one image.
+
+        Args:
+            entries: COCO results, with or without masks.
+            category_names: names by category id; each a name of the vocabulary.
+            vocabulary: gives class ids and seen flags.
+            image_size: (height, width).
+        """
+        names = tuple(category_names[entry["category_id"]] for entry in entries)
+        class_ids = np.array([vocabulary.names.index(name) for name in names], np.int64)
+        boxes = np.array([entry["bbox"] for entry in entries], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return cls(
+            boxes=boxes,
+            scores=np.array([entry["score"] for entry in entries], np.float32),
+            class_ids=class_ids,
+            names=names,
+            seen=vocabulary.seen[class_ids],
+            masks=tuple(entry["segmentation"] for entry in entries)
+            if all("segmentation" in e for e in entries)
+            else None,
+            image_size=image_size,
+        )
 
     def to_supervision(self) -> "supervision.Detections":
         """As `supervision.Detections` (needs the `viz` extra)."""

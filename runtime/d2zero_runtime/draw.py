@@ -27,20 +27,30 @@ def class_colour(class_id: int) -> tuple[int, int, int]:
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def overlay(image_HWC: NDArray[np.uint8], detections: Detections, with_scores: bool = True) -> Image.Image:
+def overlay(
+    image_HWC: NDArray[np.uint8], detections: Detections, with_scores: bool = True, shown_at: int | None = None
+) -> Image.Image:
     """Masks, boxes, names and scores over an image (H, W, 3) uint8 RGB.
 
     Small images are enlarged by a whole factor.
+
+    Args:
+        image_HWC: the image.
+        detections: what to draw.
+        with_scores: whether labels give scores.
+        shown_at: the longest side, in pixels, that the picture will be shrunk to; labels are drawn larger so
+            that they can be read then.
     """
     height, width = image_HWC.shape[:2]
     zoom = max(1, -(-SMALLEST_SIDE // min(height, width)))
     canvas = Image.fromarray(image_HWC).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-    thickness = max(1, round(min(canvas.size) / 300))
+    shrink = max(1.0, max(canvas.size) / shown_at) if shown_at else 1.0
+    thickness = max(1, round(min(canvas.size) / 300), round(shrink))
     for index in reversed(range(len(detections))):
         if detections.masks is not None:
             _draw_mask(canvas, detections, index, thickness)
     draw = ImageDraw.Draw(canvas)
-    font = _font(max(11, round(min(canvas.size) / 34)))
+    font = _font(max(round(11 * shrink), round(min(canvas.size) / 34)))
     taken: list[tuple[float, float, float, float]] = []
     for index in reversed(range(len(detections))):
         box = tuple(float(side) * zoom for side in detections.boxes[index])
@@ -87,7 +97,7 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
         left = gap + (number % columns) * (pair + gap)
         top = head + (number // columns) * (cell + gap)
         for side, (detections, with_scores) in enumerate(((row.truth, False), (row.found, True))):
-            picture = overlay(row.image, detections, with_scores)
+            picture = overlay(row.image, detections, with_scores, shown_at=cell)
             picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + side * (cell + 4), top))
     return sheet

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from d2zero_runtime import D2ZeroError, Detections, rle
+from d2zero_runtime import D2ZeroError, Detections, Vocabulary, rle
 from d2zero_runtime.draw import SheetRow, contact_sheet, overlay
 
 
@@ -67,6 +67,11 @@ def test_coco_entries() -> None:
     assert [entry["category_id"] for entry in entries] == [18, 17]
     assert entries[0]["bbox"] == [10, 5, 20, 15] and entries[0]["image_id"] == 7
     assert rle.area(entries[0]["segmentation"]) == 300
+    words = Vocabulary(("cow", "cat", "emu", "dog"), np.eye(4, 4), seen=np.array([True, True, True, False]))
+    again = Detections.from_coco(entries, {18: "dog", 17: "cat"}, words, (40, 50))
+    for field in ("boxes", "scores", "class_ids", "seen"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(two(), field))
+    assert again.masks == two().masks and again.names == two().names
     with pytest.raises(D2ZeroError, match="no category id given for cat"):
         two().to_coco(7, {"dog": 18})
 
