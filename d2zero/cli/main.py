@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from d2zero.cli import convert, data, demo, evaluate, train, vocab
+from d2zero.cli import convert, data, demo, evaluate, export, predict, train, vocab
 from d2zero_runtime import D2ZeroError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.add_typer(vocab.app, name="vocab")
 app.add_typer(data.app, name="data")
@@ -69,7 +71,14 @@ def _fail(message: str) -> int:
 
 def _missing_package(error: ModuleNotFoundError) -> str:
     name = (error.name or "").split(".")[0]
-    extras = {"open_clip": "clip", "onnxruntime": "cpu", "supervision": "viz", "pandas": "viz"}
+    extras = {
+        "open_clip": "clip",
+        "onnxruntime": "cpu",
+        "onnx": "export",
+        "onnxscript": "export",
+        "supervision": "viz",
+        "pandas": "viz",
+    }
     if name not in extras and importlib.util.find_spec("torch") is not None and name.startswith("d2zero"):
         raise error
     extra = extras.get(name, "train")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
@@ -63,11 +64,11 @@ def clip(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz).")],
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx).")],
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """What is in a vocabulary."""
-    vocabulary = Vocabulary.load(file)
+    """What is in a vocabulary, or in the default one of an exported model."""
+    vocabulary = read_contract(file)[1] if file.suffix == ".onnx" else Vocabulary.load(file)
     if as_json:
         flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
         classes = [{"name": name, "seen": seen, "active": active} for name, seen, active in flags]
@@ -80,6 +81,17 @@ def show(
     if not vocabulary.active.all():
         active = [name for name, flag in zip(vocabulary.names, vocabulary.active, strict=True) if flag]
         print(f"active ({len(active)}): {', '.join(active)}")
+
+
+@app.command("set")
+def set_default(
+    model: Annotated[Path, typer.Argument(help="An exported model (.onnx); changed in place, atomically.")],
+    vocabulary: Annotated[Path, typer.Argument(help="The new default vocabulary (.npz).")],
+) -> None:
+    """Replace the default vocabulary inside an exported model, without exporting anew."""
+    words = Vocabulary.load(vocabulary)
+    replace_vocabulary(model, words)
+    print(f"{model}: now {len(words)} classes ({len(words.unseen_names)} unseen)")
 
 
 def _write(vocabulary: Vocabulary, output: Path) -> None:

@@ -20,6 +20,7 @@ from d2zero.model.deformable import DeformableAttention, DeformableForm
 from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, postprocess
 from d2zero_runtime.images import Size, as_image
+from d2zero_runtime.vocabulary import check_vocabulary
 
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
 
@@ -211,24 +212,6 @@ class D2Zero(nn.Module):
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.form = form
-
-
-def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None) -> None:
-    """Refuse a vocabulary that a model cannot use.
-
-    Raises:
-        D2ZeroError: its width or its encoder differs from the model's.
-    """
-    if vocabulary.width != text_dim:
-        raise D2ZeroError(
-            f"the model reads class embeddings of width {text_dim}, the vocabulary has {vocabulary.width}"
-            f" (encoder {vocabulary.encoder or 'unknown'}); use the encoder that the model was trained with"
-        )
-    if previous and previous.encoder and vocabulary.encoder and previous.encoder != vocabulary.encoder:
-        raise D2ZeroError(
-            f"the model was trained with embeddings of {previous.encoder}, the vocabulary's are of"
-            f" {vocabulary.encoder}; the two do not mix"
-        )
 
 
 def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:

@@ -1,13 +1,24 @@
 """Inference contracts and post-processing of D2Zero without torch.
 
 `Vocabulary` (classes), `Preprocessing` and `read_image` (input), `postprocess` (raw output → instances),
-`Detections` (result), `D2ZeroError` (what a person can mend).
+`Detections` (result), `load` (an exported model, as a `Segmenter`), `D2ZeroError` (what a person can mend).
 """
 
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, read_image
 from d2zero_runtime.postprocess import Mode, postprocess
+from d2zero_runtime.segmenter import Segmenter, load
 from d2zero_runtime.vocabulary import Vocabulary
 
-__all__ = ["D2ZeroError", "Detections", "Mode", "Preprocessing", "Vocabulary", "postprocess", "read_image"]
+__all__ = [
+    "D2ZeroError",
+    "Detections",
+    "Mode",
+    "Preprocessing",
+    "Segmenter",
+    "Vocabulary",
+    "load",
+    "postprocess",
+    "read_image",
+]

@@ -154,6 +154,24 @@ class Vocabulary:
         )
 
 
+def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None) -> None:
+    """Refuse a vocabulary that a model cannot use.
+
+    Raises:
+        D2ZeroError: its width or its encoder differs from the model's.
+    """
+    if vocabulary.width != text_dim:
+        raise D2ZeroError(
+            f"the model reads class embeddings of width {text_dim}, the vocabulary has {vocabulary.width}"
+            f" (encoder {vocabulary.encoder or 'unknown'}); use the encoder that the model was trained with"
+        )
+    if previous and previous.encoder and vocabulary.encoder and previous.encoder != vocabulary.encoder:
+        raise D2ZeroError(
+            f"the model was trained with embeddings of {previous.encoder}, the vocabulary's are of"
+            f" {vocabulary.encoder}; the two do not mix"
+        )
+
+
 def _check_names(names: tuple[str, ...]) -> None:
     if not names:
         raise D2ZeroError("a vocabulary needs at least one class name, got none")

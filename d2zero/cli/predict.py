@@ -1,0 +1,113 @@
+"""`d2zero predict`: pictures and COCO JSON from an exported model or a checkpoint."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, load, read_image
+from d2zero_runtime.segmenter import ImageLike, expand
+
+
+def predict(
+    source: Annotated[str, typer.Argument(help="An image, a folder, or a pattern such as 'photos/*.jpg'.")],
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="An exported model (.onnx) or a checkpoint (.safetensors).")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for pictures and detections.json.")],
+    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,
+    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
+    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")] = 0.3,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt: what runs an .onnx.")
+    ] = None,
+) -> None:
+    """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
+    if output.exists() and not output.is_dir():
+        raise D2ZeroError(f"--output takes a folder, {output} is a file")
+    chosen = Mode.parse(mode)
+    predictor = _load(model, provider)
+    if vocabulary:
+        predictor.set_vocabulary(Vocabulary.load(vocabulary))
+    sources = [Path(str(item)) for item in expand(source)]
+    output.mkdir(parents=True, exist_ok=True)
+    ids = {name: number for number, name in enumerate(predictor.vocabulary.names, 1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    failed: list[str] = []
+    started = time.perf_counter()
+    for path, found in _results(predictor, sources, chosen, score, failed):
+        height, width = found.image_size
+        images.append({"id": len(images) + 1, "file_name": str(path), "height": height, "width": width})
+        annotations += found.to_coco(len(images), ids)
+        counts.update(found.names)
+        if pictures:
+            shown = found.without_duplicates()
+            shown.plot(read_image(path)).save(output / f"{len(images):05d}-{path.stem}.jpg", quality=92)
+    taken = time.perf_counter() - started
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (output / "detections.json").write_text(json.dumps(content))
+    _summary(predictor.vocabulary, counts, len(images), taken, output)
+    if failed:
+        for line in failed:
+            print(f"skipped: {line}", file=sys.stderr)
+        raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+
+
+def _load(model: Path, providers: list[str] | None) -> Any:
+    if model.suffix == ".onnx":
+        return load(model, providers or ("cpu",))
+    if providers:
+        raise D2ZeroError("--provider is for exported models (.onnx)")
+    from d2zero.checkpoints.files import load_model
+
+    return load_model(model)
+
+
+def _results(
+    predictor: Any, sources: list[Path], mode: Mode, score: float, failed: list[str]
+) -> Iterator[tuple[Path, Detections]]:
+    """Each image with its instances; unreadable files go to `failed`."""
+    from d2zero.cli.terminal import tracked
+
+    if not hasattr(predictor, "stream"):
+        for path in tracked(iter(sources), len(sources), "segmenting"):
+            try:
+                image = read_image(path)
+            except D2ZeroError as error:
+                failed.append(str(error))
+                continue
+            yield path, predictor.predict([image], mode, score_threshold=score)[0]
+        return
+
+    def skipped(source: ImageLike, error: D2ZeroError) -> None:
+        failed.append(str(error))
+
+    found = predictor.stream(sources, mode, score_threshold=score, on_error=skipped)
+    for item, detections in tracked(found, len(sources), "segmenting"):
+        yield Path(item), detections
+
+
+def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path) -> None:
+    from rich.table import Table
+
+    from d2zero.cli.terminal import console
+
+    table = Table("class", "", "instances", box=None)
+    for name, count in counts.most_common(20):
+        seen = vocabulary.seen[vocabulary.names.index(name)]
+        table.add_row(name, "" if seen else "unseen", str(count))
+    screen = console()
+    screen.print(table if counts else "nothing found above the score")
+    print(
+        f"{images} images in {seconds:.1f} s ({images / max(seconds, 1e-9):.2f} a second), {sum(counts.values())} instances"
+    )
+    print(f"results: {output}")

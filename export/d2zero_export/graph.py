@@ -1,0 +1,142 @@
+"""The network as it is exported: the same function with less work, and no control flow that depends on data.
+
+Exact accelerations (equal in real arithmetic; DESIGN §5):
+- the classifier runs at the last head alone;
+- attention masks come from mask features that are resized once a level: resizing and the product with a
+  query's mask embedding commute, so masks at full resolution are formed once, at the end;
+- keys and values of a level are projected once for all layers that read it;
+- the first head's mask embedding depends on no input and becomes a constant.
+
+Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width, N pixels of a level.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2zero.model import D2Zero
+from d2zero.model.classifier import background_embedding
+from d2zero.model.decoder import LEVELS, DecoderLayer
+from d2zero.model.positions import sine_positions
+
+
+class InferenceGraph(nn.Module):
+    """`(images, class_embeddings) → (class_logits, mask_logits)`, all float32.
+
+    Args:
+        model: in evaluation mode; its weights are shared, not copied.
+    """
+
+    def __init__(self, model: D2Zero) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, class_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network.
+
+        Args:
+            images: (B, 3, H, W) normalised and padded; H and W multiples of 32.
+            class_embeddings: (K, D).
+
+        Returns:
+            class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
+        """
+        features = self.model.backbone(images)
+        mask_features, memory = self.model.pixel_decoder.decode(features)
+        queries = self._decode(mask_features, memory)
+        embeddings_BQC = self.model.decoder.mask_mlp(queries)
+        mask_logits = embeddings_BQC @ mask_features.flatten(2)
+        mask_logits = mask_logits.unflatten(2, mask_features.shape[2:])
+        return self._classify(queries, mask_logits, mask_features, class_embeddings), mask_logits
+
+    def _decode(self, mask_features: Tensor, memory: list[Tensor]) -> Tensor:
+        decoder = self.model.decoder
+        layers: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
+        keys: list[list[Tensor]] = []
+        values: list[list[Tensor]] = []
+        small_features: list[Tensor] = []  # mask features at each level's size, (B, C, N)
+        for level, (features, embedding) in enumerate(zip(memory, decoder.level_embedding, strict=True)):
+            size = features.shape[2:]
+            value_BNC = features.flatten(2).transpose(1, 2) + embedding
+            position = sine_positions(size[0], size[1], features.shape[1], features.device)
+            readers = [layer.cross_attention for layer in layers[level::LEVELS]]
+            keys.append(_projected(value_BNC + position.flatten(1).T, readers, 1))
+            values.append(_projected(value_BNC, readers, 2))
+            resized = F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
+            small_features.append(resized.flatten(2))
+        queries = decoder.query_features.expand(mask_features.shape[0], -1, -1)
+        for index, layer in enumerate(layers):
+            level, visit = index % LEVELS, index // LEVELS
+            blocked = decoder.mask_mlp(decoder.norm(queries)) @ small_features[level] < 0
+            blocked = blocked & ~blocked.all(dim=2, keepdim=True)
+            cross, own = layer.cross_attention, layer.self_attention
+            asking = _linear(queries + decoder.query_positions, cross, 0)
+            attended = _attend(cross, asking, keys[level][visit], values[level][visit], blocked)
+            queries = layer.cross_norm(queries + attended)
+            positioned = queries + decoder.query_positions
+            projected = (_linear(positioned, own, 0), _linear(positioned, own, 1), _linear(queries, own, 2))
+            queries = layer.self_norm(queries + _attend(own, *projected))
+            queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
+        normalised: Tensor = decoder.norm(queries)
+        return normalised
+
+    def _classify(
+        self, queries: Tensor, mask_logits: Tensor, mask_features: Tensor, class_embeddings: Tensor
+    ) -> Tensor:
+        classifier = self.model.classifier
+        queries_BQE = F.normalize(classifier.query_projection(queries), dim=-1)
+        background = classifier.background_projection(background_embedding(mask_features, mask_logits))
+        text_KE = classifier.text_projection(class_embeddings)
+        text = torch.cat([text_KE.expand(queries.shape[0], -1, -1), background[:, None]], dim=1)
+        text = F.normalize(text, dim=-1)
+        if classifier.adaptation is not None:
+            for layer in classifier.adaptation.layers:
+                text = _adapted(layer, text, queries_BQE)  # type: ignore[arg-type]
+            assert classifier.adaptation.norm is not None
+            text = F.normalize(classifier.adaptation.norm(text), dim=-1)
+        logits: Tensor = classifier.logit_scale * (queries_BQE @ text.transpose(1, 2))
+        return logits
+
+
+def _adapted(layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:
+    """One transformer decoder layer, post-norm, without dropout."""
+    own, cross = layer.self_attn, layer.multihead_attn
+    text = layer.norm1(text + _attend(own, *(_linear(text, own, part) for part in range(3))))
+    asked = (_linear(text, cross, 0), _linear(queries, cross, 1), _linear(queries, cross, 2))
+    text = layer.norm2(text + _attend(cross, *asked))
+    output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
+    return output
+
+
+def _linear(inputs: Tensor, attention: nn.MultiheadAttention, part: int) -> Tensor:
+    """The query (0), key (1) or value (2) projection of torch's packed weights."""
+    weight, bias = _weights(attention, part)
+    return F.linear(inputs, weight, bias)
+
+
+def _weights(attention: nn.MultiheadAttention, part: int) -> tuple[Tensor, Tensor]:
+    rows = slice(part * attention.embed_dim, (part + 1) * attention.embed_dim)
+    return attention.in_proj_weight[rows], attention.in_proj_bias[rows]
+
+
+def _projected(inputs: Tensor, readers: list[nn.MultiheadAttention], part: int) -> list[Tensor]:
+    """The key or value projections of several attentions in one product."""
+    if not readers:
+        return []
+    pairs = [_weights(reader, part) for reader in readers]
+    together = F.linear(inputs, torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs]))
+    return list(together.chunk(len(readers), dim=-1))
+
+
+def _attend(
+    attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
+) -> Tensor:
+    """Multi-head attention over projected queries, keys and values; `blocked` (B, Q, N) may not be attended."""
+    heads = attention.num_heads
+    split = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (queries, keys, values)]
+    scores = (split[0] * attention.head_dim**-0.5) @ split[1].transpose(-2, -1)
+    if blocked is not None:
+        scores = scores.masked_fill(blocked[:, None], float("-inf"))
+    gathered = (scores.softmax(-1) @ split[2]).transpose(1, 2).flatten(2)
+    output: Tensor = attention.out_proj(gathered)
+    return output

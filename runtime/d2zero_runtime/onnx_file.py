@@ -1,0 +1,197 @@
+"""The default vocabulary inside an ONNX file: read and replaced without onnx, without torch.
+
+An ONNX file is one protocol-buffers message. Only the few fields that matter are looked at; the weights
+are skipped over, so that a file of any size takes milliseconds to read and one copy to change.
+
+Field numbers (onnx.proto): ModelProto graph 7, metadata_props 14; GraphProto initializer 5; TensorProto
+dims 1, data_type 2, name 8, raw_data 9; StringStringEntryProto key 1, value 2.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+
+_GRAPH, _METADATA = 7, 14
+_INITIALIZER = 5
+_DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
+_FLOAT = 1
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+Buffer = mmap.mmap | bytes
+
+
+class _Field(NamedTuple):
+    number: int
+    wire: int
+    start: int  # of the field, with its key
+    body: int  # of its content
+    end: int
+
+
+def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
+    """The contract of an exported model and its default vocabulary.
+
+    Raises:
+        D2ZeroError: the file is absent, damaged, or was not exported by d2zero.
+    """
+    with _mapped(path) as buffer:
+        contract = ModelContract.from_json(_value(buffer, _contract_field(buffer, path)).decode(), str(path))
+        tensor = _embeddings_field(buffer, path)
+        dims: list[int] = []
+        raw = b""
+        for part in _fields(buffer, tensor.body, tensor.end):
+            if part.number == _DIMS and part.wire == _VARINT:
+                dims.append(_varint(buffer, part.body)[0])
+            elif part.number == _DIMS:
+                position = part.body
+                while position < part.end:
+                    value, position = _varint(buffer, position)
+                    dims.append(value)
+            elif part.number == _RAW:
+                raw = bytes(buffer[part.body : part.end])
+        if len(dims) != 2 or len(raw) != 4 * dims[0] * dims[1]:
+            raise D2ZeroError(f"{path}: the class embeddings inside cannot be read; export the model again")
+        return contract, contract.vocabulary(np.frombuffer(raw, "<f4").reshape(dims))
+
+
+def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Replace the default vocabulary of an exported model, atomically.
+
+    Raises:
+        D2ZeroError: the vocabulary's width or encoder does not fit, or the file is not of ours.
+    """
+    contract, previous = read_contract(path)
+    check_vocabulary(vocabulary, contract.text_dim, previous)
+    changed = replace(
+        contract,
+        class_names=vocabulary.names,
+        seen=tuple(vocabulary.seen.tolist()),
+        active=tuple(vocabulary.active.tolist()),
+        vocabulary_source=vocabulary.source,
+    )
+    entry = _message(1, CONTRACT_KEY.encode()) + _message(2, changed.to_json().encode())
+    tensor = (
+        b"".join(_key(_DIMS, _VARINT) + _encoded(side) for side in vocabulary.embeddings.shape)
+        + _key(_TYPE, _VARINT)
+        + _encoded(_FLOAT)
+        + _message(_NAME, EMBEDDINGS_INPUT.encode())
+        + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    with _mapped(path) as buffer, partial.open("wb") as out:
+        old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
+        for part in _fields(buffer, 0, len(buffer)):
+            if part.number == _GRAPH:
+                new = _message(_INITIALIZER, tensor)
+                size = part.end - part.body - (old_tensor.end - old_tensor.start) + len(new)
+                out.write(_key(_GRAPH, _BYTES) + _encoded(size))
+                out.write(buffer[part.body : old_tensor.start])
+                out.write(new)
+                out.write(buffer[old_tensor.end : part.end])
+            elif part.start == metadata.start:
+                out.write(_message(_METADATA, entry))
+            else:
+                out.write(buffer[part.start : part.end])
+    partial.replace(path)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    if not path.is_file():
+        raise D2ZeroError(f"model {path} does not exist")
+    if not path.stat().st_size:
+        raise D2ZeroError(f"{path} is empty")
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _contract_entry(buffer: Buffer, path: Path) -> _Field:
+    for part in _checked(buffer, path):
+        if part.number == _METADATA:
+            inner = {field.number: field for field in _fields(buffer, part.body, part.end)}
+            if 1 in inner and _value(buffer, inner[1]) == CONTRACT_KEY.encode():
+                return part
+    raise D2ZeroError(f"{path} carries no d2zero contract; export a checkpoint with `d2zero export`")
+
+
+def _contract_field(buffer: Buffer, path: Path) -> _Field:
+    entry = _contract_entry(buffer, path)
+    return next(field for field in _fields(buffer, entry.body, entry.end) if field.number == 2)
+
+
+def _embeddings_field(buffer: Buffer, path: Path) -> _Field:
+    for part in _checked(buffer, path):
+        if part.number != _GRAPH:
+            continue
+        for tensor in _fields(buffer, part.body, part.end):
+            if tensor.number != _INITIALIZER:
+                continue
+            names = [f for f in _fields(buffer, tensor.body, tensor.end) if f.number == _NAME]
+            if names and _value(buffer, names[0]) == EMBEDDINGS_INPUT.encode():
+                return tensor
+    raise D2ZeroError(f"{path} has no replaceable class embeddings inside")
+
+
+def _checked(buffer: Buffer, path: Path) -> Iterator[_Field]:
+    try:
+        yield from _fields(buffer, 0, len(buffer))
+    except (IndexError, ValueError) as error:
+        raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file") from error
+
+
+def _value(buffer: Buffer, part: _Field) -> bytes:
+    return bytes(buffer[part.body : part.end])
+
+
+def _fields(buffer: Buffer, start: int, end: int) -> Iterator[_Field]:
+    position = start
+    while position < end:
+        key, body = _varint(buffer, position)
+        wire = key & 7
+        if wire == _BYTES:
+            length, body = _varint(buffer, body)
+            stop = body + length
+        elif wire == _VARINT:
+            stop = _varint(buffer, body)[1]
+        elif wire in (_FIXED64, _FIXED32):
+            stop = body + (8 if wire == _FIXED64 else 4)
+        else:
+            raise ValueError(f"unknown wire type {wire}")
+        if stop > end:
+            raise ValueError("a field ends past its message")
+        yield _Field(key >> 3, wire, position, body, stop)
+        position = stop
+
+
+def _varint(buffer: Buffer, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = buffer[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        shift += 7
+        if byte < 0x80:
+            return value, position
+
+
+def _encoded(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _key(number: int, wire: int) -> bytes:
+    return _encoded(number << 3 | wire)
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _key(number, _BYTES) + _encoded(len(content)) + content
