@@ -6,10 +6,11 @@ Sub-commands import what they need when they run, so that those which need no to
 import importlib.util
 import os
 import sys
+from importlib.metadata import entry_points
 
 import typer
 
-from d2zero.cli import convert, data, demo, evaluate, export, predict, train, vocab
+from d2zero.cli import convert, data, demo, evaluate, predict, train, vocab
 from d2zero_runtime import D2ZeroError
 
 app = typer.Typer(
@@ -24,10 +25,11 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
-app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.add_typer(vocab.app, name="vocab")
 app.add_typer(data.app, name="data")
+for _entry in entry_points(group="d2zero.commands"):  # commands of the rooms that build on this one
+    app.command(_entry.name)(_entry.load())
 
 
 @app.callback()

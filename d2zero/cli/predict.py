@@ -107,7 +107,6 @@ def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, second
         table.add_row(name, "" if seen else "unseen", str(count))
     screen = console()
     screen.print(table if counts else "nothing found above the score")
-    print(
-        f"{images} images in {seconds:.1f} s ({images / max(seconds, 1e-9):.2f} a second), {sum(counts.values())} instances"
-    )
+    rate = images / max(seconds, 1e-9)
+    print(f"{images} images in {seconds:.1f} s ({rate:.2f} a second), {sum(counts.values())} instances")
     print(f"results: {output}")

@@ -91,7 +91,7 @@ class InferenceGraph(nn.Module):
         text = F.normalize(text, dim=-1)
         if classifier.adaptation is not None:
             for layer in classifier.adaptation.layers:
-                text = _adapted(layer, text, queries_BQE)  # type: ignore[arg-type]
+                text = _adapted(layer, text, queries_BQE)
             assert classifier.adaptation.norm is not None
             text = F.normalize(classifier.adaptation.norm(text), dim=-1)
         logits: Tensor = classifier.logit_scale * (queries_BQE @ text.transpose(1, 2))

@@ -37,8 +37,8 @@ class RawParity:
                 value = getattr(entry, tensor)
                 if not value <= tolerance:
                     raise D2ZeroError(
-                        f"the exported model differs from the checkpoint: {tensor} by {value:.2e} (limit {tolerance:.0e})"
-                        f" for {entry.case}; the file was not written"
+                        f"the exported model differs from the checkpoint: {tensor} by {value:.2e}"
+                        f" (limit {tolerance:.0e}) for {entry.case}; the file was not written"
                     )
 
 

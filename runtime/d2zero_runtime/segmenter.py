@@ -134,14 +134,13 @@ class Segmenter:
             `Detections` for one image, a list of them otherwise, in the order of the sources.
         """
         many = _is_many(source)
-        items = list(expand(source)) if many else [source]  # type: ignore[list-item]
-        options = {
+        options: dict[str, Any] = {
             "vocabulary": vocabulary,
             "score_threshold": score_threshold,
             "max_detections": max_detections,
             "with_masks": with_masks,
         }
-        found = [detections for _, detections in self.stream(items, mode, **options)]
+        found = [detections for _, detections in self.stream(expand(source), mode, **options)]
         return found if many else found[0]
 
     def stream(
@@ -252,12 +251,12 @@ def expand(source: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
         return list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
     path = Path(source)
     if path.is_dir():
-        found: list[ImageLike] = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        found: list[ImageLike] = [*sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)]
         if not found:
             raise D2ZeroError(f"folder {path} holds no images ({listed(sorted(IMAGE_SUFFIXES), 10)})")
         return found
     if any(sign in str(source) for sign in "*?[") and not path.exists():
-        matched: list[ImageLike] = [Path(name) for name in sorted(glob(str(source), recursive=True))]
+        matched: list[ImageLike] = [Path(name) for name in sorted(glob(str(source), recursive=True))]  # noqa: PTH207 (absolute)
         if not matched:
             raise D2ZeroError(f"no file matches {source}")
         return matched

@@ -1,6 +1,5 @@
 """`d2zero export`: a checkpoint as one file that runs without torch."""
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +22,13 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX: any batch, size and vocabulary; verified against the checkpoint."""
     from d2zero.checkpoints.files import file_hash, load_model
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
 
-    # The export room builds on this one and not the other way round: it is looked up, not imported.
-    onnx_export = importlib.import_module("d2zero_export.onnx_export")
-    config = onnx_export.ExportConfig(deform_attn=deform_attn, tolerance=tolerance, verify=verify)
+    config = ExportConfig(deform_attn=deform_attn, tolerance=tolerance, verify=verify)
     if output.suffix != ".onnx":
         raise D2ZeroError(f"--output must end in .onnx, got {output}")
     model = load_model(checkpoint)
-    parity = onnx_export.export_onnx(
+    parity = export_onnx(
         model, output, config, file_hash(checkpoint), lambda name: print(f"{name} …", file=sys.stderr, flush=True)
     )
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(model.vocabulary)} classes inside")

@@ -1,0 +1,277 @@
+"""Exported models are the same models, and stay so with other classes, sizes, batches and modes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Outcome, published_model, published_vocabulary
+from PIL import Image
+
+import d2zero
+from d2zero.demo.run import packaged_checkpoint
+from d2zero.model import D2Zero
+from d2zero_export import onnx_export
+from d2zero_export.graph import InferenceGraph
+from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
+from d2zero_export.verify import raw_parity
+from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
+from d2zero_runtime.contract import CONTRACT_KEY
+from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
+from d2zero_runtime.segmenter import expand
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def demo_model() -> D2Zero:
+    return d2zero.load(packaged_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def exported(demo_model: D2Zero, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
+    export_onnx(demo_model, path, ExportConfig(verify=False), checkpoint_hash="abc")
+    return path
+
+
+@pytest.fixture
+def photos(shapes_data: Path) -> list[Path]:
+    return sorted((shapes_data / "val").iterdir())[:6]
+
+
+def test_graph_equals_the_model(small_model: D2Zero) -> None:
+    import torch
+
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = small_model(images)[-1]
+        class_logits, mask_logits = InferenceGraph(small_model)(images, small_model.class_embeddings)
+    torch.testing.assert_close(class_logits, ours.class_logits, atol=5e-5, rtol=0)
+    torch.testing.assert_close(mask_logits, ours.mask_logits, atol=5e-4, rtol=0)
+
+
+def test_file_equals_the_checkpoint_at_every_size_batch_and_class_count(demo_model: D2Zero, exported: Path) -> None:
+    parity = raw_parity(demo_model, load(exported))
+    assert len(parity.differences) == 7
+    for entry in parity.differences:
+        assert entry.class_logits < 1e-4 and entry.mask_logits < 1e-3 and entry.flipped < 1e-4, entry
+
+
+def test_operators(exported: Path) -> None:
+    proto = onnx.load(exported)
+    operators = {node.op_type for node in proto.graph.node}
+    assert not operators & FORBIDDEN and "GridSample" in operators
+    assert {entry.domain: entry.version for entry in proto.opset_import}[""] < 20
+    assert [entry.name for entry in proto.graph.input] == ["images", "class_embeddings"]
+    content = proto.SerializeToString()
+    assert b"d2zero_export" not in content and b"/work" not in content  # no traces of who made it where
+
+
+@pytest.mark.slow
+def test_gather_form_has_no_grid_sample_and_gives_the_same(demo_model: D2Zero, tmp_path: Path) -> None:
+    parity = export_onnx(demo_model, tmp_path / "g.onnx", ExportConfig(deform_attn="gather"))
+    assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
+    assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
+
+
+@pytest.mark.slow
+def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Path) -> None:
+    model = published_model(published_vocabulary(shared, "48_17"))
+    export_onnx(model, tmp_path / "p.onnx", ExportConfig(verify=False))
+    recorded = np.load(shared / "reference/reference_48_17.npz")
+    segmenter = load(tmp_path / "p.onnx")
+    out = segmenter.predict_raw([recorded["image_u8"]])
+    np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
+    started = load(tmp_path / "p.onnx").contract
+    assert started.preprocessing.shortest_edge == 800 and len(started.class_names) == 65
+
+
+def test_contract_and_default_vocabulary(demo_model: D2Zero, exported: Path) -> None:
+    contract, words = read_contract(exported)
+    assert words.names == demo_model.vocabulary.names and contract.checkpoint == "abc"
+    np.testing.assert_array_equal(words.embeddings, demo_model.vocabulary.embeddings)
+    np.testing.assert_array_equal(words.seen, demo_model.vocabulary.seen)
+    assert contract.preprocessing == demo_model.config.preprocessing
+    assert contract.softmax_temperature == demo_model.config.softmax_temperature
+    assert {"d2zero", "torch", "onnx"} <= contract.tools.keys()
+
+
+@pytest.mark.parametrize("mode", ["gzsis", "zsis", "gzsis-copy-paste"])
+def test_instances_equal_those_of_the_checkpoint(
+    demo_model: D2Zero, exported: Path, photos: list[Path], mode: str
+) -> None:
+    found = load(exported)(photos, mode)
+    expected = [demo_model.predict([read_image(path)], mode)[0] for path in photos]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
+        clear = theirs.scores > 0.05
+        assert [n for n, c in zip(ours.names, clear, strict=True) if c] == [
+            n for n, c in zip(theirs.names, clear, strict=True) if c
+        ]
+        assert (ours[clear].bitmaps() != theirs[clear].bitmaps()).mean() < 1e-4
+
+
+def test_vocabularies_at_run_time(exported: Path, photos: list[Path]) -> None:
+    segmenter = load(exported)
+    words = segmenter.vocabulary
+    few = words.select(["red ring", "blue cross", "green star"])
+    assert set(segmenter(photos[0], vocabulary=few).names) <= set(few.names)
+    assert segmenter.vocabulary is words  # for that call alone
+    segmenter.set_vocabulary(words.with_active(["red ring"]))
+    assert set(segmenter(photos[0]).names) == {"red ring"}
+    many = np.random.default_rng(0).standard_normal((1203, 64)).astype(np.float32)
+    segmenter.set_vocabulary(Vocabulary(tuple(f"c{i}" for i in range(1203)), many))
+    assert len(segmenter(photos[0])) == 100
+    with pytest.raises(D2ZeroError, match="width 64, the vocabulary has 8"):
+        segmenter.set_vocabulary(Vocabulary(("a",), np.ones((1, 8))))
+    with pytest.raises(D2ZeroError, match="do not mix"):
+        segmenter(photos[0], vocabulary=replace(few, source={"encoder": "clip"}))
+    with pytest.raises(D2ZeroError, match="needs unseen classes"):
+        segmenter(photos[0], "zsis")
+
+
+def test_default_vocabulary_is_replaced_in_the_file(exported: Path, tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "m.onnx"
+    shutil.copy(exported, path)
+    before = load(path)
+    words = before.vocabulary.select(["blue cross", "red circle"])
+    words.save(tmp_path / "v.npz")
+    outcome = command("vocab", "set", path, tmp_path / "v.npz")
+    assert outcome.code == 0 and "now 2 classes (1 unseen)" in outcome.out, outcome.err
+    onnx.checker.check_model(onnx.load(path))
+    after = load(path)
+    assert after.vocabulary.names == words.names
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    before.set_vocabulary(words)
+    np.testing.assert_array_equal(before.predict_raw([image]).class_logits, after.predict_raw([image]).class_logits)
+    assert "blue cross" in command("vocab", "show", path).out
+    assert [entry.name for entry in tmp_path.iterdir() if "partial" in entry.name] == []
+    replace_vocabulary(path, load(exported).vocabulary)
+    assert path.stat().st_size == exported.stat().st_size
+    with pytest.raises(D2ZeroError, match="width"):
+        replace_vocabulary(path, Vocabulary(("a",), np.ones((1, 8))))
+
+
+def test_sources(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    segmenter = load(exported)
+    array = read_image(photos[0])
+    first = segmenter(photos[0])
+    for source in (str(photos[0]), array, Image.fromarray(array)):
+        np.testing.assert_array_equal(segmenter(source).scores, first.scores)
+    (tmp_path / "deep").mkdir()
+    for index, photo in enumerate(photos[:3]):
+        shutil.copy(photo, tmp_path / "deep" / f"{index}.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    for source in (tmp_path, tmp_path / "deep", str(tmp_path / "*" / "*.PNG")):
+        assert len(segmenter(source)) == 3
+    np.testing.assert_array_equal(segmenter([photos[0], array])[1].scores, first.scores)
+    with pytest.raises(D2ZeroError, match="no file matches"):
+        expand(str(tmp_path / "*.jpg"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(D2ZeroError, match="holds no images"):
+        segmenter(tmp_path / "empty")
+
+
+def test_stream_keeps_the_order_and_reports_bad_files(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photos[0].read_bytes()[:100])
+    segmenter, failed = load(exported), []
+    mixed = [photos[0], broken, photos[1], tmp_path / "none.png", photos[2]]
+    found = list(segmenter.stream(iter(mixed), on_error=lambda source, error: failed.append((source, str(error)))))
+    assert [source for source, _ in found] == [photos[0], photos[1], photos[2]]
+    assert [source for source, _ in failed] == [broken, tmp_path / "none.png"]
+    np.testing.assert_array_equal(found[2][1].scores, segmenter(photos[2]).scores)
+    with pytest.raises(D2ZeroError, match="cut short|not an image"):
+        segmenter(mixed)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_predict_command(suffix: str, exported: Path, photos: list[Path], tmp_path: Path, command: Command) -> None:
+    model = exported if suffix == ".onnx" else packaged_checkpoint()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos[:2]:
+        shutil.copy(photo, folder)
+    outcome = command("predict", folder, "-m", model, "-o", tmp_path / "out", "--score", "0.2")
+    assert outcome.code == 0, outcome.err
+    content = json.loads((tmp_path / "out/detections.json").read_text())
+    assert len(content["images"]) == 2 and len(content["categories"]) == 36 and content["annotations"]
+    assert all(entry["score"] >= 0.2 for entry in content["annotations"])
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+    (folder / "zz.png").write_bytes(b"broken")
+    outcome = command("predict", folder, "-m", model, "-o", tmp_path / "again", "--no-pictures")
+    assert outcome.code == 2 and "skipped: " in outcome.err and "1 of 3 files" in outcome.err
+    assert len(json.loads((tmp_path / "again/detections.json").read_text())["images"]) == 2
+
+
+def test_runtime_needs_no_torch(exported: Path, photos: list[Path]) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import d2zero_runtime as r;"
+        f"found = r.load({str(exported)!r})({str(photos[0])!r}, 'zsis'); assert len(found) == 100;"
+        "from d2zero.cli.main import main; sys.argv = ['d2zero', 'vocab', 'show', '" + str(exported) + "']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "36 classes" in done.stdout, done.stderr
+
+
+def test_bad_models_and_providers(exported: Path, tmp_path: Path, command: Command) -> None:
+    for size in (0, 50, 5000, exported.stat().st_size - 1000):
+        (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:size])
+        with pytest.raises(D2ZeroError, match="damaged, cut short|is empty|no d2zero contract"):
+            load(tmp_path / "cut.onnx")
+    with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx\)"):
+        load(packaged_checkpoint())
+    with pytest.raises(D2ZeroError, match="does not exist"):
+        load(tmp_path / "none.onnx")
+    with pytest.raises(D2ZeroError, match="CUDAExecutionProvider not available.*d2zero\\[gpu\\]"):
+        load(exported, providers=["cuda"])
+    proto = onnx.load(exported)
+    for change, message in (({"version": 99}, "version 99.*upgrade"), ({"class_names": None}, "lacks class_names")):
+        entry = next(prop for prop in proto.metadata_props if prop.key == CONTRACT_KEY)
+        values = {k: v for k, v in {**json.loads(entry.value), **change}.items() if v is not None}
+        changed = onnx.ModelProto()
+        changed.CopyFrom(proto)
+        next(prop for prop in changed.metadata_props if prop.key == CONTRACT_KEY).value = json.dumps(values)
+        onnx.save(changed, tmp_path / "changed.onnx")
+        with pytest.raises(D2ZeroError, match=message):
+            load(tmp_path / "changed.onnx")
+    outcome = command("predict", "nowhere.jpg", "-m", exported, "-o", tmp_path / "out", "--provider", "cuda")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+
+
+def test_a_file_that_differs_is_not_written(
+    demo_model: D2Zero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path
+) -> None:
+    """Verification is the last stage; here the graph is that of a model with other weights."""
+    monkeypatch.setattr(onnx_export, "_trace", lambda model: None)
+    proto = onnx.load(exported)
+    tensor = next(t for t in proto.graph.initializer if t.name.endswith("background_projection.weight"))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(tensor), tensor.name))
+    del proto.metadata_props[:]
+    words = next(t for t in proto.graph.initializer if t.name == "class_embeddings")
+    proto.graph.initializer.remove(words)
+    monkeypatch.setattr(onnx_export, "_translate", lambda program: proto)
+    with pytest.raises(D2ZeroError, match=r"class_logits by .* \(limit 1e-03\) for one image"):
+        export_onnx(demo_model, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.safetensors", "-o", "m.onnx"], "does not exist"),
+        (["m.safetensors", "-o", "m.engine"], "must end in .onnx"),
+        (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, got 'magic'"),
+    ],
+)
+def test_wrong_export_commands(arguments: list[str], message: str, command: Command) -> None:
+    outcome = command("export", *arguments)
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
