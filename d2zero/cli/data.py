@@ -26,6 +26,7 @@ def split(
     val_json: Annotated[
         Path | None, typer.Option("--val-json", help="The validation annotations, if not found by name.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
     """Build the zero-shot training and test files from COCO's own annotations."""
     from d2zero.data.coco import read_coco
@@ -36,7 +37,7 @@ def split(
     train = train_json or _source(data, "train")
     val = val_json or _source(data, "val")
     output = output or data / "annotations" / "ZSIS"
-    for part in write_split(read_coco(train), read_coco(val), chosen, output):
+    for part in write_split(read_coco(train), read_coco(val), chosen, output, force):
         print(f"{part.path}: {part.images} images, {part.annotations} instances")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from d2zero.model import D2Zero
 
 PICTURES = 12  # images on a contact sheet
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def evaluate(
@@ -55,6 +56,13 @@ def evaluate(
         raise D2ZeroError("give either a checkpoint or --detections FILE")
     if json_file and not json_file.parent.is_dir():
         raise D2ZeroError(f"the folder of --json {json_file} does not exist")
+    if json_file and json_file.is_dir():
+        raise D2ZeroError(f"--json takes a file, {json_file} is a folder")
+    if pictures and pictures.suffix.lower() not in PICTURE_SUFFIXES:
+        raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
+    if detections is not None and any((data, images, vocabulary, output, pictures, limit)):
+        raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
+    run = None
     if detections is not None:
         summaries = _of_detections(detections, annotations, split, modes)
     else:
@@ -68,13 +76,13 @@ def evaluate(
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, file_hash(checkpoint), limit)
         summaries = run.run(tracked)
-        if pictures:
-            _draw(run, pictures, checkpoint.name)
     _show(list(summaries.values()), per_class)
     if json_file:
         content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}
         json_file.write_text(json.dumps(content, indent=1))
         print(f"all figures: {json_file}")
+    if pictures and run is not None:
+        _draw(run, pictures, checkpoint.name if checkpoint else "")
 
 
 def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:

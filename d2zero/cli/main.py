@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0
     except PermissionError as error:
         code = _fail(f"no permission to use {error.filename}")
+    except OSError as error:  # a folder where a file should be, a full disk
+        code = _fail(f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         # Usage errors of the command line parser, whichever click typer brings along.
         if not hasattr(error, "format_message"):

@@ -25,7 +25,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.size < 32 or self.size % 32:
             raise D2ZeroError(f"augment.size must be a multiple of 32, got {self.size}")
-        low, high = self.scale_range
+        low, high = self.scale_range if len(self.scale_range) == 2 else (0, 0)
         if not 0 < low <= high:
             raise D2ZeroError(f"augment.scale_range must be two rising positive numbers, got {self.scale_range}")
 

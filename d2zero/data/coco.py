@@ -74,12 +74,21 @@ def read_coco(path: Path) -> CocoFile:
             f"{path}: {len(without)} of {len(content['annotations'])} annotations have no mask ('segmentation'),"
             f" ids {listed(without)}; instance segmentation needs masks, not boxes alone"
         )
+    for entry in content["images"]:
+        sides = (entry["height"], entry["width"])
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            raise D2ZeroError(f"{path}: image {entry['id']} has a size of {sides}, expected positive whole numbers")
+    known = {entry["id"] for entry in content["categories"]}
+    foreign = {entry["category_id"] for entry in content["annotations"]} - known
+    if foreign:
+        raise D2ZeroError(f"{path}: annotations of categories that it does not list: ids {listed(sorted(foreign))}")
     images = {entry["id"]: entry for entry in content["images"]}
     strays = {entry["image_id"] for entry in content["annotations"]} - images.keys()
     if strays:
         raise D2ZeroError(f"{path}: annotations refer to images that it does not list: {listed(sorted(strays))}")
     annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for entry in content["annotations"]:
+        entry.setdefault("iscrowd", 0)
         annotations[entry["image_id"]].append(entry)
     categories = {entry["name"]: entry["id"] for entry in content["categories"]}
     return CocoFile(path, images, dict(annotations), categories)

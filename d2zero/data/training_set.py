@@ -97,7 +97,8 @@ class TrainingSet(Dataset[Sample]):
             )
         file_names = {number: annotations.images[number]["file_name"] for number in usable}
         self.missing = [name for name in file_names.values() if Path(name).name == name and name not in present]
-        self.image_ids = [number for number in usable if file_names[number] not in set(self.missing)]
+        absent = set(self.missing)
+        self.image_ids = [number for number in usable if file_names[number] not in absent]
         if not self.image_ids:
             raise D2ZeroError(
                 f"none of the {len(usable)} images of {annotations.path.name} is in {images}"

@@ -46,11 +46,14 @@ def test_part(source: CocoFile, split: Split, names: tuple[str, ...]) -> dict[st
     return _content(source, kept, names)
 
 
-def write_split(train: CocoFile | None, val: CocoFile | None, split: Split, output: Path) -> list[Part]:
+def write_split(
+    train: CocoFile | None, val: CocoFile | None, split: Split, output: Path, replace: bool = False
+) -> list[Part]:
     """Write `instances_{train}_seen_…`, `instances_{val}_gzsi_…` and `instances_{val}_unseen_…`.
 
     Raises:
-        D2ZeroError: a source lacks categories of the split, or a part would be empty.
+        D2ZeroError: a source lacks categories of the split, a part would be empty, or files exist that may not
+            be replaced.
     """
     tail = split.name.removeprefix("coco-").replace("-", "_")
     parts: list[tuple[str, str, dict[str, Any]]] = []
@@ -59,13 +62,18 @@ def write_split(train: CocoFile | None, val: CocoFile | None, split: Split, outp
     if val is not None:
         parts.append((val.path.stem, "gzsi", test_part(val, split, split.names)))
         parts.append((val.path.stem, "unseen", test_part(val, split, split.unseen)))
+    there = [path for stem, part, _ in parts if (path := output / f"{stem}_{part}_{tail}.json").exists()]
+    if there and not replace:
+        raise D2ZeroError(f"{listed(there)} exist already; replace them with --force, or choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for stem, part, content in parts:
         if not content["annotations"]:
             raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
         path = output / f"{stem}_{part}_{tail}.json"
-        path.write_text(json.dumps(content))
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content))
+        partial.replace(path)
         written.append(Part(path, len(content["images"]), len(content["annotations"])))
     return written
 

@@ -9,6 +9,7 @@ AP@[.5:.95].
 
 import contextlib
 import io
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2zero.data.coco import CocoFile
-from d2zero_runtime import D2ZeroError, Mode
+from d2zero.data.coco import CocoFile, decode_mask
+from d2zero_runtime import D2ZeroError, Mode, rle
 from d2zero_runtime.errors import listed
 
 IOU_TYPES = ("segm", "bbox")
@@ -83,11 +85,21 @@ class ZeroShotScores:
             D2ZeroError: a detection is of another image or an unknown category.
         """
         self._check(set(image_ids), detections)
-        truth = [dict(a) for number in image_ids for a in self.annotations.annotations.get(number, [])]
+        entries = [entry for number in image_ids for entry in self.annotations.annotations.get(number, [])]
+        # pycocotools takes an id of 0 for "no match", and ids given twice for one annotation.
+        truth = [{**self._complete(entry), "id": number} for number, entry in enumerate(entries, 1)]
         self.images += len(image_ids)
         self.detections += len(detections)
         for kind in IOU_TYPES:
             self._add(kind, image_ids, truth, detections)
+
+    def _complete(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """An annotation with the box and area that matching needs, from its mask where they are missing."""
+        if "bbox" in entry and "area" in entry:
+            return entry
+        image = self.annotations.images[entry["image_id"]]
+        encoded = rle.encode(decode_mask(entry, image["height"], image["width"]))
+        return {"bbox": coco_mask.toBbox(encoded).tolist(), "area": rle.area(encoded), **entry}
 
     def _add(self, kind: str, image_ids: Sequence[int], truth: Entries, detections: Entries) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -183,12 +195,7 @@ def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[
     Raises:
         D2ZeroError: entries are malformed, or refer to images or categories that the file does not have.
     """
-    by_image: Mapping[int, Entries] = _grouped(detections)
-    strange = sorted(by_image.keys() - annotations.images.keys())
-    if strange:
-        raise D2ZeroError(
-            f"detections refer to images that {annotations.path.name} does not list: ids {listed(strange)}"
-        )
+    by_image = _grouped(detections, annotations)
     scores = ZeroShotScores(annotations, seen)
     ids = list(annotations.images)
     for start in range(0, len(ids), CHUNK):
@@ -197,16 +204,35 @@ def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[
     return scores.summary(mode)
 
 
-def _grouped(detections: Entries) -> dict[int, Entries]:
+def _grouped(detections: Entries, annotations: CocoFile) -> dict[int, Entries]:
     by_image: dict[int, Entries] = defaultdict(list)
-    for entry in detections:
-        missing = {"image_id", "category_id", "score", "bbox", "segmentation"} - entry.keys()
-        if missing:
-            raise D2ZeroError(
-                f"a detection lacks {', '.join(sorted(missing))}; expected COCO result entries with masks"
-            )
+    for place, entry in enumerate(detections):
+        problem = _problem(entry, annotations)
+        if problem:
+            raise D2ZeroError(f"detection number {place} {problem}")
         by_image[entry["image_id"]].append(entry)
     return by_image
+
+
+def _problem(entry: Any, annotations: CocoFile) -> str:
+    """What is wrong with a COCO result entry, or nothing."""
+    if not isinstance(entry, dict):
+        return f"is {entry!r}; expected COCO result entries"
+    missing = {"image_id", "category_id", "score", "bbox", "segmentation"} - entry.keys()
+    if missing:
+        return f"lacks {', '.join(sorted(missing))}; expected COCO result entries with masks"
+    if entry["image_id"] not in annotations.images:
+        return f"is of image {entry['image_id']}, which {annotations.path.name} does not list"
+    numbers = entry["bbox"] if isinstance(entry["bbox"], list) and len(entry["bbox"]) == 4 else [None]
+    for value in (entry["score"], *numbers):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"needs a finite score and bbox [x, y, width, height], got {entry['score']!r}, {entry['bbox']!r}"
+    image, mask = annotations.images[entry["image_id"]], entry["segmentation"]
+    size = [image["height"], image["width"]]
+    if not isinstance(mask, dict) or mask.get("size") != size or not isinstance(mask.get("counts"), (str, bytes)):
+        found = mask.get("size") if isinstance(mask, dict) else type(mask).__name__
+        return f"needs a compressed RLE mask of its image's size {size}, got {found}"
+    return ""
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -33,11 +33,11 @@ class EvaluationRun:
         model: in evaluation mode, with the vocabulary to use.
         annotations: the ground truth; its categories must be classes of the vocabulary.
         images: the folder of its images.
-        output: where detections are kept.
+        output: where detections are kept, in a folder named after all that they depend on: model, vocabulary,
+            annotations, images. A run of something else never touches them.
         modes: evaluated from the same pass of the network.
         batch_size: images at a time.
-        identity: whatever else results depend on (such as a checkpoint's hash); a folder with detections of
-            another identity is not continued.
+        identity: what tells this model from others, such as its checkpoint's hash.
         limit: evaluate only so many images.
     """
 
@@ -65,6 +65,10 @@ class EvaluationRun:
             raise D2ZeroError(f"image folder {self.images} does not exist")
         ids = list(self.annotations.images)
         self.image_ids = ids[: self.limit] if self.limit else ids
+        names = [self.annotations.images[number]["file_name"] for number in self.image_ids]
+        if not any((self.images / name).is_file() for name in names):
+            raise D2ZeroError(f"none of the {len(names)} images of {self.annotations.path.name} is in {self.images}")
+        self.folder = self.output / self._identity()[:12]
 
     def run(self, progress: Progress | None = None) -> dict[Mode, dict[str, Any]]:
         """Evaluate what is left to evaluate and sum up.
@@ -72,8 +76,9 @@ class EvaluationRun:
         Returns:
             Figures by mode, as of `ZeroShotScores.summary`, with `unreadable` image files added.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._check_identity()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for mode in self.modes:
+            _drop_cut_line(self._file(mode))
         done = set.intersection(*(self._done(mode) for mode in self.modes))
         left = [number for number in self.image_ids if number not in done]
         batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
@@ -133,40 +138,41 @@ class EvaluationRun:
     def _read(self, image_ids: list[int]) -> list[NDArray[np.uint8] | None]:
         pictures: list[NDArray[np.uint8] | None] = []
         for number in image_ids:
+            entry = self.annotations.images[number]
             try:
-                pictures.append(read_image(self.images / self.annotations.images[number]["file_name"]))
+                picture = read_image(self.images / entry["file_name"])
+                if picture.shape[:2] != (entry["height"], entry["width"]):
+                    raise D2ZeroError(
+                        f"{entry['file_name']} is {picture.shape[:2]} (height, width), its annotations say"
+                        f" {(entry['height'], entry['width'])}"
+                    )
+                pictures.append(picture)
             except D2ZeroError as error:
                 self.unreadable[number] = str(error)
                 pictures.append(None)
-        if len(self.unreadable) >= len(self.image_ids):
-            raise D2ZeroError(
-                f"no image could be read; the first: {next(iter(self.unreadable.values()))}. Check --images"
-            )
         return pictures
 
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
-        wanted = set(self.image_ids)
+        left = set(self.image_ids)
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
         ids: list[int] = []
-        unreadable: list[str] = []
         detections: list[dict[str, Any]] = []
+        unreadable: dict[int, str] = {}
         for line in self._lines(mode):
-            if line["image_id"] not in wanted:
-                continue
-            wanted.discard(line["image_id"])
-            ids.append(line["image_id"])
-            if "unreadable" in line:
-                unreadable.append(line["unreadable"])
-            detections += line["detections"]
+            if "unreadable" in line:  # a later run may have read it
+                unreadable[line["image_id"]] = line["unreadable"]
+            elif line["image_id"] in left:
+                left.discard(line["image_id"])
+                ids.append(line["image_id"])
+                detections += line["detections"]
             if len(ids) == CHUNK:
                 scores.add(ids, detections)
                 ids, detections = [], []
-        if ids:
-            scores.add(ids, detections)
-        return {**scores.summary(mode), "unreadable": unreadable}
+        scores.add([*ids, *sorted(left)], detections)
+        return {**scores.summary(mode), "unreadable": [unreadable[number] for number in sorted(left)]}
 
     def _done(self, mode: Mode) -> set[int]:
-        return {line["image_id"] for line in self._lines(mode)}
+        return {line["image_id"] for line in self._lines(mode) if "unreadable" not in line}
 
     def _lines(self, mode: Mode) -> Iterator[dict[str, Any]]:
         if not self._file(mode).exists():
@@ -177,20 +183,16 @@ class EvaluationRun:
                     yield json.loads(line)
 
     def _file(self, mode: Mode) -> Path:
-        return self.output / f"detections_{mode}.jsonl"
+        return self.folder / f"detections_{mode}.jsonl"
 
-    def _check_identity(self) -> None:
-        """Start over if the folder's detections are of another model or other data; mend a cut last line."""
+    def _identity(self) -> str:
+        """A digest of all that detections depend on."""
         vocabulary = self.model.vocabulary
-        digest = hashlib.sha256(vocabulary.embeddings.tobytes())
-        digest.update(repr((vocabulary.names, self.identity, str(self.annotations.path.resolve()))).encode())
-        stamp = self.output / "identity.txt"
-        if stamp.exists() and stamp.read_text() != digest.hexdigest():
-            for mode in Mode:
-                self._file(mode).unlink(missing_ok=True)
-        stamp.write_text(digest.hexdigest())
-        for mode in self.modes:
-            _drop_cut_line(self._file(mode))
+        digest = hashlib.sha256(self.annotations.path.read_bytes())
+        for array in (vocabulary.embeddings, vocabulary.seen, vocabulary.active):
+            digest.update(array.tobytes())
+        digest.update(repr((vocabulary.names, self.identity, str(self.images.resolve()))).encode())
+        return digest.hexdigest()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -36,7 +36,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.preprocessing, dict):
             object.__setattr__(self, "preprocessing", _preprocessing(self.preprocessing))
-        for name in ("hidden_dim", "num_heads", "num_queries", "text_dim", "semantic_dim", "encoder_points"):
+        for name in (
+            "hidden_dim",
+            "num_heads",
+            "num_queries",
+            "text_dim",
+            "semantic_dim",
+            "encoder_points",
+            "adaptation_heads",
+        ):
             if getattr(self, name) < 1:
                 raise D2ZeroError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("encoder_layers", "decoder_layers", "adaptation_layers"):

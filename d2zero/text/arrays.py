@@ -24,12 +24,13 @@ def read_names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
     if not path.is_file():
         raise D2ZeroError(f"file of names {path} does not exist")
-    if path.suffix == ".txt":
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     try:
-        names = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise D2ZeroError(f"{path} is not JSON: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise D2ZeroError(f"{path} is not UTF-8 text, or not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise D2ZeroError(f"{path} must be a JSON list of names")
     return names

@@ -1,6 +1,7 @@
 """What a training run does, as data: presets, and settings changed by name."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -30,8 +31,14 @@ class OptimConfig:
     final_factor: float = 0.02  # what the cosine schedule ends at
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip_norm <= 0:
-            raise D2ZeroError(f"optim.lr and optim.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise D2ZeroError(f"optim.{name} must be positive, got {getattr(self, name)}")
+        for name in ("backbone_lr_factor", "weight_decay", "warmup_steps", "gamma", "final_factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise D2ZeroError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        if not all(isinstance(milestone, int) and milestone > 0 for milestone in self.milestones):
+            raise D2ZeroError(f"optim.milestones must be steps, such as [1000, 2000], got {list(self.milestones)}")
         if self.schedule not in SCHEDULES:
             raise D2ZeroError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
@@ -60,6 +67,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise D2ZeroError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "workers", "picture_every"):
+            if getattr(self, name) < 0:
+                raise D2ZeroError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 

@@ -58,6 +58,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise D2ZeroError(f"device must be auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise D2ZeroError(f"device must be auto, cpu or cuda[:N], got {name!r}")
+    if name == "cuda":
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise D2ZeroError(f"device {name} asked for, but torch sees no GPU here; use --device cpu")
     return device

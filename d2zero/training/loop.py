@@ -5,9 +5,10 @@ moment goes on from its last checkpoint with the same losses as an uninterrupted
 """
 
 import ctypes
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -32,6 +34,7 @@ from d2zero_runtime.errors import listed
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model
+_ERROR_PREFIX = f"{D2ZeroError.__module__}.{D2ZeroError.__qualname__}: "
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Run:
         network = self._network()
         self.model.train()
         with self.record as record:
-            for batch in self._loader():
+            for batch in self._batches():
                 losses, gradient_norm = self._train_step(network, batch)
                 self.step += 1
                 for problem in batch.problems:
@@ -100,6 +103,8 @@ class Run:
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        if not self.scaler.is_enabled():  # with float16, the scaler skips such a step and scales down
+            self._check_finite(gradient_norm, {"gradient": gradient_norm}, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return self._of_all_processes({"loss": total, **losses}), gradient_norm
@@ -123,9 +128,15 @@ class Run:
         if self.processes.count == 1:
             return self.model
         if self.processes.device.type == "cuda" and not self.config.model.frozen_backbone_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            convert_sync_batchnorm(self.model)
         ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=ids)
+
+    def _batches(self) -> Iterator[Batch]:
+        try:
+            yield from self._loader()
+        except D2ZeroError as error:  # a worker wraps it in its own stack trace
+            raise D2ZeroError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_PREFIX)) from None
 
     def _loader(self) -> "DataLoader[Any]":
         config, processes = self.config, self.processes
@@ -150,7 +161,8 @@ class Run:
         broken = [name for name, value in losses.items() if not torch.isfinite(value)]
         raise D2ZeroError(
             f"the loss is not finite at step {self.step + 1} ({listed(broken, 3) or 'in another process'}), images"
-            f" {listed(batch.file_names, 32)}; the last checkpoint is kept. Lower optim.lr, or look at these images"
+            f" {listed(batch.file_names, 32)}. Nothing of it was saved: look at these images, or begin a new run with"
+            " a lower optim.lr"
         )
 
     def _draw_pictures(self) -> None:
@@ -171,6 +183,9 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "inputs": self._inputs(),
+            "bad_files": self.bad_files,
+            "pending": self.record.pending,
         }
         partial = self.output / f".{STATE_FILE}.partial"
         with partial.open("wb") as stream:
@@ -193,11 +208,34 @@ class Run:
                 f"{self.output} was begun with other settings ({listed(differing)}); resume with the same, or start"
                 " a new run in another folder"
             )
+        for what, digest in self._inputs().items():
+            if state["inputs"][what] != digest:
+                raise D2ZeroError(
+                    f"{self.output} was begun with another {what}; resume with the same, or start a new run in another"
+                    " folder"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        self.record.rewind(self.step)
+        self.bad_files = state["bad_files"]
+        self.record.rewind(self.step, state["pending"])
+
+    def _inputs(self) -> dict[str, str]:
+        """Digests of what a run is begun with, beside its settings."""
+        vocabulary = self.model.vocabulary
+        words = hashlib.sha256(vocabulary.embeddings.tobytes() + vocabulary.seen.tobytes())
+        words.update(repr(vocabulary.names).encode())
+        images = hashlib.sha256(repr(self.data.image_ids).encode())
+        return {"vocabulary": words.hexdigest(), "set of images": images.hexdigest()}
+
+    def all_bad_files(self) -> list[str]:
+        """What could not be used, in all processes; every process must call it."""
+        if self.processes.count == 1:
+            return sorted(self.bad_files)
+        gathered: list[Any] = [None] * self.processes.count
+        dist.all_gather_object(gathered, self.bad_files)
+        return sorted({problem for found in gathered for problem in found})
 
 
 def keep_freed_memory() -> None:
@@ -221,6 +259,9 @@ def read_state(output: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on damaged files
         raise D2ZeroError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
+    missing = {"step", "config", "model", "optimizer", "scaler", "inputs", "bad_files", "pending"} - state.keys()
+    if missing:
+        raise D2ZeroError(f"{path} is not a checkpoint of this d2zero: it lacks {listed(sorted(missing))}")
     return state
 
 

@@ -34,9 +34,10 @@ class Record:
         self.done = 0
         self.pending: list[dict[str, Tensor]] = []
 
-    def rewind(self, step: int) -> None:
-        """Forget entries after `step`: they are about to be made again."""
+    def rewind(self, step: int, pending: list[dict[str, Tensor]]) -> None:
+        """Forget entries after `step`, which are about to be made again; `pending` were not yet written then."""
         self.done = step
+        self.pending = pending
         if not self.active or not self.path.exists():
             return
         kept = []
@@ -87,7 +88,8 @@ class Record:
             return
         now = time.perf_counter()
         means = {
-            name: torch.stack([entry[name].float() for entry in self.pending]).mean().item() for name in self.pending[0]
+            name: torch.stack([entry[name].float().cpu() for entry in self.pending]).mean().item()
+            for name in self.pending[0]
         }
         rate = (step - self.marked_step) / (now - self.marked)
         self.marked, self.marked_step = now, step

@@ -67,11 +67,12 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
             run.resume()
         if processes.is_main:
             _announce(run, path)
-        try:
-            finished = run.train()
-        finally:
-            _report_problems(run)
-        return finished if processes.is_main else None
+        finished = run.train()
+        problems = run.all_bad_files()
+        if not processes.is_main:
+            return None
+        _report_problems(problems)
+        return finished
 
 
 def check_split(vocabulary: Vocabulary, split: str) -> None:
@@ -127,10 +128,9 @@ def _announce(run: Run, annotations: Path) -> None:
         print(f"warning: {len(lost)} images are missing and left out: {listed(lost)}", file=sys.stderr)
 
 
-def _report_problems(run: Run) -> None:
-    if run.bad_files and run.processes.is_main:
+def _report_problems(problems: list[str]) -> None:
+    if problems:
         print(
-            f"warning: {len(run.bad_files)} images could not be used and were replaced by others:"
-            f" {listed(run.bad_files)}",
+            f"warning: {len(problems)} images could not be used and were replaced by others: {listed(problems)}",
             file=sys.stderr,
         )

@@ -37,6 +37,13 @@ class Preprocessing:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     size_divisor: int = 32
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest_edge <= self.longest_edge or self.size_divisor < 1:
+            raise D2ZeroError(
+                "preprocessing needs 1 <= shortest_edge <= longest_edge and a size_divisor of at least 1, got"
+                f" {self.shortest_edge}, {self.longest_edge} and {self.size_divisor}"
+            )
+
     def network_size(self, size: Size) -> Size:
         """The size that an image of `size` (height, width) is resized to."""
         height, width = size

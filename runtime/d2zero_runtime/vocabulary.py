@@ -10,6 +10,7 @@ Letters: K classes, D text width.
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,9 +134,12 @@ class Vocabulary:
         if not path.is_file():
             raise D2ZeroError(f"vocabulary {path} does not exist; make one with `d2zero vocab --help`")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            loaded = np.load(path, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                raise ValueError("it holds one array; make a vocabulary of it with `d2zero vocab npy`")
+            with loaded as arrays:
                 fields = {name: arrays[name] for name in arrays.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {error}") from error
         missing = {"format_version", "names", "embeddings", "seen", "active", "source"} - fields.keys()
         if missing:
@@ -145,12 +149,16 @@ class Vocabulary:
                 f"{path} is a vocabulary of version {int(fields['format_version'])}, this d2zero reads up to"
                 f" {FORMAT_VERSION}; upgrade d2zero"
             )
+        try:
+            source = json.loads(str(fields["source"]))
+        except json.JSONDecodeError as error:
+            raise D2ZeroError(f"{path} is damaged: its source is no JSON") from error
         return cls(
             names=tuple(fields["names"].tolist()),
             embeddings=fields["embeddings"],
             seen=fields["seen"],
             active=fields["active"],
-            source=json.loads(str(fields["source"])),
+            source=source,
         )
 
 

@@ -38,6 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
     np.save(folder / "three.npy", np.ones((3, 8), np.float32))
     (folder / "cut.npy").write_bytes((folder / "three.npy").read_bytes()[:100])
     (folder / "w2v.txt").write_text("\n".join(",".join(["0.5"] * 66) for _ in range(300)))
+    (folder / "half.txt").write_text("\n".join(",".join(["0.5"] * 66) for _ in range(150)))
+    (folder / "nothing.txt").touch()
+    (folder / "latin.txt").write_bytes("Säge".encode("latin-1"))
     (folder / "words.txt").write_text("these are words\nnot numbers")
     return folder
 
@@ -58,7 +61,11 @@ CASES = [
     ("eval model.safetensors --data data --split coco-48-17", "of split shapes, this needs coco-48-17"),
     ("eval model.safetensors --data data --vocabulary words48.npz", "width 64, the vocabulary has 300"),
     ("eval model.safetensors --data data --device tpu9", "device must be auto, cpu or cuda"),
-    ("eval model.safetensors --data data --images empty -o out", "no image could be read"),
+    ("eval model.safetensors --data data --images empty -o out", "none of the 24 images"),
+    ("eval model.safetensors --data data --pictures sheet.xyz", "--pictures must end in .png"),
+    ("eval model.safetensors --data data --json empty", "--json takes a file"),
+    ("eval model.safetensors --data data -o text.json", "cannot use text.json"),
+    ("eval model.safetensors --data data --device mps", "device must be auto, cpu or cuda"),
     ("eval model.safetensors --data data --annotations boxes.json", "3 of"),
     ("eval model.safetensors --data data --annotations no_images.json", "lists no images"),
     ("eval model.safetensors --data data --annotations cut.json", "is not JSON or is cut short"),
@@ -70,12 +77,18 @@ CASES = [
         "eval --detections list.json --split coco-48-17 --annotations data/annotations/instances_val_gzsi_shapes.json",
         "not in split coco-48-17",
     ),
+    ("eval --detections list.json --split coco-48-17 --annotations list.json --limit 3", "leave out flags"),
     ("train --preset huge --data data -v v.npz -o run", "preset must be one of coco-48-17, coco-65-15, shapes"),
     ("train --preset shapes --data data -v none.npz -o run", "vocabulary none.npz does not exist"),
     ("train --preset shapes --data data -v text.json -o run", "is not a vocabulary"),
     ("train --preset shapes -v v.npz -o run", "Missing option '--data'"),
     ("train --preset coco-65-15 --data data -v words48.npz -o run", "seen classes are not those of split coco-65-15"),
     (f"{TRAIN} --set optim.lr=fast", "optim.lr must be of type float"),
+    (f"{TRAIN} --set optim.lr=NaN", "optim.lr must be positive"),
+    (f"{TRAIN} --set optim.warmup_steps=-5", "optim.warmup_steps must not be negative"),
+    (f"{TRAIN} --set workers=-1", "workers must not be negative"),
+    (f"{TRAIN} --set augment.scale_range=[1]", "two rising positive numbers"),
+    (f"{TRAIN} --set model.adaptation_heads=0", "adaptation_heads must be at least 1"),
     (f"{TRAIN} --set model.backbone=resnet5000", "timm has no backbone 'resnet5000'"),
     (f"{TRAIN} --set precision=float16", "needs a GPU"),
     (f"{TRAIN} --resume", "has no checkpoint"),
@@ -100,6 +113,11 @@ CASES = [
     ("vocab clip cat --weights none.pt -o v.npz", "CLIP weights none.pt do not exist"),
     ("vocab clip cat --model ViT-Z --weights none.pt -o v.npz", "open_clip has no model 'ViT-Z'"),
     ("vocab show text.json", "is not a vocabulary"),
+    ("vocab show three.npy", "make a vocabulary of it with `d2zero vocab npy`"),
+    ("vocab npy three.npy --names latin.txt -o v.npz", "is not UTF-8 text"),
+    ("vocab npy three.npy --names a,b,c -o text.json/v.npz", "cannot use"),
+    ("vocab word2vec half.txt --split coco-48-17 -o v.npz", "has 150 rows, a word2vec file has 300"),
+    ("vocab word2vec nothing.txt --split coco-48-17 -o v.npz", "is empty"),
     ("data split --data empty --split coco-48-17", "has no folder 'annotations'"),
     ("data split --data data --split coco-48-17", "no instances_train20XX.json"),
     (

@@ -53,6 +53,9 @@ def test_split_files_equal_the_recorded_ones(shared: Path, tmp_path: Path) -> No
     annotations = shared / "data/coco_tiny/annotations"
     train, val = (read_coco(annotations / f"instances_{part}2017.json") for part in ("train", "val"))
     parts = write_split(train, val, COCO_48_17, tmp_path)
+    with pytest.raises(D2ZeroError, match=r"exist already; replace them with --force"):
+        write_split(train, val, COCO_48_17, tmp_path)
+    assert write_split(train, val, COCO_48_17, tmp_path, replace=True) == parts
     assert [part.path.name for part in parts] == [
         "instances_train2017_seen_48_17.json",
         "instances_val2017_gzsi_48_17.json",

@@ -17,7 +17,7 @@ from d2zero.data.splits import COCO_48_17
 from d2zero.evaluation.metrics import harmonic_mean, score_detections
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Mode
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}
@@ -100,9 +100,10 @@ def evaluation(model: D2Zero, data: Path, output: Path, **options: object) -> Ev
 
 def test_a_stopped_evaluation_goes_on(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
     whole = evaluation(small_model, shapes_data, tmp_path / "whole").run()
-    evaluation(small_model, shapes_data, tmp_path / "cut", limit=10).run()
-    for mode in Mode:  # stopped in the middle of a line
-        with (tmp_path / f"cut/detections_{mode}.jsonl").open("a") as stream:
+    stopped = evaluation(small_model, shapes_data, tmp_path / "cut", limit=10)
+    stopped.run()
+    for mode in Mode:  # in the middle of a line
+        with (stopped.folder / f"detections_{mode}.jsonl").open("a") as stream:
             stream.write('{"image_id": 1000099, "detec')
     calls = []
     original = small_model.predict_raw
@@ -114,16 +115,45 @@ def test_a_stopped_evaluation_goes_on(small_model: D2Zero, shapes_data: Path, tm
         assert resumed[mode]["segm"] == whole[mode]["segm"] and resumed[mode]["bbox"] == whole[mode]["bbox"]
 
 
-def test_another_model_does_not_go_on_with_old_detections(
-    small_model: D2Zero, shapes_data: Path, tmp_path: Path
-) -> None:
-    evaluation(small_model, shapes_data, tmp_path, limit=4, identity="a").run()
-    lines = (tmp_path / "detections_gzsis.jsonl").read_text()
-    evaluation(small_model, shapes_data, tmp_path, limit=4, identity="a").run()
-    assert (tmp_path / "detections_gzsis.jsonl").read_text() == lines
-    summary = evaluation(small_model, shapes_data, tmp_path, limit=2, identity="b").run()
-    assert len((tmp_path / "detections_gzsis.jsonl").read_text().splitlines()) == 2
-    assert summary[Mode.GZSIS]["images"] == 2
+def test_runs_of_other_things_keep_apart(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
+    words = small_model.vocabulary
+
+    def run(identity: str = "a", vocabulary: Vocabulary = words, part: str = "gzsi") -> EvaluationRun:
+        small_model.set_vocabulary(vocabulary)
+        truth = read_coco(shapes_data / f"annotations/instances_val_{part}_shapes.json")
+        return EvaluationRun(small_model, truth, shapes_data / "val", tmp_path, [Mode.GZSIS], 4, identity, limit=4)
+
+    runs = [run(), run("b"), run(vocabulary=words.with_active(words.seen_names)), run(part="unseen")]
+    assert len({one.folder for one in runs}) == 4
+    assert run().folder == runs[0].folder
+    run().run()
+    lines = (runs[0].folder / "detections_gzsis.jsonl").read_text()
+    run("b").run()
+    run().run()
+    assert (runs[0].folder / "detections_gzsis.jsonl").read_text() == lines
+
+
+def test_an_image_that_is_mended_is_read_again(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    images = tmp_path / "val"
+    shutil.copytree(shapes_data / "val", images)
+    truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
+
+    def figures() -> dict:
+        run = EvaluationRun(small_model, truth, images, tmp_path / "o", [Mode.GZSIS], limit=6)
+        return run.run()[Mode.GZSIS]
+
+    broken = images / next(iter(truth.images.values()))["file_name"]
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    first = figures()
+    assert len(first["unreadable"]) == 1 and first["images"] == 6
+    broken.write_bytes(content)
+    second = figures()
+    assert not second["unreadable"] and second["images"] == 6
+    fresh = EvaluationRun(small_model, truth, images, tmp_path / "fresh", [Mode.GZSIS], limit=6).run()[Mode.GZSIS]
+    assert second["segm"] == fresh["segm"]
 
 
 def test_batches_do_not_change_the_figures(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
@@ -166,18 +196,40 @@ def test_several_modes_share_a_pass(small_model: D2Zero, shapes_data: Path, tmp_
     assert json.loads((tmp_path / "o.json").read_text())["segm"] == both["zsis"]["segm"]
 
 
-def test_detections_that_do_not_fit(shapes_data: Path) -> None:
-    truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
-    entry = next(iter(truth.annotations.values()))[0]
-    good = {**entry, "score": 0.5}
-    for change, message in (
-        ({"image_id": 5}, "does not list: ids 5"),
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 5}, "is of image 5, which"),
         ({"category_id": 99}, "does not have: ids 99"),
-    ):
-        with pytest.raises(D2ZeroError, match=message):
-            score_detections(truth, [{**good, **change}], [], Mode.GZSIS)
-    with pytest.raises(D2ZeroError, match="lacks score"):
-        score_detections(truth, [entry], [], Mode.GZSIS)
+        ({"score": None}, "needs a finite score"),
+        ({"score": float("nan")}, "needs a finite score"),
+        ({"bbox": [1, 2]}, r"bbox \[x, y, width, height\]"),
+        ({"segmentation": None}, "needs a compressed RLE mask"),
+        ({"segmentation": {"size": [5, 5], "counts": "11"}}, r"size \[96, 96\], got \[5, 5\]"),
+    ],
+)
+def test_detections_that_do_not_fit(change: dict, message: str, shapes_data: Path) -> None:
+    truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
+    entry = {**next(iter(truth.annotations.values()))[0], "score": 0.5}
+    with pytest.raises(D2ZeroError, match=message):
+        score_detections(truth, [{**entry, **change}], [], Mode.GZSIS)
+    del entry["score"]
+    with pytest.raises(D2ZeroError, match="detection number 1 lacks score"):
+        score_detections(truth, [{**entry, "score": 1}, entry], [], Mode.GZSIS)
+    with pytest.raises(D2ZeroError, match="expected COCO result entries"):
+        score_detections(truth, [3], [], Mode.GZSIS)  # type: ignore[list-item]
+
+
+def test_annotations_with_ids_of_any_kind_and_masks_alone(shapes_data: Path, tmp_path: Path) -> None:
+    content = json.loads((shapes_data / "annotations/instances_val_gzsi_shapes.json").read_text())
+    perfect = [{**entry, "score": 0.9} for entry in content["annotations"]]
+    for entry in content["annotations"]:
+        entry["id"] = 0
+        for key in ("bbox", "area", "iscrowd"):
+            del entry[key]
+    (tmp_path / "bare.json").write_text(json.dumps(content))
+    figures = score_detections(read_coco(tmp_path / "bare.json"), perfect, [], Mode.GZSIS)
+    assert figures["segm"]["ap"] == pytest.approx(100) and figures["bbox"]["ap"] == pytest.approx(100)
 
 
 def test_foreign_classes_are_refused(small_model: D2Zero, shared: Path, tmp_path: Path) -> None:

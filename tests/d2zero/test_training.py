@@ -1,7 +1,9 @@
 """Training runs: resuming after a kill, many processes, what stops a run, what it leaves behind."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from d2zero.training.config import (
     shapes,
     with_settings,
 )
-from d2zero.training.loop import read_state
+from d2zero.training.loop import Run, read_state
 from d2zero.training.optim import build_optimizer, lr_factor
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Vocabulary
@@ -125,7 +127,16 @@ def test_resume_refuses_other_settings_and_a_new_run_refuses_the_folder(shapes_d
         train(shapes_data, run, "steps=2")
     with pytest.raises(D2ZeroError, match=r"optim\.lr: now 0\.5, then 0\.001"):
         train(shapes_data, run, "steps=2", "optim.lr=0.5", resume=True)
-    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:999])
+    words = Vocabulary.load(shapes_data / "vocabulary.npz")
+    other = dataclasses.replace(words, embeddings=words.embeddings[::-1]).save(tmp_path / "other.npz")
+    inputs = Inputs(shapes_data, other)
+    with pytest.raises(D2ZeroError, match="begun with another vocabulary"):
+        start(with_settings(shapes(), [*FAST, "steps=2"]), inputs, run, resume=True, device="cpu")
+    whole = (run / "last.pt").read_bytes()
+    torch.save({"weights": 3}, run / "last.pt")
+    with pytest.raises(D2ZeroError, match="it lacks bad_files, config"):
+        train(shapes_data, run, "steps=2", resume=True)
+    (run / "last.pt").write_bytes(whole[:999])
     with pytest.raises(D2ZeroError, match="damaged or cut short"):
         train(shapes_data, run, "steps=2", resume=True)
 
@@ -133,8 +144,6 @@ def test_resume_refuses_other_settings_and_a_new_run_refuses_the_folder(shapes_d
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from d2zero.training.loop import Run
-
     normalised = Run._normalised
 
     def poisoned(self: Run, images: torch.Tensor) -> torch.Tensor:
@@ -149,6 +158,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
         train(shapes_data, tmp_path / "run", "steps=5", "checkpoint_every=1")
     assert all(name in str(stopped.value) for name in seen[-1].file_names)
     assert read_state(tmp_path / "run")["step"] == 2
+
+
+def test_log_entries_over_several_steps_survive_a_resume(shapes_data: Path, tmp_path: Path) -> None:
+    settings = ["steps=6", "log_every=3", "checkpoint_every=2"]
+    train(shapes_data, tmp_path / "whole", *settings)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(Run):
+        def save_state(self) -> None:
+            super().save_state()
+            if self.step == 4:
+                raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("d2zero.training.start.Run", Stopping)
+        train(shapes_data, tmp_path / "cut", *settings)
+    train(shapes_data, tmp_path / "cut", *settings, resume=True)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+def test_a_worker_that_finds_no_image_says_so_in_one_line(shapes_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shapes_data, data)
+    for file in (data / "train").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(D2ZeroError, match=r"^50 images in a row could not be used; [^\n]*not an image[^\n]*$"):
+        train(data, tmp_path / "run", "steps=2", "workers=1", "cache=false")
 
 
 def test_unseen_constrained_training_runs(shapes_data: Path, tmp_path: Path) -> None:

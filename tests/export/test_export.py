@@ -189,7 +189,7 @@ def test_stream_keeps_the_order_and_reports_bad_files(exported: Path, photos: li
     assert [source for source, _ in found] == [photos[0], photos[1], photos[2]]
     assert [source for source, _ in failed] == [broken, tmp_path / "none.png"]
     np.testing.assert_array_equal(found[2][1].scores, segmenter(photos[2]).scores)
-    with pytest.raises(D2ZeroError, match="cut short|not an image"):
+    with pytest.raises(D2ZeroError, match=r"cut short|not an image"):
         segmenter(mixed)
 
 
@@ -225,13 +225,13 @@ def test_runtime_needs_no_torch(exported: Path, photos: list[Path]) -> None:
 def test_bad_models_and_providers(exported: Path, tmp_path: Path, command: Command) -> None:
     for size in (0, 50, 5000, exported.stat().st_size - 1000):
         (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:size])
-        with pytest.raises(D2ZeroError, match="damaged, cut short|is empty|no d2zero contract"):
+        with pytest.raises(D2ZeroError, match=r"damaged, cut short|is empty|no d2zero contract"):
             load(tmp_path / "cut.onnx")
     with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx\)"):
         load(packaged_checkpoint())
     with pytest.raises(D2ZeroError, match="does not exist"):
         load(tmp_path / "none.onnx")
-    with pytest.raises(D2ZeroError, match="CUDAExecutionProvider not available.*d2zero\\[gpu\\]"):
+    with pytest.raises(D2ZeroError, match=r"CUDAExecutionProvider not available.*d2zero\[gpu\]"):
         load(exported, providers=["cuda"])
     proto = onnx.load(exported)
     for change, message in (({"version": 99}, "version 99.*upgrade"), ({"class_names": None}, "lacks class_names")):
