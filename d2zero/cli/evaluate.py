@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
@@ -19,7 +19,10 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def evaluate(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A checkpoint (.safetensors); leave it out with --detections.")
+        Path | None,
+        typer.Argument(
+            help="A checkpoint (.safetensors) or an exported model (.onnx); leave it out with --detections."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")
@@ -119,13 +122,15 @@ def _of_detections(
     return {modes[0]: score_detections(truth, entries, chosen.seen, modes[0])}
 
 
-def _model(checkpoint: Path, vocabulary: Path | None, split: str | None, device: str) -> "D2Zero":
+def _model(checkpoint: Path, vocabulary: Path | None, split: str | None, device: str) -> "Segmenter | D2Zero":
     from d2zero.checkpoints.files import load_model
     from d2zero.data.splits import find_split
     from d2zero.training.distributed import pick_device
     from d2zero.training.start import check_split
 
-    model = load_model(checkpoint, pick_device(device))
+    model: Segmenter | D2Zero = (
+        load(checkpoint) if checkpoint.suffix == ".onnx" else load_model(checkpoint, pick_device(device))
+    )
     if vocabulary:
         model.set_vocabulary(Vocabulary.load(vocabulary))
     if split:
@@ -133,7 +138,7 @@ def _model(checkpoint: Path, vocabulary: Path | None, split: str | None, device:
     return model
 
 
-def _split_name(model: "D2Zero", split: str | None) -> str:
+def _split_name(model: "Segmenter | D2Zero", split: str | None) -> str:
     from d2zero.data.splits import find_split
 
     return find_split(split).name if split else str(model.vocabulary.source.get("split", ""))

@@ -11,18 +11,34 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
-from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Detections, Mode, read_image
+from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary, read_image
 from d2zero_runtime.errors import listed
+from d2zero_runtime.images import Size
 
 Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
+
+
+class Segmenting(Protocol):
+    """What is evaluated: a checkpoint's model or an exported one."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...  # noqa: D102
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...  # noqa: D102
+
+    def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> Any: ...  # noqa: D102
+
+    def postprocess(  # noqa: D102
+        self, out: Any, input_sizes: Sequence[Size], output_sizes: Sequence[Size], mode: Mode | str
+    ) -> list[Detections]: ...
 
 
 @dataclass
@@ -30,7 +46,7 @@ class EvaluationRun:
     """One model over one annotation file in one or several modes.
 
     Args:
-        model: in evaluation mode, with the vocabulary to use.
+        model: a `D2Zero` in evaluation mode or a `Segmenter`, with the vocabulary to use.
         annotations: the ground truth; its categories must be classes of the vocabulary.
         images: the folder of its images.
         output: where detections are kept, in a folder named after all that they depend on: model, vocabulary,
@@ -41,7 +57,7 @@ class EvaluationRun:
         limit: evaluate only so many images.
     """
 
-    model: D2Zero
+    model: Segmenting
     annotations: CocoFile
     images: Path
     output: Path
@@ -112,7 +128,7 @@ class EvaluationRun:
         ]
         entries: dict[tuple[Mode, int], list[dict[str, Any]]] = {}
         if readable:
-            resized = [self.model.config.preprocessing.resize(picture) for _, picture in readable]
+            resized = [self.model.preprocessing.resize(picture) for _, picture in readable]
             out = self.model.predict_raw(resized)
             input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
             output_sizes = [(picture.shape[0], picture.shape[1]) for _, picture in readable]

@@ -18,8 +18,9 @@ from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableForm
 from d2zero.model.pixel_decoder import PixelDecoder
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, postprocess
+from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.images import Size, as_image
+from d2zero_runtime.postprocess import postprocess_all
 from d2zero_runtime.vocabulary import check_vocabulary
 
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
@@ -85,6 +86,11 @@ class D2Zero(nn.Module):
     def vocabulary(self) -> Vocabulary:
         """The classes that `forward` uses when it is given none."""
         return self._vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become input."""
+        return self.config.preprocessing
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Replace the default classes.
@@ -172,29 +178,17 @@ class D2Zero(nn.Module):
         Raises:
             D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
         """
-        if not len(out.class_logits) == len(input_sizes) == len(output_sizes):
-            raise D2ZeroError(
-                f"expected as many sizes as images ({len(out.class_logits)}),"
-                f" got {len(input_sizes)} input sizes and {len(output_sizes)} output sizes"
-            )
-        class_logits = out.class_logits.float().cpu().numpy()
-        mask_logits = out.mask_logits.float().cpu().numpy()
-        return [
-            postprocess(
-                class_logits[row],
-                mask_logits[row][:, : padded[0] // 4, : padded[1] // 4],
-                self.vocabulary,
-                input_size=input_size,
-                output_size=output_size,
-                padded_size=padded,
-                mode=mode,
-                temperature=self.config.softmax_temperature,
-                **options,  # type: ignore[arg-type]
-            )
-            for row, (input_size, output_size, padded) in enumerate(
-                zip(input_sizes, output_sizes, out.padded_sizes, strict=True)
-            )
-        ]
+        return postprocess_all(
+            out.class_logits.float().cpu().numpy(),
+            out.mask_logits.float().cpu().numpy(),
+            out.padded_sizes,
+            self.vocabulary,
+            input_sizes,
+            output_sizes,
+            mode=mode,
+            temperature=self.config.softmax_temperature,
+            **options,
+        )
 
     def predict(
         self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: float | bool

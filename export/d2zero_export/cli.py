@@ -1,12 +1,18 @@
-"""`d2zero export`: a checkpoint as one file that runs without torch."""
+"""`d2zero export` and `d2zero verify`: a checkpoint as one file without torch, and whether it is the same model."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2zero_runtime import D2ZeroError
+from d2zero_runtime import D2ZeroError, load
+from d2zero_runtime.segmenter import expand
+
+if TYPE_CHECKING:
+    from d2zero_export.verify import Difference
 
 
 def export(
@@ -36,7 +42,57 @@ def export(
         print("not verified (--no-verify)")
         return
     for entry in parity.differences:
-        print(
-            f"  {entry.case}: class logits {entry.class_logits:.1e}, mask logits {entry.mask_logits:.1e},"
-            f" mask pixels flipped {100 * entry.flipped:.4f} %"
-        )
+        print(_line(entry))
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint (.safetensors).")],
+    model: Annotated[Path, typer.Argument(help="The exported model (.onnx).")],
+    images: Annotated[Path | None, typer.Option("--images", help="A folder of photos to compare instances on.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="COCO JSON of those photos: compare accuracy, in all modes.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Compare instances on so many photos at most.")] = 50,
+    logits: Annotated[float, typer.Option("--max-logits", help="Largest difference of logits that passes.")] = 1e-3,
+    matched: Annotated[float, typer.Option("--min-matched", help="Least share of instances that agree.")] = 0.99,
+    points: Annotated[
+        float, typer.Option("--max-points", help="Largest difference of AP and recall, in points.")
+    ] = 0.1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file.")] = None,
+) -> None:
+    """Is this file the same model? Exits with 1, naming what differs, if it is not."""
+    from d2zero.checkpoints.files import load_model
+    from d2zero.data.coco import read_coco
+    from d2zero_export.verify import Limits
+    from d2zero_export.verify import verify as compare
+
+    if annotations and not images:
+        raise D2ZeroError("--annotations need the folder of their images: give --images")
+    truth = read_coco(annotations) if annotations else None
+    files = [Path(str(item)) for item in expand(images)][:limit] if images else []
+    result = compare(load_model(checkpoint), load(model), files, truth, images, Limits(logits, matched, points))
+    for entry in result.parity.differences:
+        print(_line(entry))
+    agreement = result.instances
+    print(
+        f"  {agreement.instances} instances on {len(files) or 'drawn'} images: {100 * agreement.matched:.2f} % matched,"
+        f" mean IoU {agreement.mean_iou:.5f}, {100 * agreement.same_label:.2f} % named alike,"
+        f" scores within {agreement.score_difference:.1e}"
+    )
+    for mode, figures in result.accuracy.items():
+        pairs = ", ".join(f"{name} {left:.2f}/{right:.2f}" for name, (left, right) in figures.items() if "segm" in name)
+        print(f"  {mode} (checkpoint/exported): {pairs}")
+    if json_file:
+        json_file.write_text(json.dumps(asdict(result), indent=1))
+    for failure in result.failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    print("not the same model" if result.failures else "the same model, within the limits")
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _line(entry: "Difference") -> str:
+    return (
+        f"  {entry.case}: class logits {entry.class_logits:.1e}, mask logits {entry.mask_logits:.1e},"
+        f" mask pixels flipped {100 * entry.flipped:.4f} %"
+    )

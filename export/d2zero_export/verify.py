@@ -1,13 +1,23 @@
-"""Is an exported file the same model as its checkpoint? Raw tensors, batches, sizes, class counts."""
+"""Is an exported file the same model as its checkpoint?
 
+Raw tensors (batches, sizes, class counts), instances as sets, and accuracy on seen and unseen classes.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero.data.coco import CocoFile
+from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.segmenter import Segmenter
+from d2zero_export.instances import InstanceAgreement, instance_agreement
+from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, read_image
+
+FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 
 
 @dataclass(frozen=True)
@@ -26,20 +36,103 @@ class RawParity:
 
     differences: tuple[Difference, ...]
 
+    def failures(self, tolerance: float) -> list[str]:
+        """What exceeds the tolerance or is no number: the tensor, the value, the limit, the case."""
+        return [
+            f"{tensor} differ by {getattr(entry, tensor):.2e} (limit {tolerance:.0e}) for {entry.case}"
+            for entry in self.differences
+            for tensor in ("class_logits", "mask_logits")
+            if not getattr(entry, tensor) <= tolerance
+        ]
+
     def require(self, tolerance: float) -> None:
-        """Pass, or name the tensor, the value and the limit.
+        """Pass, or refuse.
 
         Raises:
-            D2ZeroError: a difference exceeds the tolerance, or is no number.
+            D2ZeroError: names the tensor, the value and the limit.
         """
-        for entry in self.differences:
-            for tensor in ("class_logits", "mask_logits"):
-                value = getattr(entry, tensor)
-                if not value <= tolerance:
-                    raise D2ZeroError(
-                        f"the exported model differs from the checkpoint: {tensor} by {value:.2e}"
-                        f" (limit {tolerance:.0e}) for {entry.case}; the file was not written"
-                    )
+        failures = self.failures(tolerance)
+        if failures:
+            raise D2ZeroError(f"the exported model is not the checkpoint's: {failures[0]}; the file was not written")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may differ between a checkpoint and its float32 export."""
+
+    logits: float = 1e-3  # class and mask logits
+    matched: float = 0.99  # least share of instances found by both, and named alike
+    points: float = 0.1  # AP and recall, in points of percent
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All that was compared, and what of it failed."""
+
+    parity: RawParity
+    instances: InstanceAgreement
+    accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> figure -> (checkpoint, exported), percent
+    failures: tuple[str, ...]
+
+
+def verify(
+    model: D2Zero,
+    segmenter: Segmenter,
+    images: Sequence[Path] = (),
+    annotations: CocoFile | None = None,
+    image_folder: Path | None = None,
+    limits: Limits | None = None,
+) -> Verification:
+    """Compare an exported model with its checkpoint.
+
+    Args:
+        model: of the checkpoint.
+        segmenter: the exported file.
+        images: files to compare instances on; drawn pictures without any.
+        annotations: to compare accuracy on, in every mode that the vocabulary allows.
+        image_folder: of the annotations' images.
+        limits: what may differ.
+    """
+    limits = limits or Limits()
+    parity = raw_parity(model, segmenter)
+    pictures = [read_image(path) for path in images] or [
+        _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
+    ]
+    ours = [model.predict([picture])[0] for picture in pictures]
+    theirs = [segmenter(picture) for picture in pictures]
+    agreement = instance_agreement(ours, theirs)
+    accuracy = _accuracy(model, segmenter, annotations, image_folder) if annotations and image_folder else {}
+    failures = parity.failures(limits.logits)
+    for what, value in (("matched", agreement.matched), ("same_label", agreement.same_label)):
+        if value < limits.matched:
+            failures.append(f"instances {what} {value:.4f} (limit {limits.matched})")
+    failures += [
+        f"{mode} {figure} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limits.points})"
+        for mode, figures in accuracy.items()
+        for figure, (left, right) in figures.items()
+        if abs(left - right) > limits.points
+    ]
+    return Verification(parity, agreement, accuracy, tuple(failures))
+
+
+def _accuracy(
+    model: D2Zero, segmenter: Segmenter, annotations: CocoFile, images: Path
+) -> dict[str, dict[str, tuple[float, float]]]:
+    has_unseen = bool((~model.vocabulary.seen).any())
+    modes = list(Mode) if has_unseen else [Mode.GZSIS]
+    both = []
+    for candidate in (model, segmenter):
+        with TemporaryDirectory() as folder:
+            both.append(EvaluationRun(candidate, annotations, images, Path(folder), modes).run())
+    return {
+        str(mode): {
+            f"{kind} {figure}": (both[0][mode][kind][figure], both[1][mode][kind][figure])
+            for kind in ("segm", "bbox")
+            for figure in FIGURES
+            if both[0][mode][kind].get(figure) is not None
+        }
+        for mode in modes
+    }
 
 
 def raw_parity(model: D2Zero, segmenter: Segmenter) -> RawParity:

@@ -11,9 +11,11 @@ the top-k are touched, each query once, and they go straight to RLE.
 Letters: Q queries, K classes, N instances, h and w the mask logits' sides.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,6 +179,50 @@ def postprocess(
         masks=tuple(mask.rle for mask in picked) if with_masks else None,
         image_size=(int(output_size[0]), int(output_size[1])),
     )
+
+
+def postprocess_all(
+    class_logits: NDArray[np.float32],
+    mask_logits: NDArray[np.float32],
+    padded_sizes: Sequence[Size],
+    vocabulary: Vocabulary,
+    input_sizes: Sequence[Size],
+    output_sizes: Sequence[Size],
+    **options: Any,
+) -> list[Detections]:
+    """Turn the raw output of several images into instances.
+
+    Args:
+        class_logits: (B, Q, K + 1).
+        mask_logits: (B, Q, h, w), h and w those of the largest image.
+        padded_sizes: (height, width) after padding, an image each.
+        vocabulary: the K classes.
+        input_sizes: (height, width) of each image before padding.
+        output_sizes: (height, width) that each image's masks shall have.
+        options: of `postprocess`.
+
+    Raises:
+        D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
+    """
+    if not len(class_logits) == len(input_sizes) == len(output_sizes):
+        raise D2ZeroError(
+            f"expected as many sizes as images ({len(class_logits)}),"
+            f" got {len(input_sizes)} input sizes and {len(output_sizes)} output sizes"
+        )
+    return [
+        postprocess(
+            class_logits[row],
+            mask_logits[row][:, : padded[0] // 4, : padded[1] // 4],
+            vocabulary,
+            input_size=input_size,
+            output_size=output_size,
+            padded_size=padded,
+            **options,
+        )
+        for row, (input_size, output_size, padded) in enumerate(
+            zip(input_sizes, output_sizes, padded_sizes, strict=True)
+        )
+    ]
 
 
 @dataclass(frozen=True, eq=False)

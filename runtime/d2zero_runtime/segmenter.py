@@ -19,9 +19,9 @@ from PIL import Image
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.images import Size, as_image, read_image, to_rgb
+from d2zero_runtime.images import Preprocessing, Size, as_image, read_image, to_rgb
 from d2zero_runtime.onnx_file import read_contract
-from d2zero_runtime.postprocess import MAX_DETECTIONS, Mode, postprocess, selection
+from d2zero_runtime.postprocess import MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
@@ -100,6 +100,11 @@ class Segmenter:
     def vocabulary(self) -> Vocabulary:
         """The classes in use."""
         return self._vocabulary
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become input."""
+        return self.contract.preprocessing
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Use other classes, without exporting anew.
@@ -197,18 +202,47 @@ class Segmenter:
         images = [as_image(image) for image in images]
         if not images:
             raise D2ZeroError("expected at least one image, got an empty list")
-        sizes = [self.contract.preprocessing.padded_size(image.shape[:2]) for image in images]
+        sizes = [self.preprocessing.padded_size(image.shape[:2]) for image in images]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         count, queries = len(images), self.contract.num_queries
         class_logits = np.empty((count, queries, len(self._vocabulary) + 1), np.float32)
         mask_logits = np.full((count, queries, height // 4, width // 4), PADDING_LOGIT, np.float32)
         for size in sorted(set(sizes)):
             rows = [row for row, other in enumerate(sizes) if other == size]
-            batch = self.contract.preprocessing.batch([images[row] for row in rows], size)
+            batch = self.preprocessing.batch([images[row] for row in rows], size)
             classes, masks = self._run(batch, self._vocabulary)
             class_logits[rows] = classes
             mask_logits[rows, :, : size[0] // 4, : size[1] // 4] = masks
         return RawOutput(class_logits, mask_logits, tuple(sizes))
+
+    def postprocess(
+        self,
+        out: RawOutput,
+        input_sizes: Sequence[Size],
+        output_sizes: Sequence[Size],
+        mode: Mode | str = Mode.GZSIS,
+        **options: Any,
+    ) -> list[Detections]:
+        """Turn raw output into instances.
+
+        Args:
+            out: what `predict_raw` returned.
+            input_sizes: (height, width) of each image as given to `predict_raw`.
+            output_sizes: (height, width) that each image's masks and boxes shall have.
+            mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
+            options: `max_detections`, `score_threshold`, `with_masks`.
+        """
+        return postprocess_all(
+            out.class_logits,
+            out.mask_logits,
+            out.padded_sizes,
+            self._vocabulary,
+            input_sizes,
+            output_sizes,
+            mode=mode,
+            temperature=self.contract.softmax_temperature,
+            **options,
+        )
 
     def _run(self, images_B3HW: NDArray[np.float32], vocabulary: Vocabulary) -> Any:
         feed = {"images": images_B3HW}
@@ -219,9 +253,9 @@ class Segmenter:
 
     def _prepared(self, source: ImageLike) -> tuple[NDArray[np.float32], Size, Size, Size]:
         image = _pixels(source)
-        resized = self.contract.preprocessing.resize(image)
-        padded = self.contract.preprocessing.padded_size(resized.shape[:2])
-        batch = self.contract.preprocessing.batch([resized], padded)
+        resized = self.preprocessing.resize(image)
+        padded = self.preprocessing.padded_size(resized.shape[:2])
+        batch = self.preprocessing.batch([resized], padded)
         return batch, resized.shape[:2], image.shape[:2], padded
 
     def _finished(

@@ -259,7 +259,7 @@ def test_a_file_that_differs_is_not_written(
     words = next(t for t in proto.graph.initializer if t.name == "class_embeddings")
     proto.graph.initializer.remove(words)
     monkeypatch.setattr(onnx_export, "_translate", lambda program: proto)
-    with pytest.raises(D2ZeroError, match=r"class_logits by .* \(limit 1e-03\) for one image"):
+    with pytest.raises(D2ZeroError, match=r"class_logits differ by .* \(limit 1e-03\) for one image"):
         export_onnx(demo_model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
