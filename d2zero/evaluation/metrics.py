@@ -43,6 +43,17 @@ class _ClassRecord:
     hits: list[NDArray[np.bool_]] = field(default_factory=list)  # (T, n)
     ignored: list[NDArray[np.bool_]] = field(default_factory=list)  # (T, n)
 
+    def extend(self, results: Entries) -> None:
+        """Take in pycocotools' matching of some images, as one array each: thousands of small ones cost more."""
+        self.instances += sum(int((np.asarray(result["gtIgnore"]) == 0).sum()) for result in results)
+        found = [result for result in results if result["dtScores"]]
+        if found:
+            self.scores.append(np.concatenate([np.asarray(result["dtScores"], np.float64) for result in found]))
+            self.hits.append(np.concatenate([np.asarray(result["dtMatches"]) > 0 for result in found], axis=1))
+            self.ignored.append(
+                np.concatenate([np.asarray(result["dtIgnore"]).astype(bool) for result in found], axis=1)
+            )
+
     def curves(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Average precision and recall at each threshold, (T,) each, in 0..1."""
         levels = len(IOU_THRESHOLDS)
@@ -120,15 +131,12 @@ class ZeroShotScores:
             matching.params.imgIds = list(image_ids)
             matching.params.catIds = list(self.annotations.categories.values())
             matching.evaluate()
+        of_class: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for result in matching.evalImgs:
-            if result is None:
-                continue
-            record = self.records[kind][result["category_id"]]
-            record.instances += int((np.asarray(result["gtIgnore"]) == 0).sum())
-            if result["dtScores"]:
-                record.scores.append(np.asarray(result["dtScores"], np.float64))
-                record.hits.append(np.asarray(result["dtMatches"]) > 0)
-                record.ignored.append(np.asarray(result["dtIgnore"]).astype(bool))
+            if result is not None:
+                of_class[result["category_id"]].append(result)
+        for number, results in of_class.items():
+            self.records[kind][number].extend(results)
 
     def _check(self, image_ids: set[int], detections: Entries) -> None:
         known = set(self.annotations.categories.values())

@@ -154,7 +154,7 @@ def test_training_losses_and_gradients(shared: Path, split: str, monkeypatch: py
             found = criterion(model(images, text, all_heads=True), targets)
             if backward:
                 torch.stack(list(found.values())).sum().backward()
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(value.detach()) for name, value in found.items()}
 
     mean4 = json.loads(str(recorded["train_mean4_losses_json"]))
     ours = losses(1)
