@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
+from d2zero.checkpoints.fit import require_fit
 from d2zero.checkpoints.published import our_name
 from d2zero.model.backbone import Backbone
-from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 
 _CLASSIFIER = ("fc.", "stem.fc.", "head.", "classifier.")  # the ImageNet classifier has no use here
 
@@ -21,7 +20,8 @@ def load_backbone(backbone: Backbone, arrays: dict[str, Tensor]) -> int:
     Raises:
         D2ZeroError: lists each array that is missing, unexpected or misshapen.
     """
-    wanted = backbone.net.state_dict()
+    state = backbone.net.state_dict()
+    wanted = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     translated: dict[str, Tensor] = {}
     unexpected = []
     for name, array in arrays.items():
@@ -32,19 +32,7 @@ def load_backbone(backbone: Backbone, arrays: dict[str, Tensor]) -> int:
             translated[ours] = array.float()
         else:
             unexpected.append(name)
-    missing = [name for name in wanted if name not in translated and not name.endswith("num_batches_tracked")]
-    misshapen = [
-        f"{name} {tuple(array.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, array in translated.items()
-        if array.shape != wanted[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {listed(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise D2ZeroError(f"the weights do not fit the backbone; {'; '.join(problems)}")
+    require_fit("the weights do not fit the backbone", wanted, translated, unexpected)
     backbone.net.load_state_dict(translated, strict=False)
     return len(translated)
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2zero.checkpoints.fit import require_fit
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 
 # published name -> ours, the first rule that matches the whole name
 _HEAD = r"sem_seg_head\."
@@ -133,20 +133,7 @@ def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str]
     """
     wanted = {name: value for name, value in model.state_dict().items() if name != "class_embeddings"}
     arrays = {name: value for name, value in arrays.items() if name != "class_embeddings"}
-    unexpected = [*(unexpected or []), *sorted(arrays.keys() - wanted.keys())]
-    missing = sorted(wanted.keys() - arrays.keys())
-    misshapen = [
-        f"{name} {tuple(arrays[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in arrays and arrays[name].shape != value.shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {listed(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise D2ZeroError(f"the checkpoint does not fit the model; {'; '.join(problems)}")
+    require_fit("the checkpoint does not fit the model", wanted, arrays, unexpected or [])
     model.load_state_dict(arrays, strict=False)
 
 
