@@ -9,13 +9,16 @@ import pytest
 import torch
 from published import published_shapes, reference_weights
 
+from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_published
 from d2zero.cli.main import main
 from d2zero.data.shapes import ShapesConfig, vocabulary, write_dataset
 from d2zero.data.splits import find_split
+from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.text.word2vec import read_word2vec
 from d2zero.training.config import shapes
+from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import Vocabulary
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -67,6 +70,14 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shapes")
     write_dataset(directory, ShapesConfig(train_images=48, val_images=24))
     return directory
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model as ONNX, not verified; not to be changed."""
+    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
+    export_onnx(load_model(packaged_checkpoint()), path, ExportConfig(verify=False), checkpoint_hash="abc")
+    return path
 
 
 class Outcome(NamedTuple):

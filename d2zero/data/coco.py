@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from d2zero_runtime import D2ZeroError
+from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import listed
 
 
@@ -131,6 +131,20 @@ def find_image_folder(data: Path, annotations: Path) -> Path:
         if stem == folder.name or stem.startswith(f"{folder.name}_"):
             return folder
     raise D2ZeroError(f"{data} has no folder of images for {annotations.name}; name one with --images")
+
+
+def read_listed_image(annotations: CocoFile, folder: Path, image_id: int) -> NDArray[np.uint8]:
+    """An annotation file's image (H, W, 3) uint8 RGB, of the size that the file says.
+
+    Raises:
+        D2ZeroError: it cannot be read, or has another size, so that masks would not fit it.
+    """
+    entry = annotations.images[image_id]
+    image = read_image(folder / entry["file_name"])
+    expected = (entry["height"], entry["width"])
+    if image.shape[:2] != expected:
+        raise D2ZeroError(f"{entry['file_name']} is {image.shape[:2]} (height, width), its annotations say {expected}")
+    return image
 
 
 def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:

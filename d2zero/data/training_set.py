@@ -20,9 +20,9 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
 from d2zero.data.augment import AugmentConfig, training_transform
-from d2zero.data.coco import CocoFile, decode_mask
+from d2zero.data.coco import CocoFile, decode_mask, read_listed_image
 from d2zero.losses.matcher import Targets
-from d2zero_runtime import D2ZeroError, Vocabulary, read_image
+from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
 
 MAX_REPLACEMENTS = 50
@@ -137,13 +137,8 @@ class TrainingSet(Dataset[Sample]):
     def _decoded(self, image_id: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
         if self.cache is not None and image_id in self.cache:
             return self.cache[image_id]
-        entry = self.annotations.images[image_id]
-        image_HWC = read_image(self.folder / entry["file_name"])
-        height, width = entry["height"], entry["width"]
-        if image_HWC.shape[:2] != (height, width):
-            raise D2ZeroError(
-                f"{entry['file_name']} is {image_HWC.shape[:2]} (height, width), its annotations say {(height, width)}"
-            )
+        image_HWC = read_listed_image(self.annotations, self.folder, image_id)
+        height, width = image_HWC.shape[:2]
         instances = self._instances(image_id)
         masks = np.stack([decode_mask(instance, height, width) for instance in instances]).astype(np.uint8)
         labels = np.array([self.labels[instance["category_id"]] for instance in instances], np.int64)

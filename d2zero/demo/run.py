@@ -22,7 +22,7 @@ from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
-from d2zero.training.loop import MODEL_FILE
+from d2zero.training.loop import MODEL_FILE, STATE_FILE
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
@@ -68,7 +68,9 @@ def run_demo(
     write_dataset(data, ShapesConfig(val_images=images, train_images=6000 if train else 0), progress)
     if train:
         config = with_settings(shapes(), settings or [])
-        trained = start(config, Inputs(data, data / "vocabulary.npz"), output / "run", resume=_begun(output / "run"))
+        trained = start(
+            config, Inputs(data, data / "vocabulary.npz"), output / "run", resume=(output / "run" / STATE_FILE).exists()
+        )
         checkpoint = trained or output / "run" / MODEL_FILE
     else:
         checkpoint = packaged_checkpoint()
@@ -161,8 +163,3 @@ def _draw(model: D2Zero, data: Path, output: Path) -> Path:
     path = output / "contact-sheet.png"
     sheet.save(path)
     return path
-
-
-def _begun(run: Path) -> bool:
-    """Whether a run was begun in this folder and can go on."""
-    return (run / "last.pt").exists()

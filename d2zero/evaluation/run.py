@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero.data.coco import CocoFile
+from d2zero.data.coco import CocoFile, read_listed_image
 from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
-from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary, read_image
+from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Size
 
@@ -132,10 +132,11 @@ class EvaluationRun:
             out = self.model.predict_raw(resized)
             input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
             output_sizes = [(picture.shape[0], picture.shape[1]) for _, picture in readable]
+            category_ids = self._category_ids()
             for mode in self.modes:
                 found = self.model.postprocess(out, input_sizes, output_sizes, mode)
                 for (number, _), detections in zip(readable, found, strict=True):
-                    entries[mode, number] = self._known(detections.to_coco(number, self._category_ids()))
+                    entries[mode, number] = self._known(detections.to_coco(number, category_ids))
         for mode in self.modes:
             with self._file(mode).open("a") as stream:
                 for number in image_ids:
@@ -154,15 +155,8 @@ class EvaluationRun:
     def _read(self, image_ids: list[int]) -> list[NDArray[np.uint8] | None]:
         pictures: list[NDArray[np.uint8] | None] = []
         for number in image_ids:
-            entry = self.annotations.images[number]
             try:
-                picture = read_image(self.images / entry["file_name"])
-                if picture.shape[:2] != (entry["height"], entry["width"]):
-                    raise D2ZeroError(
-                        f"{entry['file_name']} is {picture.shape[:2]} (height, width), its annotations say"
-                        f" {(entry['height'], entry['width'])}"
-                    )
-                pictures.append(picture)
+                pictures.append(read_listed_image(self.annotations, self.images, number))
             except D2ZeroError as error:
                 self.unreadable[number] = str(error)
                 pictures.append(None)

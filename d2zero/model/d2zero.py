@@ -18,12 +18,10 @@ from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableForm
 from d2zero.model.pixel_decoder import PixelDecoder
-from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
-from d2zero_runtime.images import Size, as_image
+from d2zero_runtime import Detections, Mode, Preprocessing, Vocabulary
+from d2zero_runtime.images import PADDING_LOGIT, Size, as_image
 from d2zero_runtime.postprocess import postprocess_all
 from d2zero_runtime.vocabulary import check_vocabulary
-
-PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
 
 
 class HeadOutput(NamedTuple):
@@ -137,19 +135,14 @@ class D2Zero(nn.Module):
         Raises:
             D2ZeroError: an image has the wrong type or shape, or there is none.
         """
-        images = [as_image(image) for image in images]
-        if not images:
-            raise D2ZeroError("expected at least one image, got an empty list")
-        sizes = [self.config.preprocessing.padded_size(image.shape[:2]) for image in images]
+        sizes = self.preprocessing.padded_sizes(images)
         largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
         device = self.class_embeddings.device
         class_logits: list[Tensor] = [torch.empty(0)] * len(images)
         mask_logits: list[Tensor] = [torch.empty(0)] * len(images)
         was_training = self.training
         self.eval()
-        for size in sorted(set(sizes)):
-            members = [index for index, other in enumerate(sizes) if other == size]
-            batch = self.config.preprocessing.batch([images[index] for index in members], size)
+        for size, members, batch in self.preprocessing.batches(images):
             out = self(torch.from_numpy(batch).to(device))[-1]
             missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
             padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)

@@ -6,7 +6,7 @@ normalised, padded with zeros on the right and at the bottom.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from d2zero_runtime.errors import D2ZeroError
 
 Size = tuple[int, int]  # height, width
+PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size, in the raw output of several
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,26 @@ class Preprocessing:
             return image_HWC
         resized = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(resized)
+
+    def padded_sizes(self, images: Sequence[NDArray[np.uint8]]) -> list[Size]:
+        """`padded_size` of each image.
+
+        Raises:
+            D2ZeroError: an image has the wrong type or shape, or there is none.
+        """
+        if not len(images):
+            raise D2ZeroError("expected at least one image, got an empty list")
+        return [self.padded_size(as_image(image).shape[:2]) for image in images]
+
+    def batches(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[Size, list[int], NDArray[np.float32]]]:
+        """Batches of one padded size each: the size, the images' places in the list, and `batch` of them.
+
+        What is padded alike runs together; an image's output never depends on what else is in the list.
+        """
+        sizes = self.padded_sizes(images)
+        for size in sorted(set(sizes)):
+            rows = [row for row, other in enumerate(sizes) if other == size]
+            yield size, rows, self.batch([images[row] for row in rows], size)
 
     def batch(self, images: Sequence[NDArray[np.uint8]], padded: Size) -> NDArray[np.float32]:
         """Normalise images and pad each with zeros to `padded`; (B, 3, H, W) float32."""

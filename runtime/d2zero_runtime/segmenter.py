@@ -19,12 +19,11 @@ from PIL import Image
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.images import Preprocessing, Size, as_image, read_image, to_rgb
+from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, read_image, to_rgb
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.postprocess import MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
-PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -199,17 +198,12 @@ class Segmenter:
         Args:
             images: (H, W, 3) uint8 RGB arrays, at network size.
         """
-        images = [as_image(image) for image in images]
-        if not images:
-            raise D2ZeroError("expected at least one image, got an empty list")
-        sizes = [self.preprocessing.padded_size(image.shape[:2]) for image in images]
+        sizes = self.preprocessing.padded_sizes(images)
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         count, queries = len(images), self.contract.num_queries
         class_logits = np.empty((count, queries, len(self._vocabulary) + 1), np.float32)
         mask_logits = np.full((count, queries, height // 4, width // 4), PADDING_LOGIT, np.float32)
-        for size in sorted(set(sizes)):
-            rows = [row for row, other in enumerate(sizes) if other == size]
-            batch = self.preprocessing.batch([images[row] for row in rows], size)
+        for size, rows, batch in self.preprocessing.batches(images):
             classes, masks = self._run(batch, self._vocabulary)
             class_logits[rows] = classes
             mask_logits[rows, :, : size[0] // 4, : size[1] // 4] = masks
@@ -289,7 +283,7 @@ def expand(source: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
         if not found:
             raise D2ZeroError(f"folder {path} holds no images ({listed(sorted(IMAGE_SUFFIXES), 10)})")
         return found
-    if any(sign in str(source) for sign in "*?[") and not path.exists():
+    if _is_pattern(path):
         matched: list[ImageLike] = [Path(name) for name in sorted(glob(str(source), recursive=True))]  # noqa: PTH207 (absolute)
         if not matched:
             raise D2ZeroError(f"no file matches {source}")
@@ -299,8 +293,12 @@ def expand(source: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
 
 def _is_many(source: object) -> bool:
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_dir() or (any(s in str(source) for s in "*?[") and not Path(source).exists())
+        return Path(source).is_dir() or _is_pattern(Path(source))
     return isinstance(source, (list, tuple))
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(sign in str(path) for sign in "*?[") and not path.exists()
 
 
 def _pixels(source: ImageLike) -> NDArray[np.uint8]:

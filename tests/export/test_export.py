@@ -34,13 +34,6 @@ def demo_model() -> D2Zero:
     return d2zero.load(packaged_checkpoint())
 
 
-@pytest.fixture(scope="module")
-def exported(demo_model: D2Zero, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
-    export_onnx(demo_model, path, ExportConfig(verify=False), checkpoint_hash="abc")
-    return path
-
-
 @pytest.fixture
 def photos(shapes_data: Path) -> list[Path]:
     return sorted((shapes_data / "val").iterdir())[:6]

@@ -15,17 +15,9 @@ from d2zero.data.coco import read_coco
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.evaluation.run import EvaluationRun
 from d2zero_export.instances import instance_agreement
-from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import Detections, Mode, rle
 
 Command = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
-    export_onnx(d2zero.load(packaged_checkpoint()), path, ExportConfig(verify=False))
-    return path
 
 
 def scaled(source: Path, target: Path, tensor_name: str, factor: float) -> Path:
