@@ -39,6 +39,7 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
             "seen": vocabulary.seen.tolist(),
             "active": vocabulary.active.tolist(),
             "source": vocabulary.source,
+            "synonyms": vocabulary.synonyms,
         },
         "notes": notes or {},
     }
@@ -68,6 +69,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         seen=np.array(words["seen"]),
         active=np.array(words["active"]),
         source=words["source"],
+        synonyms=words.get("synonyms", {}),
     )
     model = build(config, vocabulary)
     try:

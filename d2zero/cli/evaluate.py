@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load
+from d2zero_runtime import D2ZeroError, Mode, Segmenter
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
     from d2zero.evaluation.run import EvaluationRun
-    from d2zero.model import D2Zero
 
 PICTURES = 12  # images on a contact sheet
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -51,7 +50,10 @@ def evaluate(
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt: what runs an .onnx.")
+    ] = None,
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
     modes = [Mode.parse(name.strip()) for name in mode.split(",")]
@@ -74,7 +76,7 @@ def evaluate(
         from d2zero.evaluation.run import EvaluationRun
 
         assert checkpoint is not None
-        model = _model(checkpoint, vocabulary, split, device)
+        model = _model(checkpoint, vocabulary, split, provider, device)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, file_hash(checkpoint), limit)
@@ -122,23 +124,20 @@ def _of_detections(
     return {modes[0]: score_detections(truth, entries, chosen.seen, modes[0])}
 
 
-def _model(checkpoint: Path, vocabulary: Path | None, split: str | None, device: str) -> "Segmenter | D2Zero":
-    from d2zero.checkpoints.files import load_model
+def _model(
+    checkpoint: Path, vocabulary: Path | None, split: str | None, providers: list[str] | None, device: str
+) -> Segmenter:
+    from d2zero.cli.models import open_segmenter
     from d2zero.data.splits import find_split
-    from d2zero.training.distributed import pick_device
     from d2zero.training.start import check_split
 
-    model: Segmenter | D2Zero = (
-        load(checkpoint) if checkpoint.suffix == ".onnx" else load_model(checkpoint, pick_device(device))
-    )
-    if vocabulary:
-        model.set_vocabulary(Vocabulary.load(vocabulary))
+    model = open_segmenter(checkpoint, providers, device, vocabulary)
     if split:
         check_split(model.vocabulary, find_split(split).name)
     return model
 
 
-def _split_name(model: "Segmenter | D2Zero", split: str | None) -> str:
+def _split_name(model: Segmenter, split: str | None) -> str:
     from d2zero.data.splits import find_split
 
     return find_split(split).name if split else str(model.vocabulary.source.get("split", ""))

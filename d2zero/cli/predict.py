@@ -4,13 +4,14 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, load, read_image
+from d2zero.cli.models import open_segmenter
+from d2zero.cli.terminal import console, tracked
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary, read_image
 from d2zero_runtime.segmenter import ImageLike, expand
 
 
@@ -27,23 +28,31 @@ def predict(
     provider: Annotated[
         list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt: what runs an .onnx.")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Neighbours of one size that run together; pays on a GPU.")
+    ] = 1,
 ) -> None:
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     chosen = Mode.parse(mode)
-    predictor = _load(model, provider)
-    if vocabulary:
-        predictor.set_vocabulary(Vocabulary.load(vocabulary))
+    segmenter = open_segmenter(model, provider, device, vocabulary)
     sources = [Path(str(item)) for item in expand(source)]
     output.mkdir(parents=True, exist_ok=True)
-    ids = {name: number for number, name in enumerate(predictor.vocabulary.names, 1)}
+    ids = {name: number for number, name in enumerate(segmenter.vocabulary.names, 1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     failed: list[str] = []
     started = time.perf_counter()
-    for path, found in _results(predictor, sources, chosen, score, failed):
+
+    def skipped(source: ImageLike, error: D2ZeroError) -> None:
+        failed.append(str(error))
+
+    results = segmenter.stream(sources, chosen, batch_size=batch_size, score_threshold=score, on_error=skipped)
+    for item, found in tracked(results, len(sources), "segmenting"):
+        path = Path(str(item))
         height, width = found.image_size
         images.append({"id": len(images) + 1, "file_name": str(path), "height": height, "width": width})
         annotations += found.to_coco(len(images), ids)
@@ -55,51 +64,15 @@ def predict(
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (output / "detections.json").write_text(json.dumps(content))
-    _summary(predictor.vocabulary, counts, len(images), taken, output)
+    _summary(segmenter.vocabulary, counts, len(images), taken, output)
     if failed:
         for line in failed:
             print(f"skipped: {line}", file=sys.stderr)
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
 
 
-def _load(model: Path, providers: list[str] | None) -> Any:
-    if model.suffix == ".onnx":
-        return load(model, providers or ("cpu",))
-    if providers:
-        raise D2ZeroError("--provider is for exported models (.onnx)")
-    from d2zero.checkpoints.files import load_model
-
-    return load_model(model)
-
-
-def _results(
-    predictor: Any, sources: list[Path], mode: Mode, score: float, failed: list[str]
-) -> Iterator[tuple[Path, Detections]]:
-    """Each image with its instances; unreadable files go to `failed`."""
-    from d2zero.cli.terminal import tracked
-
-    if not hasattr(predictor, "stream"):
-        for path in tracked(iter(sources), len(sources), "segmenting"):
-            try:
-                image = read_image(path)
-            except D2ZeroError as error:
-                failed.append(str(error))
-                continue
-            yield path, predictor.predict([image], mode, score_threshold=score)[0]
-        return
-
-    def skipped(source: ImageLike, error: D2ZeroError) -> None:
-        failed.append(str(error))
-
-    found = predictor.stream(sources, mode, score_threshold=score, on_error=skipped)
-    for item, detections in tracked(found, len(sources), "segmenting"):
-        yield Path(item), detections
-
-
 def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path) -> None:
     from rich.table import Table
-
-    from d2zero.cli.terminal import console
 
     table = Table("class", "", "instances", box=None)
     for name, count in counts.most_common(20):

@@ -201,7 +201,7 @@ class EvaluationRun:
         digest = hashlib.sha256(self.annotations.path.read_bytes())
         for array in (vocabulary.embeddings, vocabulary.seen, vocabulary.active):
             digest.update(array.tobytes())
-        digest.update(repr((vocabulary.names, self.identity, str(self.images.resolve()))).encode())
+        digest.update(repr((vocabulary.names, vocabulary.synonyms, self.identity, str(self.images.resolve()))).encode())
         return digest.hexdigest()
 
 

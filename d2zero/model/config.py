@@ -35,7 +35,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.preprocessing, dict):
-            object.__setattr__(self, "preprocessing", _preprocessing(self.preprocessing))
+            object.__setattr__(self, "preprocessing", Preprocessing.from_dict(self.preprocessing))
         for name in (
             "hidden_dim",
             "num_heads",
@@ -75,8 +75,3 @@ class ModelConfig:
         if unknown:
             raise D2ZeroError(f"unknown model settings {listed(unknown)}; was this written by a newer d2zero?")
         return cls(**values)
-
-
-def _preprocessing(values: dict[str, Any]) -> Preprocessing:
-    fields_: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Preprocessing(**fields_)

@@ -5,7 +5,7 @@ Letters: B batch, Q queries, K classes, D text width, H and W the padded input's
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ class D2Zero(nn.Module):
         input_sizes: Sequence[Size],
         output_sizes: Sequence[Size],
         mode: Mode | str = Mode.GZSIS,
-        **options: float | bool,
+        **options: Any,
     ) -> list[Detections]:
         """Turn raw output into instances.
 
@@ -166,7 +166,7 @@ class D2Zero(nn.Module):
             input_sizes: (height, width) of each image as given to `predict_raw`.
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            options: `max_detections`, `score_threshold`, `with_masks` of `d2zero_runtime.postprocess`.
+            options: `max_detections`, `score_threshold`, `masks` of `d2zero_runtime.postprocess`.
 
         Raises:
             D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
@@ -184,7 +184,7 @@ class D2Zero(nn.Module):
         )
 
     def predict(
-        self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: float | bool
+        self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: Any
     ) -> list[Detections]:
         """Resize, run and post-process images of any size; results refer to the images as given."""
         images = [as_image(image) for image in images]

@@ -25,7 +25,7 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     """Sample and add up with `torch.nn.functional.grid_sample`.
 
     Args:
-        values_BSMN: (B, S, M, N) values of all levels, concatenated.
+        values_BSMN: (B, S, M, N) values of all levels, concatenated; may be of lower precision than the rest.
         sizes: (H, W) of each level.
         locations: (B, R, M, L, P, 2) x and y in 0..1 of each level's map.
         weights: (B, R, M, L, P), summing to 1 over levels and points.
@@ -35,7 +35,7 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     """
     batch, _, heads, width = values_BSMN.shape
     queries = locations.shape[1]
-    levels = values_BSMN.split([height * width_ for height, width_ in sizes], dim=1)
+    levels = values_BSMN.to(locations.dtype).split([height * width_ for height, width_ in sizes], dim=1)
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B·M, R, P, 2
     sampled = [
         F.grid_sample(
@@ -122,12 +122,15 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
         """Attend from `query_BSC` to points of `source_BSC` around `reference_S2` (x, y in 0..1)."""
+        # In lower precision, where to look and how much stay float32: halves lose 1/8 pixel beyond 128.
         batch, length, _ = query_BSC.shape
         values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query_BSC).view(batch, length, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query_BSC).view(batch, length, self.heads, -1).softmax(-1)
+        offsets = self.sampling_offsets(query_BSC).float()
+        offsets = offsets.view(batch, length, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query_BSC).float().view(batch, length, self.heads, -1).softmax(-1)
         weights = weights.view(batch, length, self.heads, self.levels, self.points)
         extent = torch.tensor([[w, h] for h, w in sizes], device=query_BSC.device, dtype=reference_S2.dtype)
         locations = reference_S2[:, None, None, None] + offsets / extent[:, None]
-        output: Tensor = self.output_proj(self.form(values, sizes, locations, weights))
+        sampled = self.form(values, sizes, locations, weights).to(values.dtype)
+        output: Tensor = self.output_proj(sampled)
         return output

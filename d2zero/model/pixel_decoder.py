@@ -116,6 +116,7 @@ class PixelDecoder(nn.Module):
             ]
         )
         reference_S2 = pixel_centres(sizes, device)
+        position_SC = position_SC.to(levels[0].dtype)
         source_BSC = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         for layer in self.layers:
             source_BSC = layer(source_BSC, position_SC, reference_S2, sizes)

@@ -45,6 +45,8 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     """
     vocabulary = Vocabulary.load(inputs.vocabulary)
     check_split(vocabulary, config.split)
+    if vocabulary.synonyms:
+        raise D2ZeroError("training takes one embedding a class; leave synonyms for inference")
     config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")

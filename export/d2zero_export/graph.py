@@ -10,6 +10,8 @@ Exact accelerations (equal in real arithmetic; DESIGN §5):
 Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width, N pixels of a level.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,37 +21,68 @@ from d2zero.model.classifier import background_embedding
 from d2zero.model.decoder import LEVELS, DecoderLayer
 from d2zero.model.positions import sine_positions
 
+ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a layer's number: where it must not look
+
 
 class InferenceGraph(nn.Module):
     """`(images, class_embeddings) → (class_logits, mask_logits)`, all float32.
 
+    Between them, each part computes in the precision of its own weights (`precision.lowered`).
+
     Args:
         model: in evaluation mode; its weights are shared, not copied.
+        baked: use the model's own class embeddings, as a constant, and take none.
     """
 
-    def __init__(self, model: D2Zero) -> None:
+    text_KE: Tensor | None
+
+    def __init__(self, model: D2Zero, baked: bool = False) -> None:
         super().__init__()
         self.model = model
+        with torch.no_grad():
+            self.register_buffer("text_KE", self._projected(model.class_embeddings) if baked else None)
 
-    def forward(self, images: Tensor, class_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, class_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the network.
 
         Args:
             images: (B, 3, H, W) normalised and padded; H and W multiples of 32.
-            class_embeddings: (K, D).
+            class_embeddings: (K, D); the model's own if left out.
 
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
         """
-        features = self.model.backbone(images)
-        mask_features, memory = self.model.pixel_decoder.decode(features)
-        queries = self._decode(mask_features, memory)
-        embeddings_BQC = self.model.decoder.mask_mlp(queries)
-        mask_logits = embeddings_BQC @ mask_features.flatten(2)
-        mask_logits = mask_logits.unflatten(2, mask_features.shape[2:])
-        return self._classify(queries, mask_logits, mask_features, class_embeddings), mask_logits
+        mask_features, memory = self._features(images)
+        queries, _ = self._decode(mask_features, memory)
+        text_KE = self.text_KE
+        if text_KE is None:
+            text_KE = self._projected(self.model.class_embeddings if class_embeddings is None else class_embeddings)
+        mask_logits = self._mask_embeddings(queries) @ mask_features.flatten(2)
+        mask_logits = mask_logits.unflatten(2, mask_features.shape[2:]).float()
+        return self._classify(queries, mask_logits, mask_features, text_KE), mask_logits
 
-    def _decode(self, mask_features: Tensor, memory: list[Tensor]) -> Tensor:
+    def attention_masks(self, images: Tensor) -> list[Tensor]:
+        """Where each decoder layer must not look: (B, Q, N) bool, N pixels of the layer's level."""
+        return self._decode(*self._features(images))[1]
+
+    def _features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        backbone, pixel_decoder, decoder = self.model.backbone, self.model.pixel_decoder, self.model.decoder
+        features = backbone(*_to(backbone, [images]))
+        mask_features, memory = pixel_decoder.decode(_to(pixel_decoder, features))
+        mask_features, *memory = _to(decoder.layers, [mask_features, *memory])
+        return mask_features, memory
+
+    def _projected(self, class_embeddings: Tensor) -> Tensor:
+        classifier = self.model.classifier
+        projected: Tensor = classifier.text_projection(*_to(classifier, [class_embeddings]))
+        return projected
+
+    def _mask_embeddings(self, normalised_BQC: Tensor) -> Tensor:
+        mask_mlp = self.model.decoder.mask_mlp
+        embeddings: Tensor = mask_mlp(*_to(mask_mlp, [normalised_BQC])).to(normalised_BQC.dtype)
+        return embeddings
+
+    def _decode(self, mask_features: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         decoder = self.model.decoder
         layers: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
         keys: list[list[Tensor]] = []
@@ -58,17 +91,19 @@ class InferenceGraph(nn.Module):
         for level, (features, embedding) in enumerate(zip(memory, decoder.level_embedding, strict=True)):
             size = features.shape[2:]
             value_BNC = features.flatten(2).transpose(1, 2) + embedding
-            position = sine_positions(size[0], size[1], features.shape[1], features.device)
+            position = sine_positions(size[0], size[1], features.shape[1], features.device).to(features.dtype)
             readers = [layer.cross_attention for layer in layers[level::LEVELS]]
             keys.append(_projected(value_BNC + position.flatten(1).T, readers, 1))
             values.append(_projected(value_BNC, readers, 2))
             resized = F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
             small_features.append(resized.flatten(2))
+        masks: list[Tensor] = []
         queries = decoder.query_features.expand(mask_features.shape[0], -1, -1)
         for index, layer in enumerate(layers):
             level, visit = index % LEVELS, index // LEVELS
-            blocked = decoder.mask_mlp(decoder.norm(queries)) @ small_features[level] < 0
+            blocked = self._mask_embeddings(decoder.norm(queries)) @ small_features[level] < 0
             blocked = blocked & ~blocked.all(dim=2, keepdim=True)
+            masks.append(blocked)
             cross, own = layer.cross_attention, layer.self_attention
             asking = _linear(queries + decoder.query_positions, cross, 0)
             attended = _attend(cross, asking, keys[level][visit], values[level][visit], blocked)
@@ -77,16 +112,13 @@ class InferenceGraph(nn.Module):
             projected = (_linear(positioned, own, 0), _linear(positioned, own, 1), _linear(queries, own, 2))
             queries = layer.self_norm(queries + _attend(own, *projected))
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
-        normalised: Tensor = decoder.norm(queries)
-        return normalised
+        return decoder.norm(queries), masks
 
-    def _classify(
-        self, queries: Tensor, mask_logits: Tensor, mask_features: Tensor, class_embeddings: Tensor
-    ) -> Tensor:
+    def _classify(self, queries: Tensor, mask_logits: Tensor, mask_features: Tensor, text_KE: Tensor) -> Tensor:
         classifier = self.model.classifier
-        queries_BQE = F.normalize(classifier.query_projection(queries), dim=-1)
-        background = classifier.background_projection(background_embedding(mask_features, mask_logits))
-        text_KE = classifier.text_projection(class_embeddings)
+        precision = _precision(classifier)
+        queries_BQE = F.normalize(classifier.query_projection(queries.to(precision)), dim=-1)
+        background = classifier.background_projection(background_embedding(mask_features, mask_logits).to(precision))
         text = torch.cat([text_KE.expand(queries.shape[0], -1, -1), background[:, None]], dim=1)
         text = F.normalize(text, dim=-1)
         if classifier.adaptation is not None:
@@ -94,8 +126,17 @@ class InferenceGraph(nn.Module):
                 text = _adapted(layer, text, queries_BQE)
             assert classifier.adaptation.norm is not None
             text = F.normalize(classifier.adaptation.norm(text), dim=-1)
-        logits: Tensor = classifier.logit_scale * (queries_BQE @ text.transpose(1, 2))
+        logits: Tensor = classifier.logit_scale.float() * (queries_BQE.float() @ text.float().transpose(1, 2))
         return logits
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _to(module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the precision that a part computes in."""
+    return [tensor.to(_precision(module)) for tensor in tensors]
 
 
 def _adapted(layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:

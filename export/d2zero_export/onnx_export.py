@@ -1,7 +1,8 @@
-"""Checkpoint → ONNX, in named stages: trace, translate, contract, check, verify.
+"""Checkpoint → ONNX, in named stages: precision, trace, rewrite, contract, check, verify.
 
 The class embeddings become an input with a default (an overridable initializer): ONNX Runtime runs the file
-as it is, and takes other embeddings, of another number of classes, when they are fed.
+as it is, and takes other embeddings, of another number of classes, when they are fed. Baked, they are
+constants.
 """
 
 import logging
@@ -9,7 +10,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,25 @@ import torch
 from torch.export import Dim
 
 import d2zero
+from d2zero.inference import contract_of
 from d2zero.model import D2Zero, deformable
-from d2zero_export.graph import InferenceGraph
-from d2zero_export.verify import RawParity, raw_parity
+from d2zero_export import plugin
+from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
+from d2zero_export.precision import PRECISIONS, lowered
+from d2zero_export.verify import LIMITS, RawParity, open_exported, raw_parity
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
-from d2zero_runtime.segmenter import load
+from d2zero_runtime.images import Size
 
 OPSET = 18  # below 20: there GridSample silently becomes nearest in TensorRT (NVIDIA/TensorRT#4646)
 FORMS: dict[str, deformable.DeformableForm] = {
     "gridsample": deformable.grid_sample,
     "gather": deformable.gather,
+    "plugin": plugin.plugin,
 }
 FORBIDDEN = frozenset({"If", "Loop", "NonZero", "Scan", "SequenceAt"})  # control flow that depends on data
-TOLERANCE = 1e-3  # of logits and mask logits, float32
 _TRACED_CLASSES = 41  # any number but 1 that no other size of the graph has
+_OUTPUTS = ["class_logits", "mask_logits"]
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,33 @@ class ExportConfig:
     """How a model is exported.
 
     Args:
-        deform_attn: `gridsample` (fast in ONNX Runtime) or `gather` (no operator that an engine gets wrong).
-        tolerance: largest difference of class and mask logits that passes.
+        precision: `float32` or `float16`.
+        deform_attn: `gridsample` (fast in ONNX Runtime), `gather` (no operator that an engine gets wrong) or
+            `plugin` (TensorRT's own operator; nothing else runs it).
+        size: (height, width), multiples of 32: the one size that the graph takes; any if left out.
+        batch: the one number of images that the graph takes; any if left out.
+        bake: make the class embeddings constants: a little faster, and the classes cannot be changed.
         verify: run the file and compare it with the checkpoint.
+        max_logits: largest difference of class and mask logits that passes; by precision if left out.
     """
 
+    precision: str = "float32"
     deform_attn: str = "gridsample"
-    tolerance: float = TOLERANCE
+    size: Size | None = None
+    batch: int | None = None
+    bake: bool = False
     verify: bool = True
+    max_logits: float | None = None
 
     def __post_init__(self) -> None:
         if self.deform_attn not in FORMS:
             raise D2ZeroError(f"deform-attn must be one of {', '.join(FORMS)}, got {self.deform_attn!r}")
+        if self.precision not in PRECISIONS:
+            raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.size and any(side < 32 or side % 32 for side in self.size):
+            raise D2ZeroError(f"size must be multiples of 32, got {self.size[0]}x{self.size[1]}")
+        if self.batch is not None and self.batch < 1:
+            raise D2ZeroError(f"batch must be at least 1, got {self.batch}")
 
 
 def export_onnx(
@@ -63,10 +83,10 @@ def export_onnx(
     checkpoint_hash: str = "",
     stage: Callable[[str], None] = lambda name: None,
 ) -> RawParity | None:
-    """Export a model, with batch, height, width and number of classes left open.
+    """Export a model; batch, height, width and number of classes stay open unless the configuration fixes them.
 
     Args:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode, on the CPU; not changed.
         output: ends in `.onnx`. Written only if every stage passed.
         config: how.
         checkpoint_hash: recorded in the contract.
@@ -81,14 +101,16 @@ def export_onnx(
     config = config or ExportConfig()
     if output.suffix != ".onnx":
         raise D2ZeroError(f"the exported model must end in .onnx, got {output.name!r}")
-    model.set_deformable(FORMS[config.deform_attn])
+    contract = _contract(model, config, checkpoint_hash)  # refuses what does not fit before any work
+    stage("precision")
+    prepared = lowered(model, config.precision)
+    prepared.set_deformable(FORMS[config.deform_attn])
     stage("trace")
-    program = _trace(model)
-    stage("translate")
-    proto = _translate(program)
+    program = _trace(prepared, config)
+    stage("rewrite")
+    proto = _rewritten(_translate(program))
     stage("contract")
     _add_vocabulary(proto, model)
-    contract = _contract(model, config, checkpoint_hash)
     proto.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
     stage("check")
     _check(proto)
@@ -99,30 +121,32 @@ def export_onnx(
         parity = None
         if config.verify:
             stage("verify")
-            parity = raw_parity(model, load(candidate))
-            parity.require(config.tolerance)
+            parity = _verified(model, candidate, config)
         candidate.replace(output)
     return parity
 
 
-def _trace(model: D2Zero) -> torch.export.ExportedProgram:
-    graph = InferenceGraph(model).eval()
+def _trace(model: D2Zero, config: ExportConfig) -> torch.export.ExportedProgram:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 96, 128, generator=generator)
-    text = torch.randn(_TRACED_CLASSES, model.config.text_dim, generator=generator)
-    height, width = Dim("h32", min=1, max=256), Dim("w32", min=1, max=256)
-    shapes = (
-        {0: Dim("batch", min=1, max=1024), 2: 32 * height, 3: 32 * width},
-        {0: Dim("classes", min=1, max=100_000)},
-    )
+    height, width = config.size or (96, 128)
+    inputs = [torch.randn(config.batch or 2, 3, height, width, generator=generator)]
+    sides = {} if config.size else {2: 32 * Dim("h32", min=1, max=256), 3: 32 * Dim("w32", min=1, max=256)}
+    batch = {} if config.batch else {0: Dim("batch", min=1, max=1024)}
+    shapes: list[dict[int, Any]] = [{**batch, **sides}]
+    if not config.bake:
+        inputs.append(torch.randn(_TRACED_CLASSES, model.config.text_dim, generator=generator))
+        shapes.append({0: Dim("classes", min=1, max=100_000)})
+    graph = InferenceGraph(model, baked=config.bake).eval()
     with torch.no_grad():
-        return torch.export.export(graph, (images, text), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(graph, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
 
 
 def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    inputs = ["images", EMBEDDINGS_INPUT][: len(program.graph_signature.user_inputs)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -130,43 +154,58 @@ def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["images", EMBEDDINGS_INPUT],
-                output_names=["class_logits", "mask_logits"],
+                input_names=inputs,
+                output_names=_OUTPUTS,
                 verbose=False,
             )
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     proto: onnx.ModelProto = translated.model_proto
-    for node in proto.graph.node:  # traces of this machine's files
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for entry, names in (
-        (proto.graph.input[0], ("batch", "", "height", "width")),
-        (proto.graph.input[1], ("classes", "")),
-    ):
-        for dim, name in zip(entry.type.tensor_type.shape.dim, names, strict=True):
-            if name:
-                dim.dim_param = name
     return proto
 
 
+def _rewritten(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Names for people, and no traces of the machine that made the file."""
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    names = (("batch", "", "height", "width"), ("classes", ""))
+    for entry, dims in zip(proto.graph.input, names, strict=False):
+        for dim, name in zip(entry.type.tensor_type.shape.dim, dims, strict=True):
+            if name and dim.dim_param:
+                dim.dim_param = name
+    _name_attention_masks(proto)
+    return proto
+
+
+def _name_attention_masks(proto: onnx.ModelProto) -> None:
+    """`blocked and not all blocked` is the one conjunction with a negation; `verify` looks at it by name."""
+    negated = {node.output[0] for node in proto.graph.node if node.op_type == "Not"}
+    masks = [node.output[0] for node in proto.graph.node if node.op_type == "And" and negated & set(node.input)]
+    renamed = {name: f"{ATTENTION_MASK}{layer}" for layer, name in enumerate(masks)}
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            for position, name in enumerate(names):
+                names[position] = renamed.get(name, name)
+    for value in proto.graph.value_info:
+        value.name = renamed.get(value.name, value.name)
+
+
 def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero) -> None:
+    """As the input's default; of a baked model to be read by people alone."""
     embeddings = np.ascontiguousarray(model.vocabulary.embeddings, np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(embeddings, EMBEDDINGS_INPUT))
 
 
 def _contract(model: D2Zero, config: ExportConfig, checkpoint_hash: str) -> ModelContract:
-    words = model.vocabulary
-    return ModelContract(
-        class_names=words.names,
-        seen=tuple(words.seen.tolist()),
-        active=tuple(words.active.tolist()),
-        vocabulary_source=words.source,
-        text_dim=model.config.text_dim,
-        num_queries=model.config.num_queries,
-        preprocessing=model.config.preprocessing,
-        softmax_temperature=model.config.softmax_temperature,
+    return contract_of(
+        model,
+        preprocessing=replace(model.config.preprocessing, canvas=config.size),
+        precision=config.precision,
         deform_attn=config.deform_attn,
+        batch=config.batch,
+        baked=config.bake,
         opset=OPSET,
         checkpoint=checkpoint_hash,
         tools={
@@ -186,3 +225,12 @@ def _check(proto: onnx.ModelProto) -> None:
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     if opsets.get("", 0) >= 20:
         raise D2ZeroError(f"the exported graph is of opset {opsets['']}, it must be below 20")
+
+
+def _verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity:
+    limits = LIMITS[config.precision]
+    if config.max_logits is not None:
+        limits = replace(limits, logits=config.max_logits)
+    parity = raw_parity(model, open_exported(candidate))
+    parity.require(limits)
+    return parity

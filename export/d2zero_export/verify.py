@@ -1,32 +1,67 @@
 """Is an exported file the same model as its checkpoint?
 
-Raw tensors (batches, sizes, class counts), instances as sets, and accuracy on seen and unseen classes.
+Raw tensors (batches, sizes, class counts), the decoder's attention masks, instances as sets, and accuracy
+on seen and unseen classes. What may differ depends on the file's precision.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.run import EvaluationRun
+from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
+from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
-from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, read_image
+from d2zero_export.plugin import with_body
+from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
+from d2zero_runtime.images import PADDING_LOGIT
+from d2zero_runtime.onnx_backend import OnnxBackend
+from d2zero_runtime.onnx_file import read_contract
+from d2zero_runtime.segmenter import RawOutput
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What may differ between a checkpoint and an exported model."""
+
+    logits: float = 1e-3  # class and mask logits, largest difference
+    relative: float = math.inf  # the same, mean difference as a share of the mean size
+    matched: float = 0.99  # least share of instances found by both, and named alike
+    points: float = 0.1  # AP and recall, in points of percent
+
+
+# Single logits of a float16 graph may differ much where a bit of an attention mask flips; their mean may not.
+LIMITS = {"float32": Limits(), "float16": Limits(logits=math.inf, relative=0.05, points=0.5)}
+
+
+@dataclass(frozen=True)
 class Difference:
-    """One comparison: largest absolute differences, and the share of mask pixels that flip."""
+    """One comparison of raw outputs.
+
+    Args:
+        case: what was compared.
+        class_logits: largest absolute difference.
+        mask_logits: largest absolute difference.
+        class_relative: mean difference of class logits, as a share of their mean size.
+        mask_relative: the same of mask logits.
+        flipped: share of mask pixels whose sign flips.
+    """
 
     case: str
     class_logits: float
     mask_logits: float
+    class_relative: float
+    mask_relative: float
     flipped: float
 
 
@@ -36,33 +71,29 @@ class RawParity:
 
     differences: tuple[Difference, ...]
 
-    def failures(self, tolerance: float) -> list[str]:
-        """What exceeds the tolerance or is no number: the tensor, the value, the limit, the case."""
-        return [
-            f"{tensor} differ by {getattr(entry, tensor):.2e} (limit {tolerance:.0e}) for {entry.case}"
-            for entry in self.differences
-            for tensor in ("class_logits", "mask_logits")
-            if not getattr(entry, tensor) <= tolerance
-        ]
+    def failures(self, limits: Limits) -> list[str]:
+        """What exceeds a limit or is no number: the tensor, the value, the limit, the case."""
+        found = []
+        for entry in self.differences:
+            for tensor in ("class_logits", "mask_logits"):
+                value, mean = getattr(entry, tensor), getattr(entry, tensor.replace("logits", "relative"))
+                if not value <= limits.logits:
+                    found.append(f"{tensor} differ by {value:.2e} (limit {limits.logits:.0e}) for {entry.case}")
+                elif not mean <= limits.relative:
+                    found.append(
+                        f"{tensor} differ by {mean:.2%} on average (limit {limits.relative:.0%}) for {entry.case}"
+                    )
+        return found
 
-    def require(self, tolerance: float) -> None:
+    def require(self, limits: Limits) -> None:
         """Pass, or refuse.
 
         Raises:
             D2ZeroError: names the tensor, the value and the limit.
         """
-        failures = self.failures(tolerance)
+        failures = self.failures(limits)
         if failures:
             raise D2ZeroError(f"the exported model is not the checkpoint's: {failures[0]}; the file was not written")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may differ between a checkpoint and its float32 export."""
-
-    logits: float = 1e-3  # class and mask logits
-    matched: float = 0.99  # least share of instances found by both, and named alike
-    points: float = 0.1  # AP and recall, in points of percent
 
 
 @dataclass(frozen=True)
@@ -70,6 +101,7 @@ class Verification:
     """All that was compared, and what of it failed."""
 
     parity: RawParity
+    attention_flipped: float | None  # share of bits in the decoder's attention masks; None for an engine
     instances: InstanceAgreement
     accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> figure -> (checkpoint, exported), percent
     failures: tuple[str, ...]
@@ -77,32 +109,35 @@ class Verification:
 
 def verify(
     model: D2Zero,
-    segmenter: Segmenter,
+    exported: Path,
     images: Sequence[Path] = (),
     annotations: CocoFile | None = None,
     image_folder: Path | None = None,
     limits: Limits | None = None,
+    providers: Sequence[str] = ("cpu",),
 ) -> Verification:
     """Compare an exported model with its checkpoint.
 
     Args:
         model: of the checkpoint.
-        segmenter: the exported file.
+        exported: the file.
         images: files to compare instances on; drawn pictures without any.
         annotations: to compare accuracy on, in every mode that the vocabulary allows.
         image_folder: of the annotations' images.
-        limits: what may differ.
+        limits: what may differ; by the file's precision if left out.
+        providers: what runs the file.
     """
-    limits = limits or Limits()
+    segmenter = open_exported(exported, providers)
+    limits = limits or LIMITS[segmenter.contract.precision]
     parity = raw_parity(model, segmenter)
+    flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
+    reference = _reference(model, segmenter)
     pictures = [read_image(path) for path in images] or [
         _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
     ]
-    ours = [model.predict([picture])[0] for picture in pictures]
-    theirs = [segmenter(picture) for picture in pictures]
-    agreement = instance_agreement(ours, theirs)
-    accuracy = _accuracy(model, segmenter, annotations, image_folder) if annotations and image_folder else {}
-    failures = parity.failures(limits.logits)
+    agreement = instance_agreement([reference(picture) for picture in pictures], [segmenter(p) for p in pictures])
+    accuracy = _accuracy(reference, segmenter, annotations, image_folder) if annotations and image_folder else {}
+    failures = parity.failures(limits)
     for what, value in (("matched", agreement.matched), ("same_label", agreement.same_label)):
         if value < limits.matched:
             failures.append(f"instances {what} {value:.4f} (limit {limits.matched})")
@@ -112,16 +147,60 @@ def verify(
         for figure, (left, right) in figures.items()
         if abs(left - right) > limits.points
     ]
-    return Verification(parity, agreement, accuracy, tuple(failures))
+    return Verification(parity, flipped, agreement, accuracy, tuple(failures))
+
+
+def open_exported(path: Path, providers: Sequence[str] = ("cpu",)) -> Segmenter:
+    """Load an exported model to compare it; one with TensorRT's operator gets a body for it, to run anywhere."""
+    if path.suffix != ".onnx" or read_contract(path)[0].deform_attn != "plugin" or "tensorrt" in providers:
+        return load(path, providers)
+    import onnx
+
+    with TemporaryDirectory() as folder:
+        runnable = Path(folder) / path.name
+        onnx.save(with_body(onnx.load(path)), runnable)
+        return Segmenter(OnnxBackend(runnable, providers), *read_contract(path))
+
+
+def attention_flipped(model: D2Zero, exported: Path) -> float:
+    """Share of attention-mask bits that differ, over all decoder layers, on one drawn image.
+
+    A query that looks elsewhere in one layer ends elsewhere: this is where low precision shows first.
+    """
+    import onnx
+    import onnxruntime
+
+    proto = with_body(onnx.load(exported))
+    names = [name for node in proto.graph.node for name in node.output if name.startswith(ATTENTION_MASK)]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
+    contract, _ = read_contract(exported)
+    height, width = contract.preprocessing.canvas or (96, 160)
+    image = _drawn(np.random.default_rng(0), height, width)
+    batch = contract.preprocessing.batch([image] * (contract.batch or 1), (height, width))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    theirs = session.run(names, {"images": batch})
+    with torch.inference_mode():
+        ours = InferenceGraph(model).attention_masks(torch.from_numpy(batch))
+    different = sum(int((left.numpy() != right).sum()) for left, right in zip(ours, theirs, strict=True))
+    return different / sum(int(right.size) for right in theirs)
+
+
+def _reference(model: D2Zero, segmenter: Segmenter) -> Segmenter:
+    """The checkpoint with the exported model's preprocessing and vocabulary, for comparing like with like."""
+    reference = segmenter_of(model, preprocessing=segmenter.preprocessing)
+    reference.set_vocabulary(replace(segmenter.vocabulary, source=model.vocabulary.source))
+    return reference
 
 
 def _accuracy(
-    model: D2Zero, segmenter: Segmenter, annotations: CocoFile, images: Path
+    reference: Segmenter, segmenter: Segmenter, annotations: CocoFile, images: Path
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    has_unseen = bool((~model.vocabulary.seen).any())
+    has_unseen = bool((~reference.vocabulary.seen).any())
     modes = list(Mode) if has_unseen else [Mode.GZSIS]
     both = []
-    for candidate in (model, segmenter):
+    for candidate in (reference, segmenter):
         with TemporaryDirectory() as folder:
             both.append(EvaluationRun(candidate, annotations, images, Path(folder), modes).run())
     return {
@@ -136,45 +215,76 @@ def _accuracy(
 
 
 def raw_parity(model: D2Zero, segmenter: Segmenter) -> RawParity:
-    """Compare raw output on drawn images: a batch, its images alone, other sizes, other class counts."""
+    """Compare raw output on drawn images: sizes, batches, their rows, and other class counts."""
     random = np.random.default_rng(0)
-    wide, tall, square = (_drawn(random, *size) for size in ((96, 160), (150, 90), (64, 64)))
-    own = model.vocabulary
+    reference, contract = _reference(model, segmenter), segmenter.contract
+    sizes = _sizes(segmenter)
+    first, second, square = (_drawn(random, *size) for size in sizes)
+    flipped = square[::-1].copy()
+    cases = {
+        f"one image, {sizes[0][0]} x {sizes[0][1]}": [first],
+        f"one image, {sizes[1][0]} x {sizes[1][1]}": [second],
+        "a batch of three equal sizes": [square, flipped, square],
+        "a list of three sizes": [first, second, square],
+    }
     found = [
-        _compare("one image, 96 x 160", model, segmenter, [wide]),
-        _compare("one image, 150 x 90", model, segmenter, [tall]),
-        _compare("a batch of three equal sizes", model, segmenter, [square, square[::-1].copy(), square]),
-        _compare("a list of three sizes", model, segmenter, [wide, tall, square]),
+        _difference(case, reference.predict_raw(images), segmenter.predict_raw(images))
+        for case, images in cases.items()
     ]
-    for count in (1, 7, len(own) + 5):
-        rows = random.standard_normal((count, own.width)).astype(np.float32)
-        words = Vocabulary(tuple(f"class {i}" for i in range(count)), rows)
-        found.append(_compare(f"{count} other classes", model, segmenter, [square], words))
+    found += _batch_against_single(segmenter, square, flipped)
+    for count in () if contract.baked else (1, 7, len(segmenter.vocabulary) + 5):
+        rows = random.standard_normal((count, contract.text_dim)).astype(np.float32)
+        found.append(
+            _with_classes(reference, segmenter, Vocabulary(tuple(f"class {i}" for i in range(count)), rows), square)
+        )
     return RawParity(tuple(found))
 
 
-def _compare(
-    case: str,
-    model: D2Zero,
-    segmenter: Segmenter,
-    images: list[NDArray[np.uint8]],
-    words: Vocabulary | None = None,
+def _sizes(segmenter: Segmenter) -> tuple[tuple[int, int], ...]:
+    """Heights and widths to compare at; none but the last is the size that was traced."""
+    if segmenter.preprocessing.canvas:
+        height, width = segmenter.preprocessing.canvas
+        return (height, width), (height - height // 3, width - width // 4), (height // 2, width)
+    return (96, 160), (150, 90), (64, 64)
+
+
+def _batch_against_single(segmenter: Segmenter, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> list[Difference]:
+    """The exported model against itself: equal rows of a batch, and a batch against its images one by one."""
+    together = segmenter.predict_raw([one, other, one])
+    alone = [segmenter.predict_raw([image]) for image in (one, other)]
+    rows = [RawOutput(together.class_logits[i : i + 1], together.mask_logits[i : i + 1], ()) for i in range(3)]
+    return [
+        _difference("equal rows of a batch", rows[0], rows[2]),
+        _difference("a batch against its first image alone", alone[0], rows[0]),
+        _difference("a batch against its second image alone", alone[1], rows[1]),
+    ]
+
+
+def _with_classes(
+    reference: Segmenter, segmenter: Segmenter, words: Vocabulary, image: NDArray[np.uint8]
 ) -> Difference:
-    before = model.vocabulary, segmenter.vocabulary
-    if words is not None:
-        model.set_vocabulary(replace(words, source=before[0].source))
-        segmenter.set_vocabulary(replace(words, source=before[1].source))
+    both = (reference, segmenter)
+    before = [candidate.vocabulary for candidate in both]
     try:
-        ours, theirs = model.predict_raw(images), segmenter.predict_raw(images)
+        for candidate in both:
+            candidate.set_vocabulary(replace(words, source=candidate.vocabulary.source))
+        return _difference(f"{len(words)} other classes", *(candidate.predict_raw([image]) for candidate in both))
     finally:
-        model.set_vocabulary(before[0])
-        segmenter.set_vocabulary(before[1])
-    masks = ours.mask_logits.numpy()
+        for candidate, vocabulary in zip(both, before, strict=True):
+            candidate.set_vocabulary(vocabulary)
+
+
+def _difference(case: str, ours: RawOutput, theirs: RawOutput) -> Difference:
+    classes = np.abs(ours.class_logits - theirs.class_logits)
+    masks = np.abs(ours.mask_logits - theirs.mask_logits)
+    real = ours.mask_logits > PADDING_LOGIT
     return Difference(
         case,
-        class_logits=float(np.abs(ours.class_logits.numpy() - theirs.class_logits).max()),
-        mask_logits=float(np.abs(masks - theirs.mask_logits).max()),
-        flipped=float(((masks > 0) != (theirs.mask_logits > 0)).mean()),
+        class_logits=float(classes.max()),
+        mask_logits=float(masks.max()),
+        class_relative=float(classes.mean() / np.abs(ours.class_logits).mean()),
+        mask_relative=float(masks[real].mean() / np.abs(ours.mask_logits[real]).mean()),
+        flipped=float(((ours.mask_logits > 0) != (theirs.mask_logits > 0)).mean()),
     )
 
 

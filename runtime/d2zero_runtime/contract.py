@@ -1,7 +1,7 @@
 """What an exported model says about itself: JSON under `d2zero` in the file's metadata."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.postprocess import SOFTMAX_TEMPERATURE
-from d2zero_runtime.vocabulary import Vocabulary
+from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
@@ -26,12 +26,15 @@ class ModelContract:
         seen: a flag a name.
         active: a flag a name.
         vocabulary_source: where its embeddings come from.
+        synonyms: other words for its classes, as in `Vocabulary`.
         text_dim: width of the class embeddings.
         num_queries: Q.
         preprocessing: how images become input.
         softmax_temperature: of the class probabilities.
         precision: of the graph, such as `float32`.
         deform_attn: the form of deformable attention in the graph.
+        batch: images a run, if the graph was made for one number only.
+        baked: whether the class embeddings are constants of the graph, not an input.
         opset: of ONNX.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: versions of what made the file.
@@ -45,9 +48,12 @@ class ModelContract:
     text_dim: int
     num_queries: int
     preprocessing: Preprocessing
+    synonyms: dict[str, str] = field(default_factory=dict)
     softmax_temperature: float = SOFTMAX_TEMPERATURE
     precision: str = "float32"
     deform_attn: str = "gridsample"
+    batch: int | None = None
+    baked: bool = False
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)
@@ -68,7 +74,10 @@ class ModelContract:
         Raises:
             D2ZeroError: it is of a newer version, or lacks a field.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise D2ZeroError(f"{where}: the model contract is damaged: {error}") from error
         if values.get("version", 0) > CONTRACT_VERSION:
             raise D2ZeroError(
                 f"{where} follows version {values['version']} of the model contract, this d2zero reads up to"
@@ -78,18 +87,12 @@ class ModelContract:
         missing = [name for name in names if name not in values]
         if missing:
             raise D2ZeroError(f"{where}: the model contract lacks {listed(missing)}; export the model again")
-        preprocessing = values["preprocessing"]
-        return cls(
-            **{
-                **{name: values[name] for name in names},
-                "class_names": tuple(values["class_names"]),
-                "seen": tuple(values["seen"]),
-                "active": tuple(values["active"]),
-                "preprocessing": Preprocessing(
-                    **{**preprocessing, "mean": tuple(preprocessing["mean"]), "std": tuple(preprocessing["std"])}
-                ),
-            }
-        )
+        flags = {name: tuple(values[name]) for name in ("class_names", "seen", "active")}
+        try:
+            preprocessing = Preprocessing.from_dict(values["preprocessing"])
+        except D2ZeroError as error:
+            raise D2ZeroError(f"{where}: {error}") from error
+        return cls(**{**{name: values[name] for name in names}, **flags, "preprocessing": preprocessing})
 
     def vocabulary(self, embeddings: NDArray[np.float32]) -> Vocabulary:
         """The default vocabulary, with the embeddings that the file holds."""
@@ -99,4 +102,29 @@ class ModelContract:
             seen=np.array(self.seen),
             active=np.array(self.active),
             source=self.vocabulary_source,
+            synonyms=self.synonyms,
         )
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> "ModelContract":
+        """The contract of the same model with another default vocabulary (see `require_fit`)."""
+        return replace(
+            self,
+            class_names=vocabulary.names,
+            seen=tuple(vocabulary.seen.tolist()),
+            active=tuple(vocabulary.active.tolist()),
+            vocabulary_source=vocabulary.source,
+            synonyms=vocabulary.synonyms,
+        )
+
+    def require_fit(self, vocabulary: Vocabulary, default: Vocabulary) -> None:
+        """Refuse a vocabulary that the model cannot use in place of its default one.
+
+        Raises:
+            D2ZeroError: its width, its encoder, or (where embeddings are constants) its embeddings do not fit.
+        """
+        check_vocabulary(vocabulary, self.text_dim, default)
+        if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
+            raise D2ZeroError(
+                "the model was exported with --bake: its classes are constants, only names and flags can change;"
+                " export it without --bake for other classes"
+            )

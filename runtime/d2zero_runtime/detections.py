@@ -3,7 +3,7 @@
 Letters: N instances, H and W the output image's sides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class Detections:
         class_ids: (N,) int64, indices into the vocabulary's names.
         names: N class names.
         seen: (N,) bool, False for instances of classes that training never saw.
-        masks: N masks as COCO RLE, or None if masks were not asked for.
+        masks: N masks as COCO RLE, or as a (N, H, W) bool array, or None, as they were asked for.
         image_size: (height, width) of the image that boxes and masks refer to.
 
     Raises:
@@ -43,7 +43,7 @@ class Detections:
     class_ids: NDArray[np.int64]
     names: tuple[str, ...]
     seen: NDArray[np.bool_]
-    masks: tuple[rle.RLE, ...] | None
+    masks: tuple[rle.RLE, ...] | NDArray[np.bool_] | None
     image_size: tuple[int, int]
 
     def __post_init__(self) -> None:
@@ -57,7 +57,10 @@ class Detections:
             value = getattr(self, field)
             if value is not None and len(value) != count:
                 raise D2ZeroError(f"{field} must have {count} entries, one an instance, got {len(value)}")
-        wrong = [mask["size"] for mask in self.masks or () if tuple(mask["size"]) != tuple(self.image_size)]
+        if isinstance(self.masks, np.ndarray):
+            wrong = [] if self.masks.shape[1:] == tuple(self.image_size) else [list(self.masks.shape[1:])]
+        else:
+            wrong = [mask["size"] for mask in self.masks or () if tuple(mask["size"]) != tuple(self.image_size)]
         if wrong:
             raise D2ZeroError(f"masks must have the image's size {list(self.image_size)}, got {wrong[0]}")
 
@@ -73,7 +76,7 @@ class Detections:
             class_ids=self.class_ids[rows],
             names=tuple(self.names[row] for row in rows),
             seen=self.seen[rows],
-            masks=None if self.masks is None else tuple(self.masks[row] for row in rows),
+            masks=self.masks[rows] if isinstance(self.masks, np.ndarray) else self._rles(rows),
             image_size=self.image_size,
         )
 
@@ -108,9 +111,18 @@ class Detections:
         """Masks as a (N, H, W) boolean array."""
         if self.masks is None:
             raise D2ZeroError("these detections carry no masks; ask for them with masks='rle'")
+        if isinstance(self.masks, np.ndarray):
+            return self.masks
         if not self.masks:
             return np.zeros((0, *self.image_size), bool)
         return np.stack([rle.decode(mask) for mask in self.masks])
+
+    def _rles(self, rows: Iterable[int]) -> tuple[rle.RLE, ...] | None:
+        if self.masks is None:
+            return None
+        if isinstance(self.masks, np.ndarray):
+            return tuple(rle.encode(self.masks[row]) for row in rows)
+        return tuple(self.masks[row] for row in rows)
 
     def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
         """COCO result entries (`image_id, category_id, bbox xywh, score, segmentation`).
@@ -121,6 +133,7 @@ class Detections:
         if unknown:
             raise D2ZeroError(f"no category id given for {', '.join(unknown)}")
         entries = []
+        masks = self._rles(range(len(self)))
         for row in range(len(self)):
             x1, y1, x2, y2 = (float(side) for side in self.boxes[row])
             entry: dict[str, Any] = {
@@ -129,8 +142,8 @@ class Detections:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": float(self.scores[row]),
             }
-            if self.masks is not None:
-                entry["segmentation"] = dict(self.masks[row])
+            if masks is not None:
+                entry["segmentation"] = dict(masks[row])
             entries.append(entry)
         return entries
 
@@ -184,7 +197,9 @@ class Detections:
 
         table = pandas.DataFrame({"name": list(self.names), "score": self.scores, "seen": self.seen})
         table[["x1", "y1", "x2", "y2"]] = self.boxes
-        if self.masks is not None:
+        if isinstance(self.masks, np.ndarray):
+            table["area"] = self.masks.sum(axis=(1, 2))
+        elif self.masks is not None:
             table["area"] = [rle.area(mask) for mask in self.masks]
         return table
 

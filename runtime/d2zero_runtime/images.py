@@ -7,14 +7,15 @@ normalised, padded with zeros on the right and at the bottom.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.errors import D2ZeroError, listed
 
 Size = tuple[int, int]  # height, width
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size, in the raw output of several
@@ -30,6 +31,8 @@ class Preprocessing:
         mean: per channel, in grey levels, RGB.
         std: per channel, in grey levels, RGB.
         size_divisor: sides are padded to a multiple of this.
+        canvas: (height, width) of a model of one fixed size: images are shrunk into it if they are larger and
+            padded to it. Any size if left out.
     """
 
     shortest_edge: int = 800
@@ -37,6 +40,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     size_divisor: int = 32
+    canvas: Size | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest_edge <= self.longest_edge or self.size_divisor < 1:
@@ -44,6 +48,23 @@ class Preprocessing:
                 "preprocessing needs 1 <= shortest_edge <= longest_edge and a size_divisor of at least 1, got"
                 f" {self.shortest_edge}, {self.longest_edge} and {self.size_divisor}"
             )
+        if self.canvas and any(side < 1 or side % self.size_divisor for side in self.canvas):
+            raise D2ZeroError(
+                f"a fixed size must be multiples of {self.size_divisor}, got {self.canvas[0]}x{self.canvas[1]}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Read what `dataclasses.asdict` made, JSON's lists included.
+
+        Raises:
+            D2ZeroError: a key is unknown (written by a newer version, most likely).
+        """
+        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise D2ZeroError(f"unknown preprocessing {listed(unknown)}; was this written by a newer d2zero?")
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
     def network_size(self, size: Size) -> Size:
         """The size that an image of `size` (height, width) is resized to."""
@@ -53,10 +74,24 @@ class Preprocessing:
         if max(scaled) > self.longest_edge:
             shrink = self.longest_edge / max(scaled)
             scaled = [side * shrink for side in scaled]
+        if self.canvas:
+            shrink = min(1.0, self.canvas[0] / scaled[0], self.canvas[1] / scaled[1])
+            scaled = [side * shrink for side in scaled]
         return max(1, int(scaled[0] + 0.5)), max(1, int(scaled[1] + 0.5))
 
     def padded_size(self, size: Size) -> Size:
-        """`size` (height, width) rounded up to multiples of `size_divisor`."""
+        """`size` (height, width) rounded up to multiples of `size_divisor`, or the fixed size.
+
+        Raises:
+            D2ZeroError: the model has a fixed size that `size` does not fit into.
+        """
+        if self.canvas:
+            if size[0] > self.canvas[0] or size[1] > self.canvas[1]:
+                raise D2ZeroError(
+                    f"the model takes images of up to {self.canvas[0]}x{self.canvas[1]} (height x width), got"
+                    f" {size[0]}x{size[1]}; resize them first (`preprocessing.resize`)"
+                )
+            return self.canvas
         divisor = self.size_divisor
         return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 

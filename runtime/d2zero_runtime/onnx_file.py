@@ -9,7 +9,6 @@ dims 1, data_type 2, name 8, raw_data 9; StringStringEntryProto key 1, value 2.
 
 import mmap
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+from d2zero_runtime.vocabulary import Vocabulary
 
 _GRAPH, _METADATA = 7, 14
 _INITIALIZER = 5
@@ -68,14 +67,8 @@ def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         D2ZeroError: the vocabulary's width or encoder does not fit, or the file is not of ours.
     """
     contract, previous = read_contract(path)
-    check_vocabulary(vocabulary, contract.text_dim, previous)
-    changed = replace(
-        contract,
-        class_names=vocabulary.names,
-        seen=tuple(vocabulary.seen.tolist()),
-        active=tuple(vocabulary.active.tolist()),
-        vocabulary_source=vocabulary.source,
-    )
+    contract.require_fit(vocabulary, previous)
+    changed = contract.with_vocabulary(vocabulary)
     entry = _message(1, CONTRACT_KEY.encode()) + _message(2, changed.to_json().encode())
     tensor = (
         b"".join(_key(_DIMS, _VARINT) + _encoded(side) for side in vocabulary.embeddings.shape)

@@ -28,6 +28,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
+MASK_KINDS = ("rle", "bitmap", "none")
 
 
 class Mode(StrEnum):
@@ -70,12 +71,13 @@ def selection(vocabulary: Vocabulary, mode: Mode, max_detections: int = MAX_DETE
     seen, active = vocabulary.seen, vocabulary.active
     if mode is not Mode.GZSIS and not (active & ~seen).any():
         raise D2ZeroError(f"mode {mode} needs unseen classes, the vocabulary has none that are active")
+    classes = active & (vocabulary.class_of == np.arange(len(vocabulary)))  # synonyms compete, but are not named
     if mode is Mode.ZSIS:
-        return Selection(active & ~seen, ((active & ~seen, max_detections),))
+        return Selection(active & ~seen, ((classes & ~seen, max_detections),))
     if mode is Mode.GZSIS_COPY_PASTE:
         half = max_detections // 2
-        return Selection(active, ((active & seen, max_detections - half), (active & ~seen, half)))
-    return Selection(active, ((active, max_detections),))
+        return Selection(active, ((classes & seen, max_detections - half), (classes & ~seen, half)))
+    return Selection(active, ((classes, max_detections),))
 
 
 def class_probabilities(
@@ -130,7 +132,7 @@ def postprocess(
     temperature: float = SOFTMAX_TEMPERATURE,
     max_detections: int = MAX_DETECTIONS,
     score_threshold: float = 0.0,
-    with_masks: bool = True,
+    masks: str = "rle",
 ) -> Detections:
     """Turn one image's raw output into instances at the output size.
 
@@ -145,11 +147,13 @@ def postprocess(
         temperature: softmax temperature of the class probabilities.
         max_detections: at most this many instances.
         score_threshold: instances below this final score are dropped.
-        with_masks: whether to return RLE masks.
+        masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array) or `none` (boxes and scores alone).
 
     Raises:
-        D2ZeroError: shapes do not fit the vocabulary, or the mode does not.
+        D2ZeroError: shapes do not fit the vocabulary, the mode does not, or there is no such kind of masks.
     """
+    if masks not in MASK_KINDS:
+        raise D2ZeroError(f"masks must be one of {', '.join(MASK_KINDS)}, got {masks!r}")
     queries_count = len(class_logits)
     if class_logits.shape != (queries_count, len(vocabulary) + 1):
         raise D2ZeroError(
@@ -159,25 +163,28 @@ def postprocess(
     mode = Mode.parse(mode) if isinstance(mode, str) else mode
     chosen = selection(vocabulary, mode, max_detections)
     probabilities = class_probabilities(class_logits, chosen.competing, temperature)
+    if vocabulary.synonyms:
+        probabilities = _with_synonyms(probabilities, vocabulary.class_of)
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
     rows = resize_matrix(mask_logits.shape[1], padded_size[0], input_size[0], output_size[0])
     columns = resize_matrix(mask_logits.shape[2], padded_size[1], input_size[1], output_size[1])
-    masks = [_mask(mask_logits[query], rows, columns) for query in used]
-    quality = np.array([mask.quality for mask in masks], np.float32)
+    found = [_mask(mask_logits[query], rows, columns, masks != "none") for query in used]
+    quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] >= score_threshold]
-    picked = [masks[row] for row in row_of[order]]
+    picked = [found[row] for row in row_of[order]]
     class_ids = classes[order]
+    size = (int(output_size[0]), int(output_size[1]))
     return Detections(
         boxes=np.array([mask.box for mask in picked], np.float32).reshape(-1, 4),
         scores=scores[order].astype(np.float32),
         class_ids=class_ids,
         names=tuple(vocabulary.names[index] for index in class_ids),
         seen=vocabulary.seen[class_ids],
-        masks=tuple(mask.rle for mask in picked) if with_masks else None,
-        image_size=(int(output_size[0]), int(output_size[1])),
+        masks=_masks(picked, masks, size),
+        image_size=size,
     )
 
 
@@ -225,14 +232,35 @@ def postprocess_all(
     ]
 
 
+def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Add what synonyms got to their classes; synonyms compete for the same probability."""
+    summed = np.zeros_like(probabilities)
+    np.add.at(summed.T, class_of, probabilities.T)
+    return summed
+
+
+def _masks(found: "Sequence[_Mask]", kind: str, size: Size) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | None:
+    if kind == "none":
+        return None
+    encoded = tuple(mask.rle for mask in found if mask.rle is not None)
+    if kind == "rle":
+        return encoded
+    bitmaps = np.empty((len(encoded), *size), bool)
+    for bitmap, mask in zip(bitmaps, encoded, strict=True):
+        bitmap[:] = rle.decode(mask)
+    return bitmaps
+
+
 @dataclass(frozen=True, eq=False)
 class _Mask:
-    rle: rle.RLE
+    rle: rle.RLE | None
     box: tuple[float, float, float, float]
     quality: float  # mean sigmoid inside the mask
 
 
-def _mask(logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]) -> _Mask:
+def _mask(
+    logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32], encoded: bool
+) -> _Mask:
     height, width = len(rows), len(columns)
     positive = logits_hw > 0
     top, bottom = _reach(rows, np.asarray(positive.any(axis=1)))
@@ -244,7 +272,7 @@ def _mask(logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: ND
         return _Mask(rle.encode_window(inside[:0, :0], 0, 0, height, width), (0.0, 0.0, 0.0, 0.0), 0.0)
     logits = window[inside].astype(np.float64)
     return _Mask(
-        rle=rle.encode_window(inside, top, left, height, width),
+        rle=rle.encode_window(inside, top, left, height, width) if encoded else None,
         box=(
             float(left + filled_columns[0]),
             float(top + filled_rows[0]),

@@ -1,33 +1,50 @@
-"""Segmenting images with an exported model: ONNX Runtime, no torch.
+"""Segmenting images with a model, whatever runs its network; no torch.
 
-Letters: B batch, Q queries, K classes, H and W the padded input's sides.
+`load` opens an exported model. The segmenter does what is the same for all of them: reading, resizing,
+batches, vocabularies, post-processing. What runs the network is its backend.
+
+Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, read_image, to_rgb
+from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
-from d2zero_runtime.postprocess import MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
-from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
+from d2zero_runtime.vocabulary import Vocabulary
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+EXPORTED_SUFFIXES = (".onnx",)
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+Raw = tuple[NDArray[np.float32], NDArray[np.float32]]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4)
+OnError = Callable[[ImageLike, D2ZeroError], None]
+
+
+class Backend(Protocol):
+    """What runs a network."""
+
+    name: str
+    """What it is and where it runs, for people."""
+
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+        """Run the network on normalised, padded images; with its own class embeddings if none are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +63,18 @@ class RawOutput:
     padded_sizes: tuple[Size, ...]
 
 
-def load(path: str | os.PathLike[str], providers: Sequence[str] = ("cpu",), threads: int | None = None) -> "Segmenter":
+def load(
+    path: str | os.PathLike[str],
+    providers: Provider | Sequence[Provider] = ("cpu",),
+    threads: int | None = None,
+) -> "Segmenter":
     """Load an exported model.
 
     Args:
         path: an `.onnx` file made by `d2zero export`.
-        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference. One that is
-            not available is an error, never a silent fallback.
+        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each alone or
+            with its options: `("cuda", {"device_id": 1})`. One that is not available is an error, never a
+            silent fallback.
         threads: threads inside an operator; ONNX Runtime's choice if left out.
 
     Raises:
@@ -62,37 +84,27 @@ def load(path: str | os.PathLike[str], providers: Sequence[str] = ("cpu",), thre
     if path.suffix != ".onnx":
         raise D2ZeroError(f"expected an exported model (.onnx), got {path.name!r}; make one with `d2zero export`")
     contract, vocabulary = read_contract(path)
-    import onnxruntime
-
-    chosen = [_PROVIDERS.get(name.lower(), name) for name in providers]
-    missing = [name for name in chosen if name not in onnxruntime.get_available_providers()]
-    if missing:
+    chosen: Any = [providers] if isinstance(providers, str) or _is_pair(providers) else list(providers)
+    names = [entry if isinstance(entry, str) else entry[0] for entry in chosen]
+    if contract.deform_attn == "plugin" and not {"tensorrt", "TensorrtExecutionProvider"} & set(names):
         raise D2ZeroError(
-            f"{listed(missing)} not available; this onnxruntime has {listed(onnxruntime.get_available_providers())}."
-            " For NVIDIA GPUs install 'd2zero[gpu]' instead of 'd2zero[cpu]' (never both)"
+            f"{path} holds an operator that only TensorRT has (it was exported with --deform-attn plugin); run it with"
+            " the provider tensorrt, or export with --deform-attn gridsample"
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
-    except Exception as error:  # onnxruntime has its own exceptions
-        raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
-    return Segmenter(session, contract, vocabulary)
+    return Segmenter(OnnxBackend(path, chosen, threads), contract, vocabulary)
 
 
 class Segmenter:
     """Finds and segments objects of a vocabulary's classes.
 
     Args:
-        session: an ONNX Runtime session.
+        backend: runs the network.
         contract: of the model.
         vocabulary: the default one, inside the model.
     """
 
-    def __init__(self, session: Any, contract: ModelContract, vocabulary: Vocabulary) -> None:
-        self.session, self.contract = session, contract
+    def __init__(self, backend: Backend, contract: ModelContract, vocabulary: Vocabulary) -> None:
+        self.backend, self.contract = backend, contract
         self._default = self._vocabulary = vocabulary
 
     @property
@@ -109,9 +121,9 @@ class Segmenter:
         """Use other classes, without exporting anew.
 
         Raises:
-            D2ZeroError: the embeddings' width or encoder is not the model's.
+            D2ZeroError: the embeddings' width or encoder is not the model's, or its classes are constants.
         """
-        check_vocabulary(vocabulary, self.contract.text_dim, self._default)
+        self.contract.require_fit(vocabulary, self._default)
         self._vocabulary = vocabulary
 
     def __call__(
@@ -120,9 +132,10 @@ class Segmenter:
         mode: Mode | str = Mode.GZSIS,
         *,
         vocabulary: Vocabulary | None = None,
+        batch_size: int = 1,
         score_threshold: float = 0.0,
         max_detections: int = MAX_DETECTIONS,
-        with_masks: bool = True,
+        masks: str = "rle",
     ) -> Any:
         """Segment one image, or several.
 
@@ -130,21 +143,18 @@ class Segmenter:
             source: an image (path, PIL image or (H, W, 3) uint8 RGB array), or a list, folder or glob pattern.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
             vocabulary: classes for this call alone.
+            batch_size: at most so many neighbours of one padded size run together; pays on a GPU.
             score_threshold: instances below it are dropped.
             max_detections: at most so many an image.
-            with_masks: whether to return masks.
+            masks: `rle`, `bitmap` or `none`.
 
         Returns:
             `Detections` for one image, a list of them otherwise, in the order of the sources.
         """
         many = _is_many(source)
-        options: dict[str, Any] = {
-            "vocabulary": vocabulary,
-            "score_threshold": score_threshold,
-            "max_detections": max_detections,
-            "with_masks": with_masks,
-        }
-        found = [detections for _, detections in self.stream(expand(source), mode, **options)]
+        options: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections, "masks": masks}
+        results = self.stream(expand(source), mode, vocabulary=vocabulary, batch_size=batch_size, **options)
+        found = [detections for _, detections in results]
         return found if many else found[0]
 
     def stream(
@@ -152,43 +162,41 @@ class Segmenter:
         sources: Iterable[ImageLike],
         mode: Mode | str = Mode.GZSIS,
         *,
-        on_error: Callable[[ImageLike, D2ZeroError], None] | None = None,
+        vocabulary: Vocabulary | None = None,
+        batch_size: int = 1,
+        on_error: OnError | None = None,
         **options: Any,
     ) -> Iterator[tuple[ImageLike, Detections]]:
-        """Segment images one after the other while the next is read and the last is post-processed.
+        """Segment images while the next ones are read and the last ones are post-processed.
 
-        Memory holds three images at a time, however many there are.
+        Memory holds three batches at a time, however many images there are.
 
         Args:
-            sources: images, of any length; may be a generator.
+            sources: images, of any number; may be a generator.
             mode: as in `__call__`.
+            vocabulary: as in `__call__`.
+            batch_size: as in `__call__`.
             on_error: told of a source that cannot be read, which is then skipped; without it, that raises.
-            options: as in `__call__`.
+            options: `score_threshold`, `max_detections` and `masks`, as in `__call__`.
+
+        Yields:
+            Each source with its instances, in order.
         """
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
-        vocabulary = options.pop("vocabulary", None) or self._vocabulary
-        selection(vocabulary, mode)  # refuses a mode that the vocabulary does not allow, before any work
-        queue = iter(sources)
+        words = vocabulary or self._vocabulary
+        self.contract.require_fit(words, self._default)
+        selection(words, mode)  # refuses a mode that the vocabulary does not allow, before any work
+        _require_options(batch_size, options)
+        settings = {"vocabulary": words, "mode": mode, **options}
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
-            reading = [(item, reader.submit(self._prepared, item)) for item in islice(queue, 1)]
-            finishing: list[tuple[ImageLike, Any]] = []
-            while reading:
-                item, future = reading.pop()
-                reading = [(following, reader.submit(self._prepared, following)) for following in islice(queue, 1)]
-                try:
-                    prepared = future.result()
-                except D2ZeroError as error:
-                    if on_error is None:
-                        raise
-                    on_error(item, error)
-                    continue
-                raw = self._run(prepared[0], vocabulary)
-                finishing.append((item, finisher.submit(self._finished, prepared, raw, vocabulary, mode, options)))
+            finishing: list[Future[list[tuple[ImageLike, Detections]]]] = []
+            for batch in _grouped(self._read(iter(sources), reader, batch_size, on_error), batch_size):
+                raw = self._run(np.concatenate([entry.pixels for entry in batch]), words)
+                finishing.append(finisher.submit(self._finished, batch, raw, settings))
                 if len(finishing) > 1:
-                    done, result = finishing.pop(0)
-                    yield done, result.result()
-            for done, result in finishing:
-                yield done, result.result()
+                    yield from finishing.pop(0).result()
+            for future in finishing:
+                yield from future.result()
 
     def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
         """Normalise and pad images, run the network, resize nothing.
@@ -224,7 +232,7 @@ class Segmenter:
             input_sizes: (height, width) of each image as given to `predict_raw`.
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            options: `max_detections`, `score_threshold`, `with_masks`.
+            options: `max_detections`, `score_threshold`, `masks`.
         """
         return postprocess_all(
             out.class_logits,
@@ -238,35 +246,111 @@ class Segmenter:
             **options,
         )
 
-    def _run(self, images_B3HW: NDArray[np.float32], vocabulary: Vocabulary) -> Any:
-        feed = {"images": images_B3HW}
-        if vocabulary is not self._default:
-            check_vocabulary(vocabulary, self.contract.text_dim, self._default)
-            feed[EMBEDDINGS_INPUT] = vocabulary.embeddings
-        return self.session.run(["class_logits", "mask_logits"], feed)
+    def _run(self, images_B3HW: NDArray[np.float32], vocabulary: Vocabulary) -> Raw:
+        embeddings = None if self.contract.baked or vocabulary is self._default else vocabulary.embeddings
+        size = self.contract.batch or len(images_B3HW)
+        parts = [
+            self._run_exactly(images_B3HW[start : start + size], size, embeddings)
+            for start in range(0, len(images_B3HW), size)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _prepared(self, source: ImageLike) -> tuple[NDArray[np.float32], Size, Size, Size]:
+    def _run_exactly(self, images_B3HW: NDArray[np.float32], size: int, embeddings: NDArray[np.float32] | None) -> Raw:
+        """Run a batch of exactly `size`, filling up with empty images whose results are dropped."""
+        count = len(images_B3HW)
+        if count < size:
+            images_B3HW = np.concatenate([images_B3HW, np.zeros((size - count, *images_B3HW.shape[1:]), np.float32)])
+        class_logits, mask_logits = self.backend.run(images_B3HW, embeddings)
+        return class_logits[:count], mask_logits[:count]
+
+    def _read(
+        self, sources: Iterator[ImageLike], reader: ThreadPoolExecutor, ahead: int, on_error: OnError | None
+    ) -> "Iterator[_Prepared]":
+        """Sources in order, `ahead` of them being read at a time."""
+        waiting: deque[tuple[ImageLike, Future[_Prepared]]] = deque()
+        for source in sources:
+            waiting.append((source, reader.submit(self._prepared, source)))
+            if len(waiting) > ahead:
+                yield from _taken(*waiting.popleft(), on_error)
+        while waiting:
+            yield from _taken(*waiting.popleft(), on_error)
+
+    def _prepared(self, source: ImageLike) -> "_Prepared":
         image = _pixels(source)
         resized = self.preprocessing.resize(image)
         padded = self.preprocessing.padded_size(resized.shape[:2])
         batch = self.preprocessing.batch([resized], padded)
-        return batch, resized.shape[:2], image.shape[:2], padded
+        return _Prepared(source, batch, resized.shape[:2], image.shape[:2], padded)
 
     def _finished(
-        self, prepared: Any, raw: Any, vocabulary: Vocabulary, mode: Mode, options: dict[str, Any]
-    ) -> Detections:
-        _, input_size, output_size, padded = prepared
-        return postprocess(
-            raw[0][0],
-            raw[1][0],
-            vocabulary,
-            input_size=input_size,
-            output_size=output_size,
-            padded_size=padded,
-            mode=mode,
-            temperature=self.contract.softmax_temperature,
-            **options,
-        )
+        self, batch: "list[_Prepared]", raw: Raw, settings: dict[str, Any]
+    ) -> list[tuple[ImageLike, Detections]]:
+        return [
+            (
+                entry.source,
+                postprocess(
+                    raw[0][row],
+                    raw[1][row],
+                    input_size=entry.input_size,
+                    output_size=entry.output_size,
+                    padded_size=entry.padded_size,
+                    temperature=self.contract.softmax_temperature,
+                    **settings,
+                ),
+            )
+            for row, entry in enumerate(batch)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """One image, ready for the network."""
+
+    source: ImageLike
+    pixels: NDArray[np.float32]  # (1, 3, H, W)
+    input_size: Size
+    output_size: Size
+    padded_size: Size
+
+
+def _taken(source: ImageLike, future: Future[_Prepared], on_error: OnError | None) -> Iterator[_Prepared]:
+    try:
+        yield future.result()
+    except D2ZeroError as error:
+        if on_error is None:
+            raise
+        on_error(source, error)
+
+
+def _grouped(prepared: Iterator[_Prepared], batch_size: int) -> Iterator[list[_Prepared]]:
+    """Neighbours of one padded size, at most `batch_size` of them."""
+    group: list[_Prepared] = []
+    for entry in prepared:
+        if group and (len(group) == batch_size or entry.padded_size != group[0].padded_size):
+            yield group
+            group = []
+        group.append(entry)
+        if len(group) == batch_size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _require_options(batch_size: int, options: dict[str, Any]) -> None:
+    if batch_size < 1:
+        raise D2ZeroError(f"batch_size must be at least 1, got {batch_size}")
+    if options.get("max_detections", 1) < 1:
+        raise D2ZeroError(f"max_detections must be at least 1, got {options['max_detections']}")
+    if options.get("masks", "rle") not in MASK_KINDS:
+        raise D2ZeroError(f"masks must be one of {', '.join(MASK_KINDS)}, got {options['masks']!r}")
+
+
+def _is_pair(providers: object) -> bool:
+    """One provider with its options, `("cuda", {…})`, and not a sequence of providers."""
+    return isinstance(providers, tuple) and len(providers) == 2 and isinstance(providers[1], dict)
 
 
 def expand(source: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Vocabulary:
         active: (K,) bool, True for classes that may be predicted. All active if left out.
         source: where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of
             different encoders do not mix.
+        synonyms: other words for a class, `{"couch": "sofa"}`; both are names. The probability of a synonym
+            counts for its class, which alone is reported; flags of a synonym are those of its class.
 
     Raises:
         D2ZeroError: a field has the wrong shape or holds values that cannot be used.
@@ -45,6 +47,7 @@ class Vocabulary:
     seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     active: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     source: dict[str, Any] = field(default_factory=dict)
+    synonyms: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = tuple(str(name) for name in self.names)
@@ -54,10 +57,15 @@ class Vocabulary:
         _check_embeddings(names, embeddings)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "embeddings", embeddings)
-        object.__setattr__(self, "seen", _flags("seen", self.seen, count))
-        object.__setattr__(self, "active", _flags("active", self.active, count))
+        _check_synonyms(self.synonyms, names)
+        object.__setattr__(self, "class_of", _class_of(names, self.synonyms))
+        object.__setattr__(self, "seen", _flags("seen", self.seen, count)[self.class_of])
+        object.__setattr__(self, "active", _flags("active", self.active, count)[self.class_of])
         if not self.active.any():
             raise D2ZeroError("a vocabulary needs at least one active class, got none")
+
+    class_of: NDArray[np.int64] = field(init=False)
+    """(K,) the row of each name's class: its own, but for synonyms."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,26 +82,35 @@ class Vocabulary:
 
     @property
     def seen_names(self) -> tuple[str, ...]:
-        """Names that training saw, in order."""
-        return tuple(name for name, seen in zip(self.names, self.seen, strict=True) if seen)
+        """Classes that training saw, in order."""
+        return self._classes(self.seen)
 
     @property
     def unseen_names(self) -> tuple[str, ...]:
-        """Names that training never saw, in order."""
-        return tuple(name for name, seen in zip(self.names, self.seen, strict=True) if not seen)
+        """Classes that training never saw, in order."""
+        return self._classes(~self.seen)
+
+    def _classes(self, flags: NDArray[np.bool_]) -> tuple[str, ...]:
+        chosen = zip(self.names, flags, strict=True)
+        return tuple(name for name, flag in chosen if flag and name not in self.synonyms)
 
     def with_active(self, names: Sequence[str]) -> "Vocabulary":
-        """Keep the whole context and let only `names` be predicted."""
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
-        return replace(self, active=np.isin(np.array(self.names), list(names)))
+        """Keep the whole context and let only `names` (or what they are synonyms of) be predicted."""
+        self._require(names)
+        chosen = {self.synonyms.get(name, name) for name in names}
+        return replace(self, active=np.isin(np.array(self.names), list(chosen)))
+
+    def with_synonyms(self, synonyms: Mapping[str, str]) -> "Vocabulary":
+        """Count some names as other words for a class: `{"couch": "sofa"}`.
+
+        Raises:
+            D2ZeroError: a word or its class is no name of this vocabulary, or the class is a synonym itself.
+        """
+        return replace(self, synonyms=dict(synonyms))
 
     def select(self, names: Sequence[str]) -> "Vocabulary":
         """Keep `names` alone, in that order: a smaller context, which changes every score."""
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
+        self._require(names)
         rows = [self.names.index(name) for name in names]
         return replace(
             self,
@@ -101,7 +118,13 @@ class Vocabulary:
             embeddings=self.embeddings[rows],
             seen=self.seen[rows],
             active=self.active[rows],
+            synonyms={word: name for word, name in self.synonyms.items() if word in names and name in names},
         )
+
+    def _require(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vocabulary as `.npz`, atomically, and return its path."""
@@ -119,6 +142,7 @@ class Vocabulary:
                 seen=self.seen,
                 active=self.active,
                 source=np.array(json.dumps(self.source)),
+                synonyms=np.array(json.dumps(self.synonyms)),
             )
         partial.replace(path)
         return path
@@ -151,14 +175,16 @@ class Vocabulary:
             )
         try:
             source = json.loads(str(fields["source"]))
+            synonyms = json.loads(str(fields.get("synonyms", "{}")))
         except json.JSONDecodeError as error:
-            raise D2ZeroError(f"{path} is damaged: its source is no JSON") from error
+            raise D2ZeroError(f"{path} is damaged: its source or synonyms are no JSON") from error
         return cls(
             names=tuple(fields["names"].tolist()),
             embeddings=fields["embeddings"],
             seen=fields["seen"],
             active=fields["active"],
             source=source,
+            synonyms=synonyms,
         )
 
 
@@ -201,6 +227,23 @@ def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -
     empty = [name for name, row in zip(names, embeddings, strict=True) if not row.any()]
     if empty:
         raise D2ZeroError(f"embeddings are all zero for {listed(empty)}; the encoder did not know these names")
+
+
+def _check_synonyms(synonyms: Mapping[str, str], names: tuple[str, ...]) -> None:
+    unknown = sorted({word for pair in synonyms.items() for word in pair} - set(names))
+    if unknown:
+        raise D2ZeroError(
+            f"synonyms and their classes must be names of the vocabulary (each with an embedding), {listed(unknown)}"
+            " not among them"
+        )
+    chained = [name for name in synonyms.values() if name in synonyms]
+    if chained:
+        raise D2ZeroError(f"a synonym must stand for a class, {listed(chained)} stands for another itself")
+
+
+def _class_of(names: tuple[str, ...], synonyms: Mapping[str, str]) -> NDArray[np.int64]:
+    row_of = {name: row for row, name in enumerate(names)}
+    return np.array([row_of[synonyms.get(name, name)] for name in names], np.int64)
 
 
 def _flags(what: str, flags: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:

@@ -84,7 +84,7 @@ def test_threshold_count_and_masks() -> None:
     threshold = float(everything.scores[4])
     some = postprocess(class_logits, mask_logits, words(), score_threshold=threshold, **SIZES)
     assert len(some) == 5
-    few = postprocess(class_logits, mask_logits, words(), max_detections=7, with_masks=False, **SIZES)
+    few = postprocess(class_logits, mask_logits, words(), max_detections=7, masks="none", **SIZES)
     assert len(few) == 7 and few.masks is None
 
 

@@ -1,0 +1,54 @@
+"""A checkpoint's model behind the same door as an exported one: a `Segmenter` whose network runs in torch."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2zero.model import D2Zero
+from d2zero_runtime import Segmenter
+from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.segmenter import Raw
+
+
+class TorchBackend:
+    """A model's network, run by torch in its own precision on its own device.
+
+    Args:
+        model: put into evaluation mode.
+    """
+
+    def __init__(self, model: D2Zero) -> None:
+        self.model = model.eval()
+        self.name = f"torch {torch.__version__} ({model.class_embeddings.device})"
+
+    @torch.inference_mode()
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+        """Run the network; see `d2zero_runtime.segmenter.Backend`."""
+        device = self.model.class_embeddings.device
+        text = None if embeddings_KD is None else torch.tensor(embeddings_KD, device=device)
+        out = self.model(torch.from_numpy(images_B3HW).to(device), text)[-1]
+        return out.class_logits.float().cpu().numpy(), out.mask_logits.float().cpu().numpy()
+
+
+def segmenter_of(model: D2Zero, **contract: Any) -> Segmenter:
+    """A model as a segmenter; `contract` replaces fields of its contract, such as `preprocessing`."""
+    return Segmenter(TorchBackend(model), contract_of(model, **contract), model.vocabulary)
+
+
+def contract_of(model: D2Zero, **fields: Any) -> ModelContract:
+    """What inference needs to know of a model; `fields` of the contract are added or replaced."""
+    words = model.vocabulary
+    known: dict[str, Any] = {
+        "class_names": words.names,
+        "seen": tuple(words.seen.tolist()),
+        "active": tuple(words.active.tolist()),
+        "vocabulary_source": words.source,
+        "synonyms": words.synonyms,
+        "text_dim": model.config.text_dim,
+        "num_queries": model.config.num_queries,
+        "preprocessing": model.config.preprocessing,
+        "softmax_temperature": model.config.softmax_temperature,
+    }
+    return ModelContract(**{**known, **fields})

@@ -1,0 +1,120 @@
+"""Running an exported `.onnx` with ONNX Runtime: CPU, CUDA or TensorRT execution provider.
+
+Inputs and outputs are bound to the device that computes: class embeddings are uploaded once a vocabulary,
+and nothing is copied that does not have to be. What was asked for is what runs, or an error.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.errors import D2ZeroError, listed
+
+Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_OUTPUTS = ("class_logits", "mask_logits")
+
+
+class OnnxBackend:
+    """A network in an ONNX Runtime session.
+
+    Args:
+        path: the `.onnx` file.
+        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each alone or
+            with its options: `("cuda", {"device_id": 1})`.
+        threads: threads inside an operator; ONNX Runtime's choice if left out.
+
+    Raises:
+        D2ZeroError: onnxruntime is not installed, a provider is not available, or the file cannot be run.
+    """
+
+    def __init__(self, path: Path, providers: Sequence[Provider] = ("cpu",), threads: int | None = None) -> None:
+        onnxruntime = _onnxruntime()
+        chosen = [_named(entry) for entry in providers]
+        _require_available(onnxruntime, [name for name, _ in chosen])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+        except Exception as error:  # onnxruntime has its own exceptions
+            raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
+        _require_chosen([name for name, _ in chosen], self.session.get_providers())
+        self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
+        first, settings = chosen[0]
+        on_gpu = first != _PROVIDERS["cpu"]
+        self._device = ("cuda", int(settings.get("device_id", 0))) if on_gpu else ("cpu", 0)
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
+
+    def run(
+        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run the network.
+
+        Args:
+            images_B3HW: normalised and padded, float32.
+            embeddings_KD: class embeddings, float32; those inside the file if left out.
+
+        Returns:
+            class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
+        """
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("images", self._value(images_B3HW, *self._device))
+        if embeddings_KD is not None:
+            binding.bind_ortvalue_input(EMBEDDINGS_INPUT, self._uploaded(embeddings_KD))
+        for name in _OUTPUTS:
+            binding.bind_output(name, *self._device)
+        self.session.run_with_iobinding(binding)
+        class_logits, mask_logits = binding.copy_outputs_to_cpu()
+        return class_logits, mask_logits
+
+    def _uploaded(self, embeddings_KD: NDArray[np.float32]) -> Any:
+        if self._embeddings is None or self._embeddings[0] is not embeddings_KD:
+            self._embeddings = embeddings_KD, self._value(embeddings_KD, *self._device)
+        return self._embeddings[1]
+
+
+def _onnxruntime() -> Any:
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "InferenceSession"):  # both packages share a folder; removing one guts the other
+        raise D2ZeroError(
+            "onnxruntime is installed without its library, as happens when onnxruntime and onnxruntime-gpu were both"
+            " installed; remove both, then install 'd2zero[cpu]' or 'd2zero[gpu]'"
+        )
+    return onnxruntime
+
+
+def _named(provider: Provider) -> tuple[str, dict[str, Any]]:
+    name, options = provider if isinstance(provider, tuple) else (provider, {})
+    return _PROVIDERS.get(name.lower(), name), dict(options)
+
+
+def _require_available(onnxruntime: Any, names: Sequence[str]) -> None:
+    if not names:
+        raise D2ZeroError("no execution provider was named; give cpu, cuda or tensorrt")
+    available = onnxruntime.get_available_providers()
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise D2ZeroError(
+            f"{listed(missing)} not available; this onnxruntime has {listed(available)}."
+            " For NVIDIA GPUs install 'd2zero[gpu]' instead of 'd2zero[cpu]' (never both)"
+        )
+    if names[0] != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+
+
+def _require_chosen(wanted: Sequence[str], running: Sequence[str]) -> None:
+    """ONNX Runtime leaves a provider out, with a line in its log, when its libraries cannot be loaded."""
+    lost = [name for name in wanted if name not in running]
+    if lost:
+        raise D2ZeroError(
+            f"onnxruntime could not start {listed(lost)} (are its CUDA, cuDNN or TensorRT libraries installed, and is"
+            f" there a GPU?); only {listed(running)} would run"
+        )
