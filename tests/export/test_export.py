@@ -17,10 +17,13 @@ from PIL import Image
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
+from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
 from d2zero_export.graph import InferenceGraph
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
-from d2zero_export.verify import raw_parity
+from d2zero_export.plugin import OPERATOR
+from d2zero_export.precision import fold_batch_norms, lowered
+from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.contract import CONTRACT_KEY
 from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
@@ -73,6 +76,91 @@ def test_gather_form_has_no_grid_sample_and_gives_the_same(demo_model: D2Zero, t
     parity = export_onnx(demo_model, tmp_path / "g.onnx", ExportConfig(deform_attn="gather"))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
+
+
+@pytest.mark.slow
+def test_float16_is_in_the_graph_and_finds_the_same_instances(
+    demo_model: D2Zero, photos: list[Path], tmp_path: Path
+) -> None:
+    parity = export_onnx(demo_model, tmp_path / "h.onnx", ExportConfig(precision="float16"))
+    assert parity is not None and max(entry.class_relative for entry in parity.differences) < 0.01
+    proto = onnx.load(tmp_path / "h.onnx")
+    type_of = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    weights = [type_of[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input[1:]]
+    assert len(weights) > 20 and set(weights) == {onnx.TensorProto.FLOAT16}
+    assert {entry.type.tensor_type.elem_type for entry in (*proto.graph.input, *proto.graph.output)} == {
+        onnx.TensorProto.FLOAT
+    }
+    result = verify(demo_model, tmp_path / "h.onnx", photos)
+    assert not result.failures and result.instances.matched >= 0.99 and result.instances.same_label >= 0.99
+    assert result.attention_flipped is not None and result.attention_flipped < 0.01
+    assert load(tmp_path / "h.onnx").contract.precision == "float16"
+
+
+def test_islands_of_float32(demo_model: D2Zero) -> None:
+    import torch
+
+    before = demo_model.class_embeddings.dtype
+    copied = lowered(demo_model, "float16", islands=("classifier",))
+    assert {p.dtype for p in copied.classifier.parameters()} == {torch.float32}
+    assert {p.dtype for p in copied.decoder.parameters()} == {torch.float16}
+    assert {p.dtype for p in demo_model.parameters()} == {torch.float32} == {before}  # the original is as it was
+    with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, got 'int4'"):
+        lowered(demo_model, "int4")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_atto", "efficientnet_b0"])
+def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
+    import torch
+
+    backbone = Backbone(name, frozen_norm=name != "efficientnet_b0").eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in backbone.modules():
+        if hasattr(module, "running_var"):  # as training leaves them, not fresh ones
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    images = torch.randn(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        before = backbone(images)
+        count = fold_batch_norms(backbone)
+        after = backbone(images)
+    assert count == {"resnet50": 53, "convnext_atto": 0, "efficientnet_b0": 48}[name]
+    assert not any(hasattr(module, "running_var") for module in backbone.modules())
+    for ours, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(demo_model: D2Zero, tmp_path: Path) -> None:
+    path = tmp_path / "plugin.onnx"
+    parity = export_onnx(demo_model, path, ExportConfig(deform_attn="plugin"))
+    assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
+    proto = onnx.load(path)
+    nodes = [node for node in proto.graph.node if node.op_type == OPERATOR]
+    assert len(nodes) == demo_model.config.encoder_layers and not proto.functions
+    assert {a.name: a.s for a in nodes[0].attribute} == {"plugin_version": b"2", "plugin_namespace": b""}
+    assert "GridSample" not in {node.op_type for node in proto.graph.node}
+    with pytest.raises(D2ZeroError, match="an operator that only TensorRT has"):
+        load(path)
+
+
+@pytest.mark.slow
+def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "fixed.onnx"
+    parity = export_onnx(demo_model, path, ExportConfig(size=(96, 128), batch=2, bake=True))
+    assert parity is not None and len(parity.differences) == 7  # other class counts do not apply
+    inputs = onnx.load(path).graph.input
+    assert [entry.name for entry in inputs] == ["images"]
+    assert [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] == [2, 3, 96, 128]
+    segmenter = load(path)
+    assert len(segmenter(photos[:3])) == 3 and segmenter.vocabulary.names == demo_model.vocabulary.names
+    words = segmenter.vocabulary
+    replace(words, names=tuple(name.upper() for name in words.names)).save(tmp_path / "renamed.npz")
+    assert command("vocab", "set", path, tmp_path / "renamed.npz").code == 0
+    assert load(path)(photos[0]).names[0].isupper()
+    words.select(words.names[:3]).save(tmp_path / "few.npz")
+    outcome = command("vocab", "set", path, tmp_path / "few.npz")
+    assert outcome.code == 2 and "exported with --bake" in outcome.err
 
 
 @pytest.mark.slow
@@ -263,6 +351,9 @@ def test_a_file_that_differs_is_not_written(
     [
         (["none.safetensors", "-o", "m.onnx"], "does not exist"),
         (["m.safetensors", "-o", "m.engine"], "must end in .onnx"),
+        (["m.safetensors", "-o", "m.onnx", "--precision", "int8"], "float32, float16, got 'int8'"),
+        (["m.safetensors", "-o", "m.onnx", "--size", "big"], "HEIGHTxWIDTH such as 800x1216, got 'big'"),
+        (["m.safetensors", "-o", "m.onnx", "--size", "800x1210"], "size must be multiples of 32, got 800x1210"),
         (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, plugin, got 'magic'"),
     ],
 )
