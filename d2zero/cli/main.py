@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit: 0 done, 2 for what the user can mend, 130 when interrupted."""
     try:
         code = app(args=arguments, prog_name="d2zero", standalone_mode=False)
+        if code == 130:  # typer gives the code of an interruption back instead of raising
+            raise KeyboardInterrupt
     except D2ZeroError as error:
         code = _fail(str(error))
     except ModuleNotFoundError as error:

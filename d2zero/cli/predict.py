@@ -1,15 +1,15 @@
 """`d2zero predict`: pictures and COCO JSON from an exported model or a checkpoint."""
 
-import json
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from d2zero.cli.models import open_segmenter
+from d2zero.cli.results import CocoWriter
 from d2zero.cli.terminal import console, tracked
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, read_image
 from d2zero_runtime.segmenter import ImageLike, expand
@@ -40,9 +40,6 @@ def predict(
     segmenter = open_segmenter(model, provider, device, vocabulary)
     sources = [Path(str(item)) for item in expand(source)]
     output.mkdir(parents=True, exist_ok=True)
-    ids = {name: number for number, name in enumerate(segmenter.vocabulary.names, 1)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     failed: list[str] = []
     started = time.perf_counter()
@@ -51,20 +48,15 @@ def predict(
         failed.append(str(error))
 
     results = segmenter.stream(sources, chosen, batch_size=batch_size, score_threshold=score, on_error=skipped)
-    for item, found in tracked(results, len(sources), "segmenting"):
-        path = Path(str(item))
-        height, width = found.image_size
-        images.append({"id": len(images) + 1, "file_name": str(path), "height": height, "width": width})
-        annotations += found.to_coco(len(images), ids)
-        counts.update(found.names)
-        if pictures:
-            shown = found.without_duplicates()
-            shown.plot(read_image(path)).save(output / f"{len(images):05d}-{path.stem}.jpg", quality=92)
-    taken = time.perf_counter() - started
-    categories = [{"id": number, "name": name} for name, number in ids.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (output / "detections.json").write_text(json.dumps(content))
-    _summary(segmenter.vocabulary, counts, len(images), taken, output)
+    with CocoWriter(output / "detections.json", segmenter.vocabulary.names) as written:
+        for item, found in tracked(results, len(sources), "segmenting"):
+            path = Path(str(item))
+            number = written.add(str(path), found)
+            counts.update(found.names)
+            if pictures:
+                shown = found.without_duplicates().plot(read_image(path))
+                shown.save(output / f"{number:05d}-{path.stem}.jpg", quality=92)
+    _summary(segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output)
     if failed:
         for line in failed:
             print(f"skipped: {line}", file=sys.stderr)

@@ -294,6 +294,25 @@ def test_predict_command(suffix: str, exported: Path, photos: list[Path], tmp_pa
     assert len(json.loads((tmp_path / "again/detections.json").read_text())["images"]) == 2
 
 
+def test_predictions_are_kept_when_stopped(
+    exported: Path, photos: list[Path], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    def stopped(self: object, image: object) -> Image.Image:
+        shown.append(image)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("d2zero_runtime.Detections.plot", stopped)
+    outcome = command("predict", photos[0].parent, "-m", exported, "-o", tmp_path / "out", "--score", "0.2")
+    assert outcome.code == 130 and "interrupted" in outcome.err
+    content = json.loads((tmp_path / "out/detections.json").read_text())
+    assert len(content["images"]) == 3 and {entry["image_id"] for entry in content["annotations"]} <= {1, 2, 3}
+    assert not [entry.name for entry in (tmp_path / "out").iterdir() if entry.name.startswith(".")]
+
+
 def test_runtime_needs_no_torch(exported: Path, photos: list[Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; import d2zero_runtime as r;"
