@@ -29,14 +29,14 @@ class Cuda:
         self.runtime = runtime
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The value of `function(*arguments)`, or None if it has none.
+        """The value of `function(*arguments)`: None if it has none, a tuple if it has several.
 
         Raises:
             D2ZeroError: the call failed; the line names it and the error.
         """
         error, *values = function(*arguments)
         if error == self.runtime.cudaError_t.cudaSuccess:
-            return values[0] if values else None
+            return values[0] if len(values) == 1 else tuple(values) or None
         _, name = self.runtime.cudaGetErrorName(error)
         _, text = self.runtime.cudaGetErrorString(error)
         remedy = ""
