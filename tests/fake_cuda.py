@@ -35,6 +35,7 @@ class FakeCuda:
             inspect.signature(member).bind(*arguments)
             self.calls.append(name)
             if name in self.failing:
+                self.capturing = None  # what fails meanwhile ends the capture
                 return (self.failing[name], None)
             values = getattr(self, f"_{name}")(*arguments)
             return (real.cudaError_t.cudaSuccess, *(values if isinstance(values, tuple) else (values,)))
@@ -68,6 +69,9 @@ class FakeCuda:
 
     def _cudaGetDeviceProperties(self, device: int) -> Any:
         return self.properties
+
+    def _cudaGetLastError(self) -> tuple[()]:
+        return ()
 
     def _cudaSetDevice(self, device: int) -> tuple[()]:
         return ()

@@ -45,6 +45,7 @@ def bindings(version: str) -> Path:
         pytest.skip(f"needs TensorRT's bindings {version}: `make bindings`")
     if not shutil.which("gcc"):
         pytest.skip("needs gcc, for stub libraries")
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings, for the names of CUDA's functions")
     return folder
 
 

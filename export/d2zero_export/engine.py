@@ -9,7 +9,7 @@ import hashlib
 import shlex
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 GIB = 1 << 30
+WAKE_UP = 0.2  # seconds
 Progress = Callable[[str, int, int], None]
 
 
@@ -196,6 +197,8 @@ class _Work:
         with ThreadPoolExecutor(1) as pool:
             building = pool.submit(self._build, settings)
             try:
+                while not building.done():  # waking up now and then: a signal may reach another thread first
+                    wait([building], WAKE_UP)
                 plan = building.result()
             except KeyboardInterrupt:
                 monitor.cancelled = True  # the next step ends the build; leaving the block waits for it

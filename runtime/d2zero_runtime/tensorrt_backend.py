@@ -183,7 +183,7 @@ class TensorrtBackend:
         if prepared.graph is not None:
             self._call("cudaGraphLaunch", prepared.graph, self._stream)
         else:
-            self._require(prepared.context.execute_async_v3(int(self._stream)), "run the engine")
+            self._require(prepared.context.execute_async_v3(int(self._stream)), "run")
         prepared.warm = True
 
     def _captured(self, prepared: "_Prepared") -> Any:
@@ -203,9 +203,11 @@ class TensorrtBackend:
         enqueued = prepared.context.execute_async_v3(int(self._stream))
         graph = self._call("cudaStreamEndCapture", self._stream)
         try:
-            self._require(enqueued, "be captured")
+            self._require(enqueued, "be captured in a graph")
             # On a wrong device or stream nothing is captured and nothing complains.
-            self._require(self._call("cudaGraphGetNodes", graph, 0)[-1] > 0, "be captured: the graph is empty")
+            self._require(
+                self._call("cudaGraphGetNodes", graph, 0)[-1] > 0, "be captured in a graph, which stayed empty"
+            )
             return self._call("cudaGraphInstantiate", graph, 0)
         finally:
             self._call("cudaGraphDestroy", graph)

@@ -1,5 +1,6 @@
 """Engines: shapes, the file that TensorRT reads, and builds against the real bindings of two versions."""
 
+import sys
 from pathlib import Path
 
 import onnx
@@ -21,7 +22,8 @@ def test_building_against_the_real_bindings(version: str, tmp_path: Path) -> Non
     run_inside(Path(__file__).with_name("engine_scenarios.py"), version, tmp_path)
 
 
-def test_without_tensorrt_there_is_one_clear_line(tmp_path: Path) -> None:
+def test_without_tensorrt_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(D2ZeroError, match=r"TensorRT cannot be used here.*d2zero\[tensorrt\].*\.onnx file runs every"):
         build_engine(tmp_path / "none.onnx", tmp_path / "m.engine")
     with pytest.raises(D2ZeroError, match=r"must end in \.engine, got 'm\.plan'"):
