@@ -12,10 +12,9 @@ from typing import Any
 from d2zero_runtime.errors import D2ZeroError
 
 OLDEST = (10, 14)  # the oldest TensorRT that this code was checked against
-_REMEDY = (
-    "install it with `pip install 'd2zero[tensorrt]'` beside an NVIDIA driver; an engine is built on the GPU where it"
-    " runs, while the .onnx file runs everywhere"
-)
+_EVERYWHERE = "an engine is built on the GPU where it runs, while the .onnx file runs everywhere"
+_INSTALL = f"install it with `pip install 'd2zero[tensorrt]'` beside an NVIDIA driver; {_EVERYWHERE}"
+_DRIVER = f"an NVIDIA driver of this machine's GPU is needed (`nvidia-smi` shows it); {_EVERYWHERE}"
 
 
 class Cuda:
@@ -135,18 +134,18 @@ def _imported(module: str, name: str) -> Any:
         return import_module(module)
     except Exception as error:  # absent, or its libraries are: ImportError, OSError, RuntimeError, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise D2ZeroError(f"{name} cannot be used here ({reason}); {_REMEDY}") from error
+        raise D2ZeroError(f"{name} cannot be used here ({reason}); {_INSTALL}") from error
 
 
 def _gpu(runtime: Any, device: int) -> Gpu:
     try:
         error, count = runtime.cudaGetDeviceCount()
     except Exception as failure:  # the bindings raise where the driver's library is absent
-        raise D2ZeroError(f"no NVIDIA GPU can be used here ({failure}); {_REMEDY}") from failure
+        raise D2ZeroError(f"no NVIDIA GPU can be used here ({failure}); {_DRIVER}") from failure
     if error != runtime.cudaError_t.cudaSuccess:
-        raise D2ZeroError(f"no NVIDIA GPU can be used here ({_text(runtime.cudaGetErrorName(error)[1])}); {_REMEDY}")
+        raise D2ZeroError(f"no NVIDIA GPU can be used here ({_text(runtime.cudaGetErrorName(error)[1])}); {_DRIVER}")
     if not 0 <= device < count:
-        raise D2ZeroError(f"there is no GPU {device}: this machine has {count}, numbered from 0")
+        raise D2ZeroError(f"there is no GPU {device}: this machine has {count}, numbered from 0; {_EVERYWHERE}")
     properties = Cuda(runtime)(runtime.cudaGetDeviceProperties, device)
     return Gpu(device, _text(properties.name).rstrip("\0"), f"{properties.major}.{properties.minor}")
 
