@@ -22,7 +22,7 @@ class FakeCuda:
         self.memory: dict[str, dict[int, Any]] = {"device": {}, "host": {}}
         self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.failing: dict[str, Any] = {}  # function -> the error that it returns
+        self.failing: dict[Any, Any] = {}  # function, or function and arguments -> the error that it returns
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(real, name)
@@ -34,9 +34,10 @@ class FakeCuda:
         def call(*arguments: Any) -> tuple[Any, ...]:
             inspect.signature(member).bind(*arguments)
             self.calls.append(name)
-            if name in self.failing:
+            error = self.failing.get(name, self.failing.get((name, *arguments)))
+            if error is not None:
                 self.capturing = None  # what fails meanwhile ends the capture
-                return (self.failing[name], None)
+                return (error, None)
             values = getattr(self, f"_{name}")(*arguments)
             return (real.cudaError_t.cudaSuccess, *(values if isinstance(values, tuple) else (values,)))
 
@@ -77,6 +78,7 @@ class FakeCuda:
         return ()
 
     def _cudaStreamCreateWithFlags(self, flags: int) -> int:
+        assert flags == real.cudaStreamNonBlocking
         return 77
 
     def _cudaStreamDestroy(self, stream: int) -> tuple[()]:

@@ -243,6 +243,11 @@ def test_failures_of_cuda_and_tensorrt_are_named(setting: Setting) -> None:
         run_and_compare(backend, 1, 32, 64, 5)
     setting.cuda.failing.clear()
     run_and_compare(backend, 1, 32, 64, 5)  # as if nothing had been
+    logits = 4 * QUERIES * (20 + 1)  # after the embeddings' memory has moved
+    setting.cuda.failing["cudaMallocHost", logits] = real_cuda.cudaError_t.cudaErrorMemoryAllocation
+    with pytest.raises(D2ZeroError, match="cudaMallocHost failed"):
+        run_and_compare(backend, 1, 32, 64, 20)
+    run_and_compare(backend, 1, 32, 64, 5)
     setting.answers["IExecutionContext.execute_async_v3"] = False
     broken = setting.load()
     (logger,) = [call[1] for call in setting.calls if call[0] == "Runtime"][-1:]
