@@ -177,14 +177,16 @@ def test_memory_that_grows_invalidates_graphs(setting: Setting) -> None:
 def test_few_shapes_are_kept(setting: Setting) -> None:
     backend = setting.load()
     shapes = [(1, 32 * side, 96, 5) for side in range(4, 0, -1)] + [(1, 32 * side, 64, 5) for side in range(4, 0, -1)]
-    shapes += [(1, 32, 32, 5)]
-    for shape in shapes:
+    for shape in [*shapes, shapes[0], (1, 32, 32, 5)]:
         run_and_compare(backend, *shape)
         run_and_compare(backend, *shape)
-    assert len(shapes) == MAX_SHAPES + 1 and setting.cuda.count("cudaGraphExecDestroy") == 1
-    run_and_compare(backend, *shapes[-1])
-    run_and_compare(backend, *shapes[0])
-    assert setting.cuda.count("cudaStreamBeginCapture") == len(shapes)
+    assert len(shapes) == MAX_SHAPES and setting.cuda.count("cudaGraphExecDestroy") == 1
+    run_and_compare(backend, *shapes[0])  # used last but one: kept
+    assert setting.count("update_device_memory_size_for_shapes") == MAX_SHAPES + 1
+    run_and_compare(backend, *shapes[1])  # used longest ago: prepared anew
+    assert setting.count("update_device_memory_size_for_shapes") == MAX_SHAPES + 2
+    strategy = setting.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert {call[1] for call in setting.calls if call[0] == "ICudaEngine.create_execution_context"} == {strategy}
 
 
 @pytest.mark.parametrize("failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "empty"])
