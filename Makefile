@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup bindings demo test check format clean
 
 setup: $(STAMP)
 
@@ -16,11 +16,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	touch $@
 
+# TensorRT's names and signatures, for the tests of engines: Python bindings without the libraries. Two versions
+# cannot share an environment, so each has a folder. Where they cannot be had, those tests skip.
+bindings: $(VENV)/tensorrt-10.14/.installed $(VENV)/tensorrt-11.4/.installed
+
+$(VENV)/tensorrt-%/.installed: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) --no-deps 'tensorrt-cu13-bindings==$*.*' \
+	  && touch $@ || echo 'no bindings of TensorRT $* for this machine: their tests are skipped'
+
 demo: setup
 	$(BIN)/d2zero demo
 
 # -n 2: two tests at a time, a thread each.
-test: setup
+test: setup bindings
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: setup

@@ -188,3 +188,66 @@ def _key(number: int, wire: int) -> bytes:
 
 def _message(number: int, content: bytes) -> bytes:
     return _key(number, _BYTES) + _encoded(len(content)) + content
+
+
+# Further fields, for what TensorRT needs: GraphProto input 11; ValueInfoProto name 1, type 2; TypeProto
+# tensor_type 1; TypeProto.Tensor shape 2; TensorShapeProto dim 1; Dimension dim_value 1.
+_INPUT = 11
+_TENSOR_SHAPE_PATH = (2, 1, 2)  # from a ValueInfoProto: its type, tensor type, shape
+
+
+def graph_inputs(path: Path) -> dict[str, tuple[int | None, ...]]:
+    """The graph's inputs and their dimensions, None where one is open.
+
+    Raises:
+        D2ZeroError: the file is absent, damaged or no ONNX file.
+    """
+    found: dict[str, tuple[int | None, ...]] = {}
+    with _mapped(path) as buffer:
+        try:
+            for graph in _parts(buffer, _Field(0, _BYTES, 0, 0, len(buffer)), _GRAPH):
+                for entry in _parts(buffer, graph, _INPUT):
+                    name = _value(buffer, _parts(buffer, entry, 1)[0]).decode()
+                    found[name] = _dimensions(buffer, entry)
+        except (IndexError, ValueError) as error:
+            raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file") from error
+    return found
+
+
+def without_default_embeddings(path: Path) -> bytes:
+    """The file without the class embeddings' default, so that they are a plain input.
+
+    ONNX lets an input have a default; TensorRT's parser makes a constant of such an input, and the vocabulary
+    could not be changed any more. Where the embeddings are no input, the file is returned as it is.
+    """
+    takes_embeddings = EMBEDDINGS_INPUT in graph_inputs(path)
+    with _mapped(path) as buffer:
+        if not takes_embeddings:
+            return bytes(buffer[:])
+        tensor = _embeddings_field(buffer, path)
+        kept: list[bytes] = []
+        for part in _fields(buffer, 0, len(buffer)):
+            if part.number == _GRAPH:
+                size = part.end - part.body - (tensor.end - tensor.start)
+                kept.append(_key(_GRAPH, _BYTES) + _encoded(size))
+                kept += [buffer[part.body : tensor.start], buffer[tensor.end : part.end]]
+            else:
+                kept.append(buffer[part.start : part.end])
+        return b"".join(kept)
+
+
+def _dimensions(buffer: Buffer, entry: _Field) -> tuple[int | None, ...]:
+    for number in _TENSOR_SHAPE_PATH:
+        inner = _parts(buffer, entry, number)
+        if not inner:
+            return ()
+        entry = inner[0]
+    sizes: list[int | None] = []
+    for dimension in _parts(buffer, entry, 1):
+        fixed = _parts(buffer, dimension, 1)
+        sizes.append(_varint(buffer, fixed[0].body)[0] if fixed else None)
+    return tuple(sizes)
+
+
+def _parts(buffer: Buffer, message: _Field, number: int) -> list[_Field]:
+    return [part for part in _fields(buffer, message.body, message.end) if part.number == number]

@@ -1,0 +1,260 @@
+"""ONNX → TensorRT engine, in named stages: read, parse, profile, build, contract.
+
+An engine belongs to the GPU and the TensorRT version that built it, so it is built where it runs. Precision is
+what the ONNX file says: the network is strongly typed, and no flag lowers it. No torch is needed. Whether the
+engine computes what the checkpoint does is for `verify` to say.
+"""
+
+import hashlib
+import shlex
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from d2zero_export.engine_config import EngineConfig, Inputs, dimensions, profile_for
+from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.gpu import Environment, collector, require_tensorrt
+from d2zero_runtime.onnx_file import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.profile import Profile, Shape
+from d2zero_runtime.sidecar import Sidecar, write_atomically
+
+__all__ = [
+    "EngineConfig",
+    "Profile",
+    "Shape",
+    "build_engine",
+    "doubts",
+    "profile_for",
+    "require_tensorrt",
+    "trtexec_command",
+]
+
+GIB = 1 << 30
+WAKE_UP = 0.2  # seconds
+Progress = Callable[[str, int, int], None]
+
+
+def build_engine(
+    onnx_path: Path,
+    output: Path,
+    config: EngineConfig | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Sidecar:
+    """Build an engine from an exported model.
+
+    Args:
+        onnx_path: made by `export_onnx`.
+        output: ends in `.engine`; its sidecar, `.engine.json`, is written beside it. Written whole or not at all.
+        config: how.
+        stage: told each stage's name as it begins.
+        progress: told a phase of the build, the steps done and their number; called from other threads.
+
+    Returns:
+        What the sidecar says.
+
+    Raises:
+        D2ZeroError: TensorRT or a GPU is absent, a shape does not fit, or TensorRT refuses the model.
+        KeyboardInterrupt: Ctrl-C; the build was stopped and nothing written.
+    """
+    config = config or EngineConfig()
+    if output.suffix != ".engine":
+        raise D2ZeroError(f"an engine must end in .engine, got {output.name!r}")
+    environment = require_tensorrt(config.device)
+    stage("read")
+    contract, vocabulary = read_contract(onnx_path)
+    inputs = graph_inputs(onnx_path)
+    profile = profile_for(config, contract, inputs)
+    content = without_default_embeddings(onnx_path)
+    stage("parse")
+    work = _Work(environment, collector(environment.tensorrt), onnx_path)
+    work.parse(content, inputs)
+    stage("profile")
+    settings = work.settings(config, profile, inputs, contract)
+    stage("build")
+    plan = work.build(settings, progress)
+    if config.timing_cache:
+        write_atomically(config.timing_cache, memoryview(settings.get_timing_cache().serialize()))
+    stage("contract")
+    sidecar = Sidecar(
+        contract=contract,
+        embeddings=vocabulary.embeddings,
+        profile=profile,
+        gpu=environment.gpu.name,
+        compute_capability=environment.gpu.compute_capability,
+        tensorrt=environment.version,
+        onnx_sha256=hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=plan.nbytes,
+        baked=EMBEDDINGS_INPUT not in inputs,
+        tf32=config.tf32,
+    )
+    write_atomically(output, plan)
+    sidecar.write(output)
+    return sidecar
+
+
+def doubts(contract: ModelContract, version: str) -> tuple[str, ...]:
+    """What is known against this model in this TensorRT, for the person to read; empty if nothing is."""
+    found = []
+    if contract.deform_attn == "gridsample":
+        found.append(
+            f"TensorRT {version}: GridSample in deformable attention was seen to give wrong results without an error"
+            " (NVIDIA/TensorRT#4813, 10.13 to 11.1); export with --deform-attn gather, and verify the engine"
+        )
+    if contract.opset >= 20:
+        found.append(f"opset {contract.opset}: TensorRT reads GridSample as nearest from 20 on (NVIDIA/TensorRT#4646)")
+    return tuple(found)
+
+
+def trtexec_command(onnx_path: Path, output: Path, config: EngineConfig | None = None) -> str:
+    """The command line that builds the same plan with NVIDIA's `trtexec`; it writes no sidecar.
+
+    `trtexec` makes a constant of the embeddings' default like every user of TensorRT's parser, so the line
+    begins by writing a copy without it, unless the vocabulary is baked.
+    """
+    config = config or EngineConfig()
+    contract, _ = read_contract(onnx_path)
+    inputs = graph_inputs(onnx_path)
+    profile = profile_for(config, contract, inputs)
+    source, first = onnx_path, ""
+    if EMBEDDINGS_INPUT in inputs:
+        source = onnx_path.with_suffix(".trtexec.onnx")
+        code = (
+            "import sys; from pathlib import Path; from d2zero_runtime.onnx_file import without_default_embeddings;"
+            " Path(sys.argv[2]).write_bytes(without_default_embeddings(Path(sys.argv[1])))"
+        )
+        first = f"python -c {shlex.quote(code)} {shlex.quote(str(onnx_path))} {shlex.quote(str(source))} && "
+    words = ["trtexec", f"--onnx={source}", "--stronglyTyped", *([] if config.tf32 else ["--noTF32"])]
+    for name, shape in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
+        dims = dimensions(shape, contract.text_dim, inputs)
+        shapes = ",".join(f"{key}:{'x'.join(map(str, sides))}" for key, sides in dims.items())
+        words.append(f"--{name}Shapes={shapes}")
+    words += [f"--timingCacheFile={config.timing_cache}"] if config.timing_cache else []
+    words += [f"--memPoolSize=workspace:{config.workspace_gb * 1024:.0f}"] if config.workspace_gb else []
+    if config.optimization_level is not None:
+        words.append(f"--builderOptimizationLevel={config.optimization_level}")
+    return first + shlex.join([*words, "--skipInference", f"--saveEngine={output}"])
+
+
+class _Work:
+    """One build: TensorRT's objects, which must outlive it, and its messages."""
+
+    def __init__(self, environment: Environment, messages: Any, onnx_path: Path) -> None:
+        self.environment, self.messages, self.onnx_path = environment, messages, onnx_path
+        self.tensorrt = environment.tensorrt
+        try:
+            self.builder = self.tensorrt.Builder(messages)
+        except TypeError as error:  # what the bindings raise where the library gives them no builder
+            raise D2ZeroError(self._failure("TensorRT cannot start here", [str(error)])) from error
+        # On 11 every network is strongly typed and the flag changes nothing; on 10 it must be asked for.
+        strongly_typed = 1 << int(self.tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network = self.builder.create_network(strongly_typed)
+        self.parser = self.tensorrt.OnnxParser(self.network, messages)
+
+    def parse(self, content: bytes, inputs: Inputs) -> None:
+        """Read the model into the network."""
+        if not self.parser.parse(content):
+            errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
+            lines = [f"{error.node_name() or error.node_operator()}: {error.desc()}" for error in errors]
+            shown = lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"]
+            what = f"TensorRT {self.environment.version} cannot read {self.onnx_path}"
+            raise D2ZeroError(self._failure(what, shown))
+        names = [self.network.get_input(index).name for index in range(self.network.num_inputs)]
+        missing = sorted(set(inputs) - set(names))
+        if missing:
+            raise D2ZeroError(f"TensorRT made a constant of {listed(missing)} in {self.onnx_path}; a defect of d2zero")
+
+    def settings(self, config: EngineConfig, profile: Profile, inputs: Inputs, contract: ModelContract) -> Any:
+        """The builder's settings, with the range of shapes."""
+        settings = self.builder.create_builder_config()
+        if not config.tf32:
+            settings.clear_flag(self.tensorrt.BuilderFlag.TF32)
+        if config.workspace_gb:
+            pool = self.tensorrt.MemoryPoolType.WORKSPACE
+            settings.set_memory_pool_limit(pool, int(config.workspace_gb * GIB))
+        if config.optimization_level is not None:
+            settings.builder_optimization_level = config.optimization_level
+        shapes = self.builder.create_optimization_profile()
+        low, best, high = (
+            dimensions(shape, contract.text_dim, inputs) for shape in (profile.min, profile.opt, profile.max)
+        )
+        for name in low:
+            shapes.set_shape(name, low[name], best[name], high[name])
+        if settings.add_optimization_profile(shapes) < 0:
+            raise D2ZeroError(self._failure(f"TensorRT refuses the shapes {profile.min} to {profile.max}"))
+        if config.timing_cache:
+            self._use_timing_cache(settings, config.timing_cache)
+        return settings
+
+    def build(self, settings: Any, progress: Progress) -> memoryview:
+        """The plan. The build runs in a thread of its own, so that Ctrl-C reaches this one and stops it."""
+        monitor = _monitor(self.tensorrt, progress)
+        settings.progress_monitor = monitor
+        with ThreadPoolExecutor(1) as pool:
+            building = pool.submit(self._build, settings)
+            try:
+                while not building.done():  # waking up now and then: a signal may reach another thread first
+                    wait([building], WAKE_UP)
+                plan = building.result()
+            except KeyboardInterrupt:
+                monitor.cancelled = True  # the next step ends the build; leaving the block waits for it
+                raise
+        if monitor.failure:
+            raise monitor.failure
+        if plan is None:
+            raise D2ZeroError(self._failure(f"TensorRT {self.environment.version} cannot build {self.onnx_path}"))
+        return memoryview(plan)
+
+    def _build(self, settings: Any) -> Any:
+        self.environment.select()
+        return self.builder.build_serialized_network(self.network, settings)
+
+    def _use_timing_cache(self, settings: Any, path: Path) -> None:
+        content = path.read_bytes() if path.is_file() else b""
+        cache = settings.create_timing_cache(content)
+        if cache is None or not settings.set_timing_cache(cache, False):
+            raise D2ZeroError(
+                self._failure(
+                    f"timing cache {path} is damaged, or of another GPU or TensorRT; delete it or name another"
+                )
+            )
+
+    def _failure(self, what: str, reasons: Sequence[str] = ()) -> str:
+        said = reasons or self.messages.errors[:5]
+        return "\n  ".join([f"{what}:", *said]) if said else what
+
+
+def _monitor(tensorrt: Any, progress: Progress) -> Any:
+    """Tells `progress` how the build goes. Its methods raise nothing: that would end the process."""
+
+    class Monitor(tensorrt.IProgressMonitor):
+        def __init__(self) -> None:
+            tensorrt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self.failure: Exception | None = None
+            self._totals: dict[str, int] = {}
+            self._lock = threading.Lock()  # phases run in several threads
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._totals[phase_name] = num_steps
+            self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(phase_name, step + 1)
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._tell(phase_name, self._totals.get(phase_name, 0))
+
+        def _tell(self, phase: str, done: int) -> None:
+            with self._lock:
+                try:
+                    progress(phase, done, self._totals.get(phase, 0))
+                except Exception as error:
+                    self.failure, self.cancelled = error, True
+
+    return Monitor()

@@ -1,0 +1,123 @@
+"""How an engine is built, and for which shapes: those given, what the model fixes, and defaults from its contract."""
+
+import math
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.profile import STEP, Profile, Shape
+
+IMAGES_INPUT = "images"
+MANY_CLASSES = 1203  # LVIS: vocabularies of this size fit every engine, unless told otherwise
+MAX_BATCH = 4
+SMALLEST_SIDE = 2 * STEP  # panoramas, and the drawn images of `verify`
+Inputs = dict[str, tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is built.
+
+    Args:
+        min: smallest shape; from the model's contract if left out.
+        opt: shape that the engine is tuned for; likewise.
+        max: largest shape; likewise.
+        timing_cache: file of measured kernels, read if present and written after the build; later builds are
+            faster with it. It belongs to one GPU model and one TensorRT version.
+        workspace_gb: most scratch memory that a layer may use, in GiB; all of the GPU's if left out.
+        optimization_level: 0 (fast to build) to 5 (long search); TensorRT's own choice, 3, if left out.
+        tf32: let float32 products be rounded to ten bits. TensorRT does so by default, here it is off: a
+            float32 model stays float32.
+        device: CUDA's number of the GPU.
+    """
+
+    min: Shape | None = None
+    opt: Shape | None = None
+    max: Shape | None = None
+    timing_cache: Path | None = None
+    workspace_gb: float | None = None
+    optimization_level: int | None = None
+    tf32: bool = False
+    device: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workspace_gb is not None and self.workspace_gb <= 0:
+            raise D2ZeroError(f"workspace_gb must be above 0, got {self.workspace_gb}")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise D2ZeroError(f"optimization_level must be 0 to 5, got {self.optimization_level}")
+
+
+def profile_for(config: EngineConfig, contract: ModelContract, inputs: Inputs) -> Profile:
+    """The shapes that an engine is built for: those given, the model's fixed sizes, and defaults from its contract.
+
+    Raises:
+        D2ZeroError: a given shape differs from a size that the model fixes, or the shapes do not grow.
+    """
+    low, best, high = _defaults(contract)
+    fixed = _fixed(contract, inputs)
+    _check_fixed(config, fixed)
+    high = config.max or _with(high, fixed)
+    best = config.opt or _with(_bounded(best, high, min), fixed)
+    if not config.max:
+        high = _bounded(high, best, max)
+    low = config.min or _with(_bounded(low, best, min), fixed)
+    return Profile(low, best, high)
+
+
+def dimensions(shape: Shape, text_dim: int, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """A shape as the dimensions of the model's inputs."""
+    found: dict[str, tuple[int, ...]] = {IMAGES_INPUT: (shape.batch, 3, shape.height, shape.width)}
+    if EMBEDDINGS_INPUT in inputs:
+        found[EMBEDDINGS_INPUT] = (shape.classes, text_dim)
+    return found
+
+
+def _defaults(contract: ModelContract) -> tuple[Shape, Shape, Shape]:
+    """A photo of 3:2 at best; any that the preprocessing can give, up to four at once, at most."""
+    sizes, classes = contract.preprocessing, len(contract.class_names)
+    wide = min(sizes.longest_edge, sizes.shortest_edge * 3 // 2)
+    most = max(MANY_CLASSES, classes)
+    side = _padded(sizes.longest_edge, sizes.size_divisor)
+    height, width = (_padded(edge, sizes.size_divisor) for edge in (sizes.shortest_edge, wide))
+    smallest = min(SMALLEST_SIDE, height)
+    return (
+        Shape(1, smallest, smallest, 1),
+        Shape(1, height, width, classes),
+        Shape(MAX_BATCH, side, side, most),
+    )
+
+
+def _padded(side: int, divisor: int) -> int:
+    step = math.lcm(STEP, divisor)
+    return -(-side // step) * step
+
+
+def _fixed(contract: ModelContract, inputs: Inputs) -> dict[str, int]:
+    """The sizes that the model's graph fixes, by the name of a shape's field."""
+    if IMAGES_INPUT not in inputs or len(inputs[IMAGES_INPUT]) != 4:
+        raise D2ZeroError(f"expected a model with an input `images` of four dimensions, got {listed(inputs)}")
+    batch, _, height, width = inputs[IMAGES_INPUT]
+    classes = inputs[EMBEDDINGS_INPUT][0] if EMBEDDINGS_INPUT in inputs else len(contract.class_names)
+    sizes = {"batch": batch, "height": height, "width": width, "classes": classes}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _check_fixed(config: EngineConfig, fixed: dict[str, int]) -> None:
+    for name in ("min", "opt", "max"):
+        shape = getattr(config, name)
+        for field, size in fixed.items():
+            if shape and getattr(shape, field) != size:
+                raise D2ZeroError(
+                    f"the model's {field} is fixed at {size}, got {getattr(shape, field)} in --{name} {shape};"
+                    f" give {size}, or export the model with its {field} left open"
+                )
+
+
+def _with(shape: Shape, fixed: dict[str, int]) -> Shape:
+    return Shape(*(fixed.get(entry.name, getattr(shape, entry.name)) for entry in fields(Shape)))
+
+
+def _bounded(shape: Shape, limit: Shape, choose: Callable[[int, int], int]) -> Shape:
+    return Shape(*(choose(ours, theirs) for ours, theirs in zip(astuple(shape), astuple(limit), strict=True)))

@@ -1,0 +1,216 @@
+"""What an engine says about itself: JSON beside the plan.
+
+A TensorRT plan has no room for a contract (a header inside breaks every other tool that reads plans), so
+`model.engine` comes with `model.engine.json`: the model's contract, the default vocabulary's embeddings, and
+what the plan was built from, with and for.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.profile import Profile
+from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+
+SIDECAR_VERSION = 1
+_TEXTS = ("gpu", "compute_capability", "tensorrt", "onnx_sha256", "plan_sha256")
+
+
+@dataclass(frozen=True, eq=False)
+class Sidecar:
+    """All that running an engine needs to know beside the plan.
+
+    Args:
+        contract: of the model.
+        embeddings: (K, D) float32, of the default vocabulary.
+        profile: the shapes that the plan runs.
+        gpu: name of the GPU that it was built on.
+        compute_capability: of that GPU, such as `9.0`; the plan runs on no other.
+        tensorrt: version that built it; no other reads it.
+        onnx_sha256: of the ONNX file that it was built from.
+        plan_sha256: of the plan.
+        plan_bytes: size of the plan.
+        baked: the vocabulary is part of the plan and cannot be changed.
+        tf32: whether float32 products may have been rounded to ten bits.
+        version: of the sidecar.
+    """
+
+    contract: ModelContract
+    embeddings: NDArray[np.float32]
+    profile: Profile
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+    onnx_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+    baked: bool = False
+    tf32: bool = False
+    version: int = SIDECAR_VERSION
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The default vocabulary."""
+        return self.contract.vocabulary(self.embeddings)
+
+    def to_json(self) -> str:
+        """For the file."""
+        content = base64.b64encode(np.ascontiguousarray(self.embeddings, "<f4").tobytes()).decode()
+        return json.dumps(
+            {
+                "version": self.version,
+                **{name: getattr(self, name) for name in _TEXTS},
+                "plan_bytes": self.plan_bytes,
+                "baked": self.baked,
+                "tf32": self.tf32,
+                "profile": self.profile.to_json(),
+                "contract": json.loads(self.contract.to_json()),
+                "embeddings": {"shape": list(self.embeddings.shape), "float32": content},
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Sidecar":
+        """Read and check a sidecar.
+
+        Args:
+            text: what `to_json` wrote.
+            where: the file, for error messages.
+
+        Raises:
+            D2ZeroError: it is damaged, of a newer version, or lacks a field.
+        """
+        values = _values(text, where)
+        try:
+            return cls(
+                contract=ModelContract.from_json(json.dumps(values["contract"]), where),
+                embeddings=_embeddings(values["embeddings"]),
+                profile=Profile.from_json(values["profile"]),
+                **{name: str(values[name]) for name in _TEXTS},
+                plan_bytes=int(values["plan_bytes"]),
+                baked=bool(values["baked"]),
+                tf32=bool(values["tf32"]),
+                version=int(values["version"]),
+            )
+        except D2ZeroError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+            raise D2ZeroError(f"{where} is damaged ({error!r}); build the engine again") from error
+
+    @classmethod
+    def read(cls, engine: Path) -> "Sidecar":
+        """The sidecar of an engine.
+
+        Raises:
+            D2ZeroError: it is absent, damaged, of a newer version, or lacks a field.
+        """
+        path = sidecar_path(engine)
+        if not path.is_file():
+            raise D2ZeroError(
+                f"{path} is missing; an engine and its .json belong together: copy both, or build the engine again"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise D2ZeroError(f"{path} is damaged: it is no text; build the engine again") from error
+        return cls.from_json(text, str(path))
+
+    def write(self, engine: Path) -> Path:
+        """Write the sidecar beside an engine, atomically, and return its path."""
+        path = sidecar_path(engine)
+        write_atomically(path, self.to_json().encode())
+        return path
+
+    def require_plan(self, engine: Path) -> bytes:
+        """The plan, if it is the one that this sidecar describes.
+
+        Raises:
+            D2ZeroError: it is absent, empty, or another one.
+        """
+        if not engine.is_file():
+            raise D2ZeroError(f"engine {engine} does not exist")
+        plan = engine.read_bytes()
+        if not plan:
+            raise D2ZeroError(f"{engine} is empty; build the engine again")
+        if len(plan) != self.plan_bytes or hashlib.sha256(plan).hexdigest() != self.plan_sha256:
+            raise D2ZeroError(
+                f"{engine} ({len(plan)} bytes) is not the plan that {sidecar_path(engine).name} describes"
+                f" ({self.plan_bytes} bytes): it was cut short or exchanged; copy both again, or build the engine again"
+            )
+        return plan
+
+
+def sidecar_path(engine: Path) -> Path:
+    """`model.engine` → `model.engine.json`."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def replace_engine_vocabulary(engine: Path, vocabulary: Vocabulary) -> None:
+    """Replace the default vocabulary of an engine: its sidecar changes, atomically, the plan does not.
+
+    Raises:
+        D2ZeroError: the vocabulary's width or encoder does not fit, the engine was not built for so many
+            classes, or its vocabulary is part of the plan.
+    """
+    sidecar = Sidecar.read(engine)
+    if sidecar.baked:
+        raise D2ZeroError(f"{engine}: the vocabulary is part of the plan; export the model without baking it")
+    check_vocabulary(vocabulary, sidecar.contract.text_dim, sidecar.vocabulary)
+    low, high = sidecar.profile.min.classes, sidecar.profile.max.classes
+    if not low <= len(vocabulary) <= high:
+        raise D2ZeroError(
+            f"{engine} runs vocabularies of {low} to {high} classes, got {len(vocabulary)};"
+            " build another engine with another --max"
+        )
+    contract = replace(
+        sidecar.contract,
+        class_names=vocabulary.names,
+        seen=tuple(vocabulary.seen.tolist()),
+        active=tuple(vocabulary.active.tolist()),
+        vocabulary_source=vocabulary.source,
+    )
+    replace(sidecar, contract=contract, embeddings=vocabulary.embeddings).write(engine)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _values(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise D2ZeroError(f"{where} is damaged: it is no JSON ({error}); build the engine again") from error
+    if not isinstance(values, dict):
+        raise D2ZeroError(f"{where} is damaged: expected a JSON object; build the engine again")
+    version = values.get("version")
+    if isinstance(version, int) and version > SIDECAR_VERSION:
+        raise D2ZeroError(
+            f"{where} follows version {version} of the sidecar, this d2zero reads up to {SIDECAR_VERSION};"
+            " upgrade d2zero"
+        )
+    needed = ("version", *_TEXTS, "plan_bytes", "baked", "tf32", "profile", "contract", "embeddings")
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise D2ZeroError(f"{where} lacks {listed(missing)}; build the engine again")
+    return values
+
+
+def _embeddings(values: dict[str, Any]) -> NDArray[np.float32]:
+    content = base64.b64decode(values["float32"], validate=True)
+    rows, width = (int(side) for side in values["shape"])
+    return np.frombuffer(content, "<f4").reshape(rows, width)

@@ -1,0 +1,50 @@
+"""A plan that is none, with its sidecar, and the function that stands for the engine."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from tiny_model import CLASSES, QUERIES, WIDTH, contract, embeddings
+
+from d2zero_runtime.profile import Profile, Shape
+from d2zero_runtime.sidecar import Sidecar
+
+PLAN = b"a plan"
+
+
+def sidecar(version: str = "11.4.0.106", baked: bool = False) -> Sidecar:
+    least, most = (CLASSES, CLASSES) if baked else (1, 40)
+    return Sidecar(
+        contract=contract(),
+        embeddings=embeddings(),
+        profile=Profile(Shape(1, 32, 32, least), Shape(1, 64, 64, CLASSES), Shape(4, 128, 128, most)),
+        gpu="NVIDIA H200",
+        compute_capability="9.0",
+        tensorrt=version,
+        onnx_sha256="1" * 64,
+        plan_sha256=hashlib.sha256(PLAN).hexdigest(),
+        plan_bytes=len(PLAN),
+        baked=baked,
+    )
+
+
+def write_engine(path: Path, version: str = "11.4.0.106", baked: bool = False) -> Path:
+    path.write_bytes(PLAN)
+    sidecar(version, baked).write(path)
+    return path
+
+
+def inputs(batch: int, height: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    shapes = ((batch, 3, height, width), (classes, WIDTH))
+    return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def expected(images: np.ndarray, words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Any function in which every number of the inputs and every place of the outputs counts."""
+    words = embeddings() if words is None else words
+    queries = np.arange(QUERIES, dtype=np.float32)
+    classes = np.append(words.sum(1), np.float32(-1))
+    class_logits = images.mean((1, 2, 3))[:, None, None] + queries[:, None] + classes
+    mask_logits = images[:, 1, ::4, ::4][:, None] * (queries[:, None, None] + 1)
+    return class_logits.astype(np.float32), mask_logits.astype(np.float32)
