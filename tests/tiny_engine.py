@@ -15,7 +15,7 @@ PLAN = b"a plan"
 def sidecar(version: str = "11.4.0.106", baked: bool = False) -> Sidecar:
     least, most = (CLASSES, CLASSES) if baked else (1, 40)
     return Sidecar(
-        contract=contract(),
+        contract=contract(baked=baked),
         embeddings=embeddings(),
         profile=Profile(Shape(1, 32, 32, least), Shape(1, 64, 64, CLASSES), Shape(4, 128, 128, most)),
         gpu="NVIDIA H200",
@@ -24,7 +24,6 @@ def sidecar(version: str = "11.4.0.106", baked: bool = False) -> Sidecar:
         onnx_sha256="1" * 64,
         plan_sha256=hashlib.sha256(PLAN).hexdigest(),
         plan_bytes=len(PLAN),
-        baked=baked,
     )
 
 

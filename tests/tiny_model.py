@@ -49,6 +49,6 @@ def write_model(path: Path, baked: bool = False, images: tuple[object, ...] = ("
         [numpy_helper.from_array(embeddings(), EMBEDDINGS_INPUT)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract().to_json()))
+    model.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract(baked=baked).to_json()))
     onnx.save(model, path)
     return path

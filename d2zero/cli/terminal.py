@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 SILENCE = 15.0  # seconds between lines where the output is no terminal
@@ -29,6 +29,37 @@ def tracked(items: Iterator[T], length: int, label: str) -> Iterator[T]:
         for item in items:
             yield item
             progress.advance(task)
+
+
+class BuildProgress:
+    """Shows phases of a long job, each with its own steps: `progress(phase, done, total)`, from any thread."""
+
+    def __init__(self) -> None:
+        self._screen = Console(file=sys.stderr)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self._screen, transient=True
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._spoken = time.perf_counter()
+
+    def __enter__(self) -> "BuildProgress":
+        if self._screen.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        if self._screen.is_terminal:
+            self._progress.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show how far a phase has come."""
+        if self._screen.is_terminal:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._progress.add_task(phase, total=total)
+            self._progress.update(self._tasks[phase], completed=done, total=total)
+        elif time.perf_counter() - self._spoken > SILENCE:
+            print(f"{phase}: {done}/{total}", file=sys.stderr, flush=True)
+            self._spoken = time.perf_counter()
 
 
 def _in_lines(items: Iterator[T], length: int, label: str) -> Iterator[T]:

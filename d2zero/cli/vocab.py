@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
+from d2zero_runtime.onnx_file import replace_vocabulary
+from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, read_exported
+from d2zero_runtime.sidecar import replace_engine_vocabulary
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
@@ -64,11 +66,11 @@ def clip(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx).")],
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx, .engine).")],
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What is in a vocabulary, or in the default one of an exported model."""
-    vocabulary = read_contract(file)[1] if file.suffix == ".onnx" else Vocabulary.load(file)
+    vocabulary = read_exported(file)[1] if file.suffix in EXPORTED_SUFFIXES else Vocabulary.load(file)
     if as_json:
         flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
         classes = [{"name": name, "seen": seen, "active": active} for name, seen, active in flags]
@@ -83,15 +85,45 @@ def show(
         print(f"active ({len(active)}): {', '.join(active)}")
 
 
+@app.command()
+def synonyms(
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) that holds classes and other words for them.")],
+    pairs: Annotated[
+        list[str], typer.Argument(help="couch=sofa …: a word and the class that it counts for; or one .json of pairs.")
+    ],
+    output: Output,
+) -> None:
+    """Let words count for a class: what the model gives to 'couch' is added to 'sofa'."""
+    given = _pairs(pairs)
+    words = Vocabulary.load(file).with_synonyms(given)
+    _write(words, output)
+    print(f"{len(given)} synonyms")
+
+
 @app.command("set")
 def set_default(
-    model: Annotated[Path, typer.Argument(help="An exported model (.onnx); changed in place, atomically.")],
+    model: Annotated[Path, typer.Argument(help="An exported model (.onnx, .engine); changed in place, atomically.")],
     vocabulary: Annotated[Path, typer.Argument(help="The new default vocabulary (.npz).")],
 ) -> None:
     """Replace the default vocabulary inside an exported model, without exporting anew."""
     words = Vocabulary.load(vocabulary)
-    replace_vocabulary(model, words)
+    replace = replace_engine_vocabulary if model.suffix == ".engine" else replace_vocabulary
+    replace(model, words)
     print(f"{model}: now {len(words)} classes ({len(words.unseen_names)} unseen)")
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    if len(texts) == 1 and texts[0].endswith(".json"):
+        from d2zero.data.coco import read_json
+
+        content = read_json(Path(texts[0]))
+        if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+            raise D2ZeroError(f'{texts[0]} must hold pairs such as {{"couch": "sofa"}}')
+        return content
+    wrong = [text for text in texts if text.count("=") != 1 or not all(part.strip() for part in text.split("="))]
+    if wrong:
+        raise D2ZeroError(f"synonyms are given as word=class, such as couch=sofa, got {wrong[0]!r}")
+    return {word.strip(): name.strip() for word, name in (text.split("=") for text in texts)}
 
 
 def _write(vocabulary: Vocabulary, output: Path) -> None:

@@ -8,49 +8,141 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2zero.cli.terminal import BuildProgress, console
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Size
-from d2zero_runtime.segmenter import expand
+from d2zero_runtime.segmenter import expand, read_exported
 
 if TYPE_CHECKING:
+    from d2zero_export.engine import EngineConfig
+    from d2zero_export.onnx_export import ExportConfig
     from d2zero_export.verify import RawParity, Verification
+
+SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx).")],
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint (.safetensors); for an engine also an exported model (.onnx).")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx or .engine).")],
+    target: Annotated[
+        str, typer.Option("--format", help="onnx, or tensorrt: an engine for this machine's GPU.")
+    ] = "onnx",
     precision: Annotated[str, typer.Option("--precision", help="float32, or float16 for GPUs.")] = "float32",
     deform_attn: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--deform-attn",
-            help="gridsample, gather (no operator that an engine gets wrong) or plugin (TensorRT's own; only it runs).",
+            help="gridsample (default for ONNX), gather (default for engines: no operator that they get wrong) or"
+            " plugin (TensorRT's own, which nothing else runs).",
         ),
-    ] = "gridsample",
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="Fix the size, as 800x1216 (height x width, multiples of 32).")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Fix the number of images a run.")] = None,
     bake: Annotated[bool, typer.Option("--bake", help="Make the classes constants: they cannot be changed.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run the file and compare it with the checkpoint.")
+        bool, typer.Option("--verify/--no-verify", help="Run the file and compare it with what it was made from.")
     ] = True,
     max_logits: Annotated[
         float | None,
         typer.Option("--max-logits", help="Largest difference of logits that passes; by precision if left out."),
     ] = None,
+    smallest: Annotated[
+        str | None, typer.Option("--min", help="Engine: smallest shape, batch x height x width x classes: 1x480x480x1.")
+    ] = None,
+    best: Annotated[str | None, typer.Option("--opt", help="Engine: the shape to tune for: 1x800x1216x80.")] = None,
+    largest: Annotated[str | None, typer.Option("--max", help="Engine: largest shape: 4x1344x1344x1203.")] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", help="Engine: measured kernels, read and written; later builds are faster."),
+    ] = None,
+    device: Annotated[int, typer.Option("--device", min=0, help="Engine: CUDA's number of the GPU.")] = 0,
 ) -> None:
-    """Export a checkpoint to ONNX: any batch, size and vocabulary; verified against the checkpoint."""
-    from d2zero.checkpoints.files import file_hash, load_model
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
+    """Export a checkpoint to ONNX, or build a TensorRT engine; verified before it counts as done."""
+    if target not in SUFFIXES:
+        raise D2ZeroError(f"--format must be one of {', '.join(SUFFIXES)}, got {target!r}")
+    if output.suffix != SUFFIXES[target]:
+        raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}")
+    shapes = (smallest, best, largest)
+    if target == "onnx" and any((*shapes, timing_cache, device)):
+        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
+    if target == "tensorrt":
+        from d2zero_export.engine import EngineConfig, Shape, require_tensorrt
 
-    if output.suffix != ".onnx":
-        raise D2ZeroError(f"--output must end in .onnx, got {output}")
-    config = ExportConfig(precision, deform_attn, _size(size), batch, bake, verify, max_logits)
+        parsed = [Shape.parse(text) if text else None for text in shapes]
+        engine = EngineConfig(*parsed, timing_cache=timing_cache, device=device)
+        require_tensorrt(device)  # before minutes of work
+    if model.suffix == ".onnx":
+        if target == "onnx":
+            raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
+        if deform_attn or size or batch or bake or precision != "float32":
+            raise D2ZeroError(
+                "--precision, --deform-attn, --size, --batch and --bake are choices of the ONNX file; export it anew"
+            )
+        _build(model, output, engine, verify, max_logits)
+        return
+    from d2zero_export.onnx_export import ExportConfig
+
+    form = deform_attn or ("gridsample" if target == "onnx" else "gather")
+    config = ExportConfig(precision, form, _size(size), batch, bake, verify, max_logits)
+    file = output.with_suffix(".onnx")
+    _export_onnx(model, file, config)
+    if target == "tensorrt":
+        _build(file, output, engine, verify, max_logits, model)
+
+
+def _export_onnx(checkpoint: Path, output: Path, config: "ExportConfig") -> None:
+    from d2zero.checkpoints.files import file_hash, load_model
+    from d2zero_export.onnx_export import export_onnx
+
     model = load_model(checkpoint)
     parity = export_onnx(model, output, config, file_hash(checkpoint), _stage)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {precision}, {len(model.vocabulary)} classes inside")
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {size:.1f} MB, {config.precision}, {len(model.vocabulary)} classes inside")
     _show_parity(parity)
+
+
+def _build(
+    onnx_file: Path,
+    output: Path,
+    config: "EngineConfig",
+    verify: bool,
+    max_logits: float | None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Build an engine and compare it with its checkpoint, or with the ONNX file on the CPU."""
+    from d2zero_export.engine import build_engine, doubts
+
+    with BuildProgress() as progress:
+        sidecar = build_engine(onnx_file, output, config, _stage, progress)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, shapes {sidecar.profile.min} to {sidecar.profile.max}")
+    for doubt in doubts(sidecar.contract, sidecar.tensorrt):
+        print(f"warning: {doubt}", file=sys.stderr)
+    if not verify:
+        _show_parity(None)
+        return
+    from d2zero_export.verify import LIMITS, open_exported, raw_parity
+
+    _stage("verify")
+    if checkpoint:
+        from d2zero.checkpoints.files import load_model
+        from d2zero.inference import segmenter_of
+
+        reference = segmenter_of(load_model(checkpoint))
+    else:
+        reference = open_exported(onnx_file)
+    parity = raw_parity(reference, open_exported(output))
+    _show_parity(parity)
+    limits = LIMITS[sidecar.contract.precision]
+    failures = parity.failures(replace(limits, logits=max_logits) if max_logits is not None else limits)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if failures:
+        print(f"{output} was built, but it is not the same model: do not use it")
+        raise typer.Exit(1)
 
 
 def verify(
@@ -91,8 +183,10 @@ def verify(
     truth = read_coco(annotations) if annotations else None
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
-    limits = replace(LIMITS[_precision(model)], **{name: value for name, value in given.items() if value is not None})
-    result = compare(load_model(checkpoint), model, files, truth, images, limits, provider or ("cpu",))
+    limits = replace(
+        LIMITS[read_exported(model)[0].precision], **{name: value for name, value in given.items() if value is not None}
+    )
+    result = compare(load_model(checkpoint), model, files, truth, images, limits, provider)
     _show_verification(result, len(files))
     if json_file:
         json_file.write_text(json.dumps({**asdict(result), "limits": asdict(limits)}, indent=1))
@@ -101,12 +195,6 @@ def verify(
     print("not the same model" if result.failures else "the same model, within the limits")
     if result.failures:
         raise typer.Exit(1)
-
-
-def _precision(model: Path) -> str:
-    from d2zero_runtime.onnx_file import read_contract
-
-    return read_contract(model)[0].precision
 
 
 def _size(text: str | None) -> Size | None:
@@ -127,8 +215,6 @@ def _show_parity(parity: "RawParity | None") -> None:
         print("not verified (--no-verify)")
         return
     from rich.table import Table
-
-    from d2zero.cli.terminal import console
 
     table = Table(
         "compared with the checkpoint", "class logits", "mean", "mask logits", "mean", "pixels flipped", box=None

@@ -71,6 +71,8 @@ def build_engine(
     content = without_default_embeddings(onnx_path)
     stage("parse")
     work = _Work(environment, collector(environment.tensorrt), onnx_path)
+    if contract.deform_attn == "plugin":
+        environment.tensorrt.init_libnvinfer_plugins(work.messages, "")
     work.parse(content, inputs)
     stage("profile")
     settings = work.settings(config, profile, inputs, contract)
@@ -89,7 +91,6 @@ def build_engine(
         onnx_sha256=hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=plan.nbytes,
-        baked=EMBEDDINGS_INPUT not in inputs,
         tf32=config.tf32,
     )
     write_atomically(output, plan)

@@ -21,7 +21,7 @@ import torch
 from torch.export import Dim
 
 import d2zero
-from d2zero.inference import contract_of
+from d2zero.inference import contract_of, segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero_export import plugin
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -231,6 +231,6 @@ def _verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity
     limits = LIMITS[config.precision]
     if config.max_logits is not None:
         limits = replace(limits, logits=config.max_logits)
-    parity = raw_parity(model, open_exported(candidate))
+    parity = raw_parity(segmenter_of(model), open_exported(candidate))
     parity.require(limits)
     return parity

@@ -25,7 +25,9 @@ from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_
 from d2zero_runtime.images import PADDING_LOGIT
 from d2zero_runtime.onnx_backend import OnnxBackend
 from d2zero_runtime.onnx_file import read_contract
+from d2zero_runtime.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
+from d2zero_runtime.tensorrt_backend import TensorrtBackend
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 
@@ -114,7 +116,7 @@ def verify(
     annotations: CocoFile | None = None,
     image_folder: Path | None = None,
     limits: Limits | None = None,
-    providers: Sequence[str] = ("cpu",),
+    providers: Sequence[str] | None = None,
 ) -> Verification:
     """Compare an exported model with its checkpoint.
 
@@ -129,9 +131,9 @@ def verify(
     """
     segmenter = open_exported(exported, providers)
     limits = limits or LIMITS[segmenter.contract.precision]
-    parity = raw_parity(model, segmenter)
+    parity = raw_parity(segmenter_of(model), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
-    reference = _reference(model, segmenter)
+    reference = _alike(segmenter_of(model), segmenter)
     pictures = [read_image(path) for path in images] or [
         _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
     ]
@@ -150,16 +152,16 @@ def verify(
     return Verification(parity, flipped, agreement, accuracy, tuple(failures))
 
 
-def open_exported(path: Path, providers: Sequence[str] = ("cpu",)) -> Segmenter:
+def open_exported(path: Path, providers: Sequence[str] | None = None) -> Segmenter:
     """Load an exported model to compare it; one with TensorRT's operator gets a body for it, to run anywhere."""
-    if path.suffix != ".onnx" or read_contract(path)[0].deform_attn != "plugin" or "tensorrt" in providers:
+    if path.suffix != ".onnx" or read_contract(path)[0].deform_attn != "plugin" or "tensorrt" in (providers or ()):
         return load(path, providers)
     import onnx
 
     with TemporaryDirectory() as folder:
         runnable = Path(folder) / path.name
         onnx.save(with_body(onnx.load(path)), runnable)
-        return Segmenter(OnnxBackend(runnable, providers), *read_contract(path))
+        return Segmenter(OnnxBackend(runnable, providers or ("cpu",)), *read_contract(path))
 
 
 def attention_flipped(model: D2Zero, exported: Path) -> float:
@@ -187,11 +189,12 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     return different / sum(int(right.size) for right in theirs)
 
 
-def _reference(model: D2Zero, segmenter: Segmenter) -> Segmenter:
-    """The checkpoint with the exported model's preprocessing and vocabulary, for comparing like with like."""
-    reference = segmenter_of(model, preprocessing=segmenter.preprocessing)
-    reference.set_vocabulary(replace(segmenter.vocabulary, source=model.vocabulary.source))
-    return reference
+def _alike(reference: Segmenter, segmenter: Segmenter) -> Segmenter:
+    """The reference with the other's preprocessing and vocabulary, for comparing like with like."""
+    contract = replace(reference.contract, preprocessing=segmenter.preprocessing)
+    alike = Segmenter(reference.backend, contract, reference.vocabulary)
+    alike.set_vocabulary(replace(segmenter.vocabulary, source=reference.vocabulary.source))
+    return alike
 
 
 def _accuracy(
@@ -214,10 +217,16 @@ def _accuracy(
     }
 
 
-def raw_parity(model: D2Zero, segmenter: Segmenter) -> RawParity:
-    """Compare raw output on drawn images: sizes, batches, their rows, and other class counts."""
+def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
+    """Compare raw output on drawn images: sizes, batches, their rows, and other class counts.
+
+    Args:
+        reference: what is right: the checkpoint (`d2zero.inference.segmenter_of`), or the file that an engine
+            was built from.
+        segmenter: what is compared with it.
+    """
     random = np.random.default_rng(0)
-    reference, contract = _reference(model, segmenter), segmenter.contract
+    reference, contract = _alike(reference, segmenter), segmenter.contract
     sizes = _sizes(segmenter)
     first, second, square = (_drawn(random, *size) for size in sizes)
     flipped = square[::-1].copy()
@@ -232,7 +241,7 @@ def raw_parity(model: D2Zero, segmenter: Segmenter) -> RawParity:
         for case, images in cases.items()
     ]
     found += _batch_against_single(segmenter, square, flipped)
-    for count in () if contract.baked else (1, 7, len(segmenter.vocabulary) + 5):
+    for count in _class_counts(segmenter):
         rows = random.standard_normal((count, contract.text_dim)).astype(np.float32)
         found.append(
             _with_classes(reference, segmenter, Vocabulary(tuple(f"class {i}" for i in range(count)), rows), square)
@@ -245,7 +254,27 @@ def _sizes(segmenter: Segmenter) -> tuple[tuple[int, int], ...]:
     if segmenter.preprocessing.canvas:
         height, width = segmenter.preprocessing.canvas
         return (height, width), (height - height // 3, width - width // 4), (height // 2, width)
-    return (96, 160), (150, 90), (64, 64)
+    low, high = _range(segmenter)
+    return tuple(
+        (min(max(height, low.height), high.height), min(max(width, low.width), high.width))
+        for height, width in ((96, 160), (150, 90), (64, 64))
+    )
+
+
+def _class_counts(segmenter: Segmenter) -> list[int]:
+    """Numbers of classes to compare at; none where they are constants."""
+    if segmenter.contract.baked:
+        return []
+    low, high = _range(segmenter)
+    counts = (1, 7, len(segmenter.vocabulary) + 5)
+    return sorted({min(max(count, low.classes), high.classes) for count in counts})
+
+
+def _range(segmenter: Segmenter) -> tuple[Shape, Shape]:
+    """Smallest and largest shape that can be run."""
+    if isinstance(segmenter.backend, TensorrtBackend):
+        return segmenter.backend.profile.min, segmenter.backend.profile.max
+    return Shape(1, 32, 32, 1), Shape(1024, 8192, 8192, 100_000)
 
 
 def _batch_against_single(segmenter: Segmenter, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> list[Difference]:

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +26,13 @@ from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, 
 from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
+from d2zero_runtime.sidecar import Sidecar
+from d2zero_runtime.tensorrt_backend import TensorrtBackend
 from d2zero_runtime.vocabulary import Vocabulary
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
-EXPORTED_SUFFIXES = (".onnx",)
+EXPORTED_SUFFIXES = (".onnx", ".engine")
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 Raw = tuple[NDArray[np.float32], NDArray[np.float32]]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4)
@@ -65,24 +67,63 @@ class RawOutput:
 
 def load(
     path: str | os.PathLike[str],
-    providers: Provider | Sequence[Provider] = ("cpu",),
+    providers: Provider | Sequence[Provider] | None = None,
     threads: int | None = None,
+    device: int = 0,
+    cuda_graphs: bool = True,
 ) -> "Segmenter":
     """Load an exported model.
 
     Args:
-        path: an `.onnx` file made by `d2zero export`.
-        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each alone or
-            with its options: `("cuda", {"device_id": 1})`. One that is not available is an error, never a
-            silent fallback.
-        threads: threads inside an operator; ONNX Runtime's choice if left out.
+        path: an `.onnx` file or a TensorRT `.engine`, made by `d2zero export`.
+        providers: of an `.onnx`: `cpu` (the default), `cuda`, `tensorrt` or ONNX Runtime's own names, in order
+            of preference, each alone or with its options: `("cuda", {"device_id": 1})`. One that is not
+            available is an error, never a silent fallback.
+        threads: of an `.onnx`: threads inside an operator; ONNX Runtime's choice if left out.
+        device: of an engine: CUDA's number of the GPU.
+        cuda_graphs: of an engine: replay a captured graph from a shape's second run on.
 
     Raises:
         D2ZeroError: the file cannot be used, or a provider is not available.
     """
     path = Path(path)
+    if path.suffix == ".engine":
+        if providers is not None:
+            raise D2ZeroError("an engine is run by TensorRT itself; leave out the providers")
+        return _load_engine(path, device, cuda_graphs)
     if path.suffix != ".onnx":
-        raise D2ZeroError(f"expected an exported model (.onnx), got {path.name!r}; make one with `d2zero export`")
+        raise D2ZeroError(
+            f"expected an exported model ({' or '.join(EXPORTED_SUFFIXES)}), got {path.name!r}; make one with"
+            " `d2zero export`"
+        )
+    return _load_onnx(path, ("cpu",) if providers is None else providers, threads)
+
+
+def read_exported(path: Path) -> tuple[ModelContract, Vocabulary]:
+    """The contract of an exported model and its default vocabulary, without loading it.
+
+    Raises:
+        D2ZeroError: it cannot be read.
+    """
+    if path.suffix == ".engine":
+        sidecar = Sidecar.read(path)
+        return sidecar.contract, sidecar.vocabulary
+    return read_contract(path)
+
+
+def _load_engine(path: Path, device: int, cuda_graphs: bool) -> "Segmenter":
+    sidecar = Sidecar.read(path)
+    low, high = sidecar.profile.min, sidecar.profile.max
+    contract = sidecar.contract
+    if (low.height, low.width) == (high.height, high.width):
+        contract = replace(contract, preprocessing=replace(contract.preprocessing, canvas=(low.height, low.width)))
+    if low.batch == high.batch:
+        contract = replace(contract, batch=low.batch)
+    backend = TensorrtBackend(path, sidecar, device, cuda_graphs)
+    return Segmenter(backend, contract, sidecar.vocabulary, max_batch=high.batch)
+
+
+def _load_onnx(path: Path, providers: Provider | Sequence[Provider], threads: int | None) -> "Segmenter":
     contract, vocabulary = read_contract(path)
     chosen: Any = [providers] if isinstance(providers, str) or _is_pair(providers) else list(providers)
     names = [entry if isinstance(entry, str) else entry[0] for entry in chosen]
@@ -101,10 +142,13 @@ class Segmenter:
         backend: runs the network.
         contract: of the model.
         vocabulary: the default one, inside the model.
+        max_batch: most images that the backend runs at once; larger batches are run in parts.
     """
 
-    def __init__(self, backend: Backend, contract: ModelContract, vocabulary: Vocabulary) -> None:
-        self.backend, self.contract = backend, contract
+    def __init__(
+        self, backend: Backend, contract: ModelContract, vocabulary: Vocabulary, max_batch: int | None = None
+    ) -> None:
+        self.backend, self.contract, self._max_batch = backend, contract, max_batch
         self._default = self._vocabulary = vocabulary
 
     @property
@@ -198,6 +242,11 @@ class Segmenter:
             for future in finishing:
                 yield from future.result()
 
+    def close(self) -> None:
+        """Give a GPU's memory back now, not when the object is collected."""
+        if isinstance(self.backend, TensorrtBackend):
+            self.backend.close()
+
     def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
         """Normalise and pad images, run the network, resize nothing.
 
@@ -248,18 +297,18 @@ class Segmenter:
 
     def _run(self, images_B3HW: NDArray[np.float32], vocabulary: Vocabulary) -> Raw:
         embeddings = None if self.contract.baked or vocabulary is self._default else vocabulary.embeddings
-        size = self.contract.batch or len(images_B3HW)
+        size = self.contract.batch or min(len(images_B3HW), self._max_batch or len(images_B3HW))
         parts = [
-            self._run_exactly(images_B3HW[start : start + size], size, embeddings)
+            self._run_exactly(images_B3HW[start : start + size], embeddings)
             for start in range(0, len(images_B3HW), size)
         ]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _run_exactly(self, images_B3HW: NDArray[np.float32], size: int, embeddings: NDArray[np.float32] | None) -> Raw:
-        """Run a batch of exactly `size`, filling up with empty images whose results are dropped."""
-        count = len(images_B3HW)
+    def _run_exactly(self, images_B3HW: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> Raw:
+        """Run a batch; one of a fixed size is filled up with empty images, whose results are dropped."""
+        count, size = len(images_B3HW), self.contract.batch or 0
         if count < size:
             images_B3HW = np.concatenate([images_B3HW, np.zeros((size - count, *images_B3HW.shape[1:]), np.float32)])
         class_logits, mask_logits = self.backend.run(images_B3HW, embeddings)

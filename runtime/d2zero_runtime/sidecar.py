@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.profile import Profile
-from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+from d2zero_runtime.vocabulary import Vocabulary
 
 SIDECAR_VERSION = 1
 _TEXTS = ("gpu", "compute_capability", "tensorrt", "onnx_sha256", "plan_sha256")
@@ -39,7 +39,6 @@ class Sidecar:
         onnx_sha256: of the ONNX file that it was built from.
         plan_sha256: of the plan.
         plan_bytes: size of the plan.
-        baked: the vocabulary is part of the plan and cannot be changed.
         tf32: whether float32 products may have been rounded to ten bits.
         version: of the sidecar.
     """
@@ -53,7 +52,6 @@ class Sidecar:
     onnx_sha256: str
     plan_sha256: str
     plan_bytes: int
-    baked: bool = False
     tf32: bool = False
     version: int = SIDECAR_VERSION
 
@@ -70,7 +68,6 @@ class Sidecar:
                 "version": self.version,
                 **{name: getattr(self, name) for name in _TEXTS},
                 "plan_bytes": self.plan_bytes,
-                "baked": self.baked,
                 "tf32": self.tf32,
                 "profile": self.profile.to_json(),
                 "contract": json.loads(self.contract.to_json()),
@@ -98,7 +95,6 @@ class Sidecar:
                 profile=Profile.from_json(values["profile"]),
                 **{name: str(values[name]) for name in _TEXTS},
                 plan_bytes=int(values["plan_bytes"]),
-                baked=bool(values["baked"]),
                 tf32=bool(values["tf32"]),
                 version=int(values["version"]),
             )
@@ -163,22 +159,14 @@ def replace_engine_vocabulary(engine: Path, vocabulary: Vocabulary) -> None:
             classes, or its vocabulary is part of the plan.
     """
     sidecar = Sidecar.read(engine)
-    if sidecar.baked:
-        raise D2ZeroError(f"{engine}: the vocabulary is part of the plan; export the model without baking it")
-    check_vocabulary(vocabulary, sidecar.contract.text_dim, sidecar.vocabulary)
+    sidecar.contract.require_fit(vocabulary, sidecar.vocabulary)
     low, high = sidecar.profile.min.classes, sidecar.profile.max.classes
     if not low <= len(vocabulary) <= high:
         raise D2ZeroError(
             f"{engine} runs vocabularies of {low} to {high} classes, got {len(vocabulary)};"
             " build another engine with another --max"
         )
-    contract = replace(
-        sidecar.contract,
-        class_names=vocabulary.names,
-        seen=tuple(vocabulary.seen.tolist()),
-        active=tuple(vocabulary.active.tolist()),
-        vocabulary_source=vocabulary.source,
-    )
+    contract = sidecar.contract.with_vocabulary(vocabulary)
     replace(sidecar, contract=contract, embeddings=vocabulary.embeddings).write(engine)
 
 
@@ -203,7 +191,7 @@ def _values(text: str, where: str) -> dict[str, Any]:
             f"{where} follows version {version} of the sidecar, this d2zero reads up to {SIDECAR_VERSION};"
             " upgrade d2zero"
         )
-    needed = ("version", *_TEXTS, "plan_bytes", "baked", "tf32", "profile", "contract", "embeddings")
+    needed = ("version", *_TEXTS, "plan_bytes", "tf32", "profile", "contract", "embeddings")
     missing = [name for name in needed if name not in values]
     if missing:
         raise D2ZeroError(f"{where} lacks {listed(missing)}; build the engine again")

@@ -22,7 +22,7 @@ from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.cuda_memory import Memory, Tensor
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.gpu import Environment, collector, numbers, require_tensorrt
-from d2zero_runtime.profile import Shape
+from d2zero_runtime.profile import Profile, Shape
 from d2zero_runtime.sidecar import Sidecar
 
 IMAGES = "images"
@@ -50,7 +50,7 @@ class TensorrtBackend:
         _require_fit(path, sidecar, self._environment)
         self._messages = collector(self._environment.tensorrt)
         self._runtime, self._engine = _deserialized(path, sidecar, self._environment, self._messages)
-        self._inputs = (IMAGES,) if sidecar.baked else (IMAGES, EMBEDDINGS_INPUT)
+        self._inputs = (IMAGES,) if sidecar.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
         _require_tensors(path, self._engine, self._environment.tensorrt, self._inputs)
         self._cuda = self._environment.cuda
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking)
@@ -62,14 +62,19 @@ class TensorrtBackend:
         version = ".".join(str(number) for number in numbers(self._environment.version)[:2])
         self.name = f"tensorrt {version} on {self._environment.gpu.name}"
 
+    @property
+    def profile(self) -> Profile:
+        """The shapes that the engine runs."""
+        return self._sidecar.profile
+
     def run(
-        self, images_B3HW: NDArray[np.float32], class_embeddings_KD: NDArray[np.float32]
+        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run the network once.
 
         Args:
             images_B3HW: normalised and padded.
-            class_embeddings_KD: of the vocabulary; not looked at where it is part of the plan.
+            embeddings_KD: class embeddings; the default vocabulary's if left out, and where they are constants.
 
         Returns:
             Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4).
@@ -77,15 +82,16 @@ class TensorrtBackend:
         Raises:
             D2ZeroError: the engine was not built for such a shape, or CUDA or TensorRT failed.
         """
-        shape = self._shape(images_B3HW, class_embeddings_KD)
+        embeddings = self._sidecar.embeddings if embeddings_KD is None else embeddings_KD
+        shape = self._shape(images_B3HW, embeddings)
         with self._lock:
             if self._engine is None:
                 raise D2ZeroError("this engine was closed; load it again")
             self._environment.select()
             prepared = self._prepare(shape)
             self._upload(IMAGES, images_B3HW)
-            if not self._sidecar.baked:
-                self._upload_embeddings(class_embeddings_KD)
+            if not self._sidecar.contract.baked:
+                self._upload_embeddings(embeddings)
             self._launch(prepared)
             outputs = [self._download(name, prepared.shapes[name]) for name in OUTPUTS]
             self._call("cudaStreamSynchronize", self._stream)
@@ -111,7 +117,7 @@ class TensorrtBackend:
             raise D2ZeroError(f"images must be (B, 3, H, W) float32, got {images.shape} {images.dtype}")
         profile, width = self._sidecar.profile, self._sidecar.contract.text_dim
         classes = profile.opt.classes
-        if not self._sidecar.baked:
+        if not self._sidecar.contract.baked:
             if embeddings.ndim != 2 or embeddings.shape[1] != width or embeddings.dtype != np.float32:
                 raise D2ZeroError(
                     f"class embeddings must be (K, {width}) float32, got {embeddings.shape} {embeddings.dtype}"
@@ -148,7 +154,7 @@ class TensorrtBackend:
         context = self._engine.create_execution_context(strategy)
         self._require(context is not None, "make an execution context")
         shapes: dict[str, tuple[int, ...]] = {IMAGES: (shape.batch, 3, shape.height, shape.width)}
-        if not self._sidecar.baked:
+        if not self._sidecar.contract.baked:
             shapes[EMBEDDINGS_INPUT] = (shape.classes, self._sidecar.contract.text_dim)
         for name, dims in shapes.items():
             self._require(context.set_input_shape(name, dims), f"take {name} of shape {dims}")
@@ -254,6 +260,8 @@ def _deserialized(path: Path, sidecar: Sidecar, environment: Environment, messag
     plan = sidecar.require_plan(path)
     runtime = engine = None
     try:
+        if sidecar.contract.deform_attn == "plugin":
+            environment.tensorrt.init_libnvinfer_plugins(messages, "")
         runtime = environment.tensorrt.Runtime(messages)
         engine = runtime.deserialize_cuda_engine(plan)
     except TypeError as error:  # what the bindings raise where the library gives them no runtime

@@ -85,7 +85,9 @@ def test_dynamic_model(setting: Setting, tmp_path: Path) -> None:
     assert written["onnx_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert written["profile"] == {"min": "1x64x96x1", "opt": "1x64x96x5", "max": "2x128x128x30"}
     assert (written["gpu"], written["compute_capability"]) == ("NVIDIA H200", "9.0")
-    assert written["tensorrt"] == setting.tensorrt.__version__ and not written["baked"] and not written["tf32"]
+    assert (
+        written["tensorrt"] == setting.tensorrt.__version__ and not written["contract"]["baked"] and not written["tf32"]
+    )
     assert sidecar.require_plan(output) == PLAN and len(sidecar.vocabulary) == CLASSES
     assert sorted(entry.name for entry in output.parent.iterdir()) == ["m.engine", "m.engine.json"]
 
@@ -94,7 +96,7 @@ def test_baked_model_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_p
     setting = Setting(monkeypatch, ("images",))
     model = write_model(tmp_path / "m.onnx", baked=True)
     sidecar = build_engine(model, tmp_path / "m.engine", EngineConfig(tf32=True, optimization_level=0))
-    assert sidecar.baked and sidecar.tf32 and sidecar.profile.max.classes == CLASSES
+    assert sidecar.contract.baked and sidecar.tf32 and sidecar.profile.max.classes == CLASSES
     assert [call[0] for call in setting.called("IOptimizationProfile.set_shape")] == ["images"]
     assert setting.called("OnnxParser.parse") == [(model.read_bytes(),)]
     assert setting.called("IBuilderConfig.clear_flag") == []

@@ -16,6 +16,7 @@ from PIL import Image
 
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
+from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
@@ -54,7 +55,7 @@ def test_graph_equals_the_model(small_model: D2Zero) -> None:
 
 
 def test_file_equals_the_checkpoint_at_every_size_batch_and_class_count(demo_model: D2Zero, exported: Path) -> None:
-    parity = raw_parity(demo_model, load(exported))
+    parity = raw_parity(segmenter_of(demo_model), load(exported))
     assert len(parity.differences) == 10
     for entry in parity.differences:
         assert entry.class_logits < 1e-4 and entry.mask_logits < 1e-3 and entry.flipped < 1e-4, entry
@@ -328,7 +329,7 @@ def test_bad_models_and_providers(exported: Path, tmp_path: Path, command: Comma
         (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:size])
         with pytest.raises(D2ZeroError, match=r"damaged, cut short|is empty|no d2zero contract"):
             load(tmp_path / "cut.onnx")
-    with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx\)"):
+    with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx or \.engine\)"):
         load(packaged_checkpoint())
     with pytest.raises(D2ZeroError, match="does not exist"):
         load(tmp_path / "none.onnx")
@@ -369,7 +370,12 @@ def test_a_file_that_differs_is_not_written(
     ("arguments", "message"),
     [
         (["none.safetensors", "-o", "m.onnx"], "does not exist"),
-        (["m.safetensors", "-o", "m.engine"], "must end in .onnx"),
+        (["m.safetensors", "-o", "m.engine"], "must end in .onnx for --format onnx"),
+        (["m.safetensors", "-o", "m.onnx", "--format", "tflite"], "--format must be one of onnx, tensorrt"),
+        (["m.safetensors", "-o", "m.engine", "--format", "tensorrt"], "an engine is built on the GPU where it runs"),
+        (["m.safetensors", "-o", "m.engine", "--format", "tensorrt", "--max", "4x800"], "such as 1x800x1216x80"),
+        (["m.safetensors", "-o", "m.onnx", "--max", "4x800x800x8"], "are for --format tensorrt"),
+        (["m.onnx", "-o", "n.onnx"], "exported already"),
         (["m.safetensors", "-o", "m.onnx", "--precision", "int8"], "float32, float16, got 'int8'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "big"], "HEIGHTxWIDTH such as 800x1216, got 'big'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "800x1210"], "size must be multiples of 32, got 800x1210"),

@@ -88,7 +88,7 @@ def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
         with pytest.raises(D2ZeroError, match=message):
             replace_engine_vocabulary(path, wrong)
     write_engine(path, baked=True)
-    with pytest.raises(D2ZeroError, match="part of the plan"):
+    with pytest.raises(D2ZeroError, match="exported with --bake"):
         replace_engine_vocabulary(path, words)
     assert len(Sidecar.read(path).vocabulary) == CLASSES
 
