@@ -26,7 +26,7 @@ def open_segmenter(
             raise D2ZeroError(
                 "--device is for checkpoints (.safetensors); an exported model runs where --provider says"
             )
-        segmenter = load(path, providers or ("cpu",))
+        segmenter = load(path, providers)
     elif providers:
         raise D2ZeroError(f"--provider is for exported models ({', '.join(EXPORTED_SUFFIXES)})")
     else:

@@ -66,17 +66,13 @@ def export(
         raise D2ZeroError(f"--format must be one of {', '.join(SUFFIXES)}, got {target!r}")
     if output.suffix != SUFFIXES[target]:
         raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}")
-    shapes = (smallest, best, largest)
-    if target == "onnx" and any((*shapes, timing_cache, device)):
-        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
+    engine = None
     if target == "tensorrt":
-        from d2zero_export.engine import EngineConfig, Shape, require_tensorrt
-
-        parsed = [Shape.parse(text) if text else None for text in shapes]
-        engine = EngineConfig(*parsed, timing_cache=timing_cache, device=device)
-        require_tensorrt(device)  # before minutes of work
+        engine = _engine_config(smallest, best, largest, timing_cache, device)
+    elif any((smallest, best, largest, timing_cache, device)):
+        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
     if model.suffix == ".onnx":
-        if target == "onnx":
+        if engine is None:
             raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
         if deform_attn or size or batch or bake or precision != "float32":
             raise D2ZeroError(
@@ -86,12 +82,24 @@ def export(
         return
     from d2zero_export.onnx_export import ExportConfig
 
-    form = deform_attn or ("gridsample" if target == "onnx" else "gather")
+    form = deform_attn or ("gather" if engine else "gridsample")
     config = ExportConfig(precision, form, _size(size), batch, bake, verify, max_logits)
     file = output.with_suffix(".onnx")
     _export_onnx(model, file, config)
-    if target == "tensorrt":
+    if engine:
         _build(file, output, engine, verify, max_logits, model)
+
+
+def _engine_config(
+    smallest: str | None, best: str | None, largest: str | None, timing_cache: Path | None, device: int
+) -> "EngineConfig":
+    """What was asked for, if it can be built here: known before minutes of work."""
+    from d2zero_export.engine import EngineConfig, Shape, require_tensorrt
+
+    low, middle, high = (Shape.parse(text) if text else None for text in (smallest, best, largest))
+    config = EngineConfig(low, middle, high, timing_cache, device=device)
+    require_tensorrt(device)
+    return config
 
 
 def _export_onnx(checkpoint: Path, output: Path, config: "ExportConfig") -> None:

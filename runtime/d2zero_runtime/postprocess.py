@@ -4,17 +4,17 @@ DESIGN §2 "Inference": p = softmax(temperature · logits) without background, t
 masks upsampled to the padded size, cropped to the image, resized to the output size, > 0; the score is
 p times the mean sigmoid inside the mask.
 
-Both resizes are linear and separable, so they are composed into one matrix a side. A mask is worked on
-only where it can be positive: interpolation of negative logits is never positive. Only masks that survive
-the top-k are touched, each query once, and they go straight to RLE.
+Only masks that survive the top-k are touched, each query's once, several at a time in threads, and they go
+straight to run lengths (`upsample`).
 
 Letters: Q queries, K classes, N instances, h and w the mask logits' sides.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,12 @@ from d2zero_runtime import rle
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
+from d2zero_runtime.upsample import Mask, resize_axis, upsampled_mask
 from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
+THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time
 MASK_KINDS = ("rle", "bitmap", "none")
 
 
@@ -167,9 +169,10 @@ def postprocess(
         probabilities = _with_synonyms(probabilities, vocabulary.class_of)
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
-    rows = resize_matrix(mask_logits.shape[1], padded_size[0], input_size[0], output_size[0])
-    columns = resize_matrix(mask_logits.shape[2], padded_size[1], input_size[1], output_size[1])
-    found = [_mask(mask_logits[query], rows, columns, masks != "none") for query in used]
+    rows = resize_axis(mask_logits.shape[1], padded_size[0], input_size[0], output_size[0])
+    columns = resize_axis(mask_logits.shape[2], padded_size[1], input_size[1], output_size[1])
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda query: upsampled_mask(mask_logits[query], rows, columns, masks != "none"), used))
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
@@ -239,7 +242,7 @@ def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int6
     return summed
 
 
-def _masks(found: "Sequence[_Mask]", kind: str, size: Size) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | None:
+def _masks(found: Sequence[Mask], kind: str, size: Size) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | None:
     if kind == "none":
         return None
     encoded = tuple(mask.rle for mask in found if mask.rle is not None)
@@ -249,77 +252,3 @@ def _masks(found: "Sequence[_Mask]", kind: str, size: Size) -> tuple[rle.RLE, ..
     for bitmap, mask in zip(bitmaps, encoded, strict=True):
         bitmap[:] = rle.decode(mask)
     return bitmaps
-
-
-@dataclass(frozen=True, eq=False)
-class _Mask:
-    rle: rle.RLE | None
-    box: tuple[float, float, float, float]
-    quality: float  # mean sigmoid inside the mask
-
-
-def _mask(
-    logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32], encoded: bool
-) -> _Mask:
-    height, width = len(rows), len(columns)
-    positive = logits_hw > 0
-    top, bottom = _reach(rows, np.asarray(positive.any(axis=1)))
-    left, right = _reach(columns, np.asarray(positive.any(axis=0)))
-    window = _interpolate(logits_hw, rows[top:bottom], columns[left:right])
-    inside = window > 0
-    filled_rows, filled_columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-    if not len(filled_rows):
-        return _Mask(rle.encode_window(inside[:0, :0], 0, 0, height, width), (0.0, 0.0, 0.0, 0.0), 0.0)
-    logits = window[inside].astype(np.float64)
-    return _Mask(
-        rle=rle.encode_window(inside, top, left, height, width) if encoded else None,
-        box=(
-            float(left + filled_columns[0]),
-            float(top + filled_rows[0]),
-            float(left + filled_columns[-1] + 1),
-            float(top + filled_rows[-1] + 1),
-        ),
-        quality=float((1 / (1 + np.exp(-logits))).sum() / (len(logits) + 1e-6)),
-    )
-
-
-def _reach(matrix: NDArray[np.float32], sources: NDArray[np.bool_]) -> tuple[int, int]:
-    """The range of outputs that any of `sources` contributes to."""
-    touched = np.flatnonzero((matrix[:, sources] > 0).any(axis=1))
-    return (int(touched[0]), int(touched[-1]) + 1) if len(touched) else (0, 0)
-
-
-def _interpolate(
-    logits_hw: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """`rows @ logits @ columns.T`, leaving out sources that do not contribute to the window."""
-    from_rows = np.flatnonzero((rows > 0).any(axis=0))
-    from_columns = np.flatnonzero((columns > 0).any(axis=0))
-    if not len(from_rows) or not len(from_columns):
-        return np.zeros((len(rows), len(columns)), np.float32)
-    r = slice(from_rows[0], from_rows[-1] + 1)
-    c = slice(from_columns[0], from_columns[-1] + 1)
-    return np.asarray((rows[:, r] @ logits_hw[r, c]) @ columns[:, c].T, np.float32)
-
-
-@lru_cache(maxsize=64)
-def resize_matrix(source: int, padded: int, cropped: int, output: int) -> NDArray[np.float32]:
-    """Bilinear `source` → `padded`, crop to `cropped`, bilinear → `output`: (output, source) float32.
-
-    Bilinear as torch's `interpolate(align_corners=False)`: pixel centres, no antialiasing.
-    """
-    composed = _bilinear(cropped, output) @ _bilinear(source, padded)[:cropped]
-    matrix = np.asarray(composed, np.float32)
-    matrix.setflags(write=False)
-    return matrix
-
-
-def _bilinear(source: int, target: int) -> NDArray[np.float64]:
-    position = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
-    lower = np.minimum(position.astype(np.int64), source - 1)
-    upper = np.minimum(lower + 1, source - 1)
-    fraction = position - lower
-    matrix = np.zeros((target, source))
-    matrix[np.arange(target), lower] += 1 - fraction
-    matrix[np.arange(target), upper] += fraction
-    return matrix

@@ -5,7 +5,7 @@ written as a little-endian base-32 number, from the third on as the difference t
 pycocotools itself is no dependency of the runtime; the tests hold this module equal to it.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,39 @@ def encode(mask_HW: NDArray[np.bool_]) -> RLE:
 
 def encode_window(window_HW: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> RLE:
     """Encode a mask of (height, width) that is empty outside a window placed at (top, left)."""
-    # A zero above and below each column turns every run into one rise and one fall.
-    columns = np.zeros((window_HW.shape[1], window_HW.shape[0] + 2), np.int8)
-    columns[:, 1:-1] = window_HW.T
-    steps = np.diff(columns, axis=1)
-    column, row = np.nonzero(steps)
-    edges = (column + left) * height + row + top
-    # Runs that touch across a column's end are one run: their edges coincide and cancel.
-    if len(edges):
-        same = np.flatnonzero(edges[1:-1:2] == edges[2::2])
-        edges = np.delete(edges, np.concatenate([2 * same + 1, 2 * same + 2]))
-    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
-    if len(edges) and counts[-1] == 0:  # pycocotools writes no run of no pixels at the end
+    columns = np.zeros((window_HW.shape[1], window_HW.shape[0] + 1), bool)
+    columns[:, :-1] = window_HW.T
+    return from_edges(edges_of(columns), top, left, height, width)
+
+
+class Edges(NamedTuple):
+    """Where the runs of a window's columns begin and end, in order."""
+
+    columns: NDArray[np.int64]  # of each run
+    rises: NDArray[np.int64]  # its first row
+    falls: NDArray[np.int64]  # the row after its last
+
+
+def edges_of(columns_WH: NDArray[np.bool_]) -> Edges:
+    """Runs of a mask laid out column by column, each column followed by a zero."""
+    flat = columns_WH.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat.size and flat[0]:
+        changes = np.concatenate([[0], changes])
+    column, row = np.divmod(changes, max(1, columns_WH.shape[1]))
+    return Edges(column[::2], row[::2], row[1::2])
+
+
+def from_edges(edges: Edges, top: int, left: int, height: int, width: int) -> RLE:
+    """Encode runs found in a window placed at (top, left) of a mask of (height, width)."""
+    starts = (edges.columns + left) * height + top
+    bounds = np.stack([starts + edges.rises, starts + edges.falls], axis=1).ravel()
+    # Runs that touch across a column's end are one run: their bounds coincide and cancel.
+    same = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])
+    if len(same):
+        bounds = np.delete(bounds, np.concatenate([2 * same + 1, 2 * same + 2]))
+    counts = np.diff(np.concatenate([[0], bounds, [height * width]]))
+    if len(bounds) and counts[-1] == 0:  # pycocotools writes no run of no pixels at the end
         counts = counts[:-1]
     return {"size": [height, width], "counts": _compress(counts)}
 

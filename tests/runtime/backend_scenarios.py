@@ -14,6 +14,7 @@ from fake_engine import Setting
 from tiny_engine import expected, inputs
 from tiny_model import CLASSES, QUERIES, WIDTH
 
+from d2zero_runtime import load
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.sidecar import Sidecar
 from d2zero_runtime.tensorrt_backend import MAX_SHAPES, TensorrtBackend
@@ -137,6 +138,23 @@ def test_baked_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         found = setting.load().run(images, words)
         np.testing.assert_array_equal(found[0], expected(images, None)[0])
     assert found[0].shape == (2, QUERIES, CLASSES + 1)
+
+
+def test_the_segmenter_runs_an_engine_in_parts_that_it_takes(setting: Setting) -> None:
+    segmenter = load(setting.path)
+    images = [np.full((32, 64, 3), 40 * number, np.uint8) for number in range(5)]
+    out = segmenter.predict_raw(images)  # the engine takes four at most
+    batch = segmenter.preprocessing.batch(images, (32, 64))
+    for found, wanted in zip((out.class_logits, out.mask_logits), expected(batch, None), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    segmenter.set_vocabulary(segmenter.vocabulary.select(["class 3", "class 1"]))
+    assert segmenter.predict_raw(images[:1]).class_logits.shape == (1, QUERIES, 3)
+    assert segmenter.contract.batch is None and segmenter.preprocessing.canvas is None
+    segmenter.close()
+    with pytest.raises(D2ZeroError, match="this engine was closed"):
+        segmenter.predict_raw(images)
+    with pytest.raises(D2ZeroError, match="leave out the providers"):
+        load(setting.path, providers=["cuda"])
 
 
 def test_wrong_inputs(setting: Setting) -> None:
