@@ -38,6 +38,7 @@ class OnnxBackend:
         _require_available(onnxruntime, [name for name, _ in chosen])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it keeps a plan of memory for every size it has seen
         if threads:
             options.intra_op_num_threads = threads
         try:
