@@ -36,7 +36,9 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     batch, _, heads, width = values_BSMN.shape
     queries = locations.shape[1]
     levels = values_BSMN.to(locations.dtype).split([height * width_ for height, width_ in sizes], dim=1)
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B·M, R, P, 2
+    # Queries innermost: what follows the sampling then runs along memory, not over P = 4 numbers at a time.
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # L, B·M, P, R, 2
+    shares = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None]  # L, B·M, 1, P, R
     sampled = [
         F.grid_sample(
             level.flatten(2).transpose(1, 2).reshape(batch * heads, width, *size),
@@ -46,9 +48,10 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
             align_corners=False,
         )
         for level, size, grid in zip(levels, sizes, grids, strict=True)
-    ]  # each (B·M, N, R, P)
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    out = (torch.cat(sampled, dim=-1) * weights).sum(-1)
+    ]  # each (B·M, N, P, R)
+    # Weighted level by level: joined first, the samples of all levels would be written once more.
+    parts = [(level * share).sum(2) for level, share in zip(sampled, shares, strict=True)]
+    out = sum(parts[1:], parts[0])
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 
