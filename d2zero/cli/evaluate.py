@@ -52,7 +52,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     provider: Annotated[
-        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt: what runs an .onnx.")
+        list[str] | None,
+        typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
     ] = None,
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""

@@ -80,6 +80,7 @@ def _missing_package(error: ModuleNotFoundError) -> str:
     extras = {
         "open_clip": "clip",
         "onnxruntime": "cpu",
+        "openvino": "openvino",
         "onnx": "export",
         "onnxscript": "export",
         "supervision": "viz",

@@ -26,7 +26,8 @@ def predict(
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")] = 0.3,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
     provider: Annotated[
-        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt: what runs an .onnx.")
+        list[str] | None,
+        typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     batch_size: Annotated[

@@ -51,7 +51,7 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     ]  # each (B·M, N, P, R)
     # Weighted level by level: joined first, the samples of all levels would be written once more.
     parts = [(level * share).sum(2) for level, share in zip(sampled, shares, strict=True)]
-    out = sum(parts[1:], parts[0])
+    out: Tensor = sum(parts[1:], parts[0])
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 

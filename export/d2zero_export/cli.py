@@ -161,7 +161,9 @@ def verify(
         Path | None, typer.Option("--annotations", help="COCO JSON of those photos: compare accuracy, in all modes.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Compare instances on so many photos at most.")] = 50,
-    provider: Annotated[list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16.")
+    ] = None,
     max_logits: Annotated[
         float | None, typer.Option("--max-logits", help="Largest difference of logits that passes.")
     ] = None,

@@ -42,8 +42,9 @@ class Limits:
     points: float = 0.1  # AP and recall, in points of percent
 
 
-# Single logits of a float16 graph may differ much where a bit of an attention mask flips; their mean may not.
-LIMITS = {"float32": Limits(), "float16": Limits(logits=math.inf, relative=0.05, points=0.5)}
+# Single logits of a low-precision graph may differ much where a bit of an attention mask flips; their mean may not.
+_LOW = Limits(logits=math.inf, relative=0.05, points=0.5)
+LIMITS = {"float32": Limits(), "float16": _LOW, "bfloat16": replace(_LOW, relative=0.1)}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def verify(
         providers: what runs the file.
     """
     segmenter = open_exported(exported, providers)
-    limits = limits or LIMITS[segmenter.contract.precision]
+    limits = limits or LIMITS[segmenter.precision]
     parity = raw_parity(segmenter_of(model), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
     reference = _alike(segmenter_of(model), segmenter)

@@ -25,6 +25,7 @@ from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, read_image, to_rgb
 from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
+from d2zero_runtime.openvino_backend import OpenVinoBackend
 from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
 from d2zero_runtime.sidecar import Sidecar
 from d2zero_runtime.tensorrt_backend import TensorrtBackend
@@ -33,6 +34,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 EXPORTED_SUFFIXES = (".onnx", ".engine")
+OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 Raw = tuple[NDArray[np.float32], NDArray[np.float32]]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4)
@@ -77,9 +79,9 @@ def load(
     Args:
         path: an `.onnx` file or a TensorRT `.engine`, made by `d2zero export`.
         providers: of an `.onnx`: `cpu` (the default), `cuda`, `tensorrt` or ONNX Runtime's own names, in order
-            of preference, each alone or with its options: `("cuda", {"device_id": 1})`. One that is not
-            available is an error, never a silent fallback.
-        threads: of an `.onnx`: threads inside an operator; ONNX Runtime's choice if left out.
+            of preference, each alone or with its options: `("cuda", {"device_id": 1})`; or `openvino` or
+            `openvino-bf16` alone. One that is not available is an error, never a silent fallback.
+        threads: of an `.onnx`: threads inside an operator; the library's choice if left out.
         device: of an engine: CUDA's number of the GPU.
         cuda_graphs: of an engine: replay a captured graph from a shape's second run on.
 
@@ -132,6 +134,10 @@ def _load_onnx(path: Path, providers: Provider | Sequence[Provider], threads: in
             f"{path} holds an operator that only TensorRT has (it was exported with --deform-attn plugin); run it with"
             " the provider tensorrt, or export with --deform-attn gridsample"
         )
+    if any(name in OPENVINO for name in names):
+        if len(names) > 1:
+            raise D2ZeroError(f"openvino runs a model alone, got the providers {', '.join(names)}")
+        return Segmenter(OpenVinoBackend(path, OPENVINO[names[0]], threads), contract, vocabulary)
     return Segmenter(OnnxBackend(path, chosen, threads), contract, vocabulary)
 
 
@@ -155,6 +161,11 @@ class Segmenter:
     def vocabulary(self) -> Vocabulary:
         """The classes in use."""
         return self._vocabulary
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: as its file says, unless the backend lowers it."""
+        return str(getattr(self.backend, "precision", self.contract.precision))
 
     @property
     def preprocessing(self) -> Preprocessing:

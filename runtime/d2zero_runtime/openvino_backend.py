@@ -1,0 +1,63 @@
+"""Running an exported `.onnx` with OpenVINO: CPUs, in float32 or bfloat16.
+
+bfloat16 pays on processors that compute in it (AVX512-BF16, AMX); elsewhere OpenVINO would compute in float32
+and say nothing, so it is refused there. What it does to a model's accuracy is for `d2zero verify` to say.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.onnx_file import read_contract, without_default_embeddings
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_OUTPUTS = ("class_logits", "mask_logits")
+
+
+class OpenVinoBackend:
+    """A network compiled by OpenVINO for the CPU.
+
+    Args:
+        path: the `.onnx` file.
+        precision: `float32`, or `bfloat16` for the whole graph.
+        threads: OpenVINO's choice if left out.
+
+    Raises:
+        D2ZeroError: openvino is not installed, the processor has no bfloat16, or the file cannot be run.
+    """
+
+    def __init__(self, path: Path, precision: str = "float32", threads: int | None = None) -> None:
+        import openvino
+
+        core = openvino.Core()
+        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise D2ZeroError("this processor does not compute in bfloat16; use the provider openvino (float32)")
+        contract, vocabulary = read_contract(path)
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            # OpenVINO would make a constant of an input with a default.
+            model = core.read_model(without_default_embeddings(path))
+            compiled = core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise D2ZeroError(f"openvino cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
+        self._request = compiled.create_infer_request()
+        self._default = None if contract.baked else vocabulary.embeddings
+        self.precision = precision
+        self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {precision})"
+
+    def run(
+        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run the network; see `d2zero_runtime.segmenter.Backend`."""
+        feed = {"images": images_B3HW}
+        if self._default is not None:
+            feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD
+        found = self._request.infer(feed)
+        class_logits, mask_logits = (np.array(found[name], np.float32) for name in _OUTPUTS)
+        return class_logits, mask_logits
