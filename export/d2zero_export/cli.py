@@ -1,17 +1,18 @@
 """`d2zero export` and `d2zero verify`: a checkpoint as one file without torch, and whether it is the same model."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from d2zero.cli.terminal import BuildProgress, console
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Size
-from d2zero_runtime.segmenter import expand, read_exported
+from d2zero_runtime.segmenter import expand
 
 if TYPE_CHECKING:
     from d2zero_export.engine import EngineConfig
@@ -185,7 +186,6 @@ def verify(
     """
     from d2zero.checkpoints.files import load_model
     from d2zero.data.coco import read_coco
-    from d2zero_export.verify import LIMITS
     from d2zero_export.verify import verify as compare
 
     if annotations and not images:
@@ -193,18 +193,23 @@ def verify(
     truth = read_coco(annotations) if annotations else None
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
-    limits = replace(
-        LIMITS[read_exported(model)[0].precision], **{name: value for name, value in given.items() if value is not None}
-    )
-    result = compare(load_model(checkpoint), model, files, truth, images, limits, provider)
+    changed = {name: value for name, value in given.items() if value is not None}
+    result = compare(load_model(checkpoint), model, files, truth, images, changed, provider)
     _show_verification(result, len(files))
     if json_file:
-        json_file.write_text(json.dumps({**asdict(result), "limits": asdict(limits)}, indent=1))
+        json_file.write_text(json.dumps(_plain(result), indent=1))
     for failure in result.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     print("not the same model" if result.failures else "the same model, within the limits")
     if result.failures:
         raise typer.Exit(1)
+
+
+def _plain(result: "Verification") -> dict[str, Any]:
+    """For JSON, which has no infinity: a limit that there is not is null."""
+    content = asdict(result)
+    content["limits"] = {name: value if math.isfinite(value) else None for name, value in content["limits"].items()}
+    return content
 
 
 def _size(text: str | None) -> Size | None:

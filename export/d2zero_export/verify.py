@@ -5,7 +5,7 @@ on seen and unseen classes. What may differ depends on the file's precision.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,6 +107,7 @@ class Verification:
     attention_flipped: float | None  # share of bits in the decoder's attention masks; None for an engine
     instances: InstanceAgreement
     accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> figure -> (checkpoint, exported), percent
+    limits: Limits
     failures: tuple[str, ...]
 
 
@@ -116,7 +117,7 @@ def verify(
     images: Sequence[Path] = (),
     annotations: CocoFile | None = None,
     image_folder: Path | None = None,
-    limits: Limits | None = None,
+    changed_limits: Mapping[str, float] | None = None,
     providers: Sequence[str] | None = None,
 ) -> Verification:
     """Compare an exported model with its checkpoint.
@@ -127,11 +128,11 @@ def verify(
         images: files to compare instances on; drawn pictures without any.
         annotations: to compare accuracy on, in every mode that the vocabulary allows.
         image_folder: of the annotations' images.
-        limits: what may differ; by the file's precision if left out.
+        changed_limits: fields of `Limits` that shall not be as `LIMITS` has them for what computes.
         providers: what runs the file.
     """
     segmenter = open_exported(exported, providers)
-    limits = limits or LIMITS[segmenter.precision]
+    limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(segmenter_of(model), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
     reference = _alike(segmenter_of(model), segmenter)
@@ -150,7 +151,7 @@ def verify(
         for figure, (left, right) in figures.items()
         if abs(left - right) > limits.points
     ]
-    return Verification(parity, flipped, agreement, accuracy, tuple(failures))
+    return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
 
 
 def open_exported(path: Path, providers: Sequence[str] | None = None) -> Segmenter:
