@@ -117,7 +117,10 @@ class Photos:
             D2ZeroError: the folder of photos holds none.
         """
         if images is not None:
-            return cls(folder, tuple(Path(str(item)) for item in expand(images)))
+            files = tuple(Path(str(item)) for item in expand(images))
+            if not all(path.is_file() for path in files):
+                raise D2ZeroError(f"--images must be a folder or a pattern of photos; {images} does not exist")
+            return cls(folder, files)
         for size in {(case.height, case.width) for case in cases}:
             _draw(folder / _name(size), size)
         return cls(folder)
