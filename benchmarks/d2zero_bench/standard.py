@@ -2,6 +2,8 @@
 
 Two reports: the demo's model, with its accuracy; and the published architecture with random weights, whose speed
 is that of a trained one (but for post-processing, which depends on the masks).
+
+Heavy imports are inside functions: a candidate's process imports this module anew, and its memory is measured.
 """
 
 import argparse
@@ -12,20 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
-from d2zero.checkpoints.files import load_model, save_model
 from d2zero.cli.terminal import tracked
-from d2zero.data.shapes import ShapesConfig, write_dataset
-from d2zero.demo.run import packaged_checkpoint
-from d2zero.model import ModelConfig, build
 from d2zero_bench.cli import show
 from d2zero_bench.measure import Settings
 from d2zero_bench.session import Plan, Session
-from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import D2ZeroError, Vocabulary
 
-ACCURACY_IMAGES = 100
+ACCURACY_IMAGES = 60
 CLASSES = 65
 
 
@@ -72,6 +68,11 @@ def _run(plan: Plan, output: Path) -> None:
 
 def _demo(folder: Path) -> Plan:
     """The demo's checkpoint, published form and ONNX file, at the demo's size, with accuracy."""
+    from d2zero.checkpoints.files import load_model
+    from d2zero.data.shapes import ShapesConfig, write_dataset
+    from d2zero.demo.run import packaged_checkpoint
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
+
     write_dataset(folder / "data", ShapesConfig(train_images=0, val_images=ACCURACY_IMAGES), tracked)
     checkpoint = packaged_checkpoint()
     exported = folder / "shapes.onnx"
@@ -89,6 +90,12 @@ def _demo(folder: Path) -> Plan:
 
 def _published(folder: Path) -> Plan:
     """The published architecture, random weights, at 480x640; a few rounds."""
+    import torch
+
+    from d2zero.checkpoints.files import load_model, save_model
+    from d2zero.model import ModelConfig, build
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
+
     torch.manual_seed(0)
     rows = np.random.default_rng(0).standard_normal((CLASSES, 300)).astype(np.float32)
     words = Vocabulary(tuple(f"class {n}" for n in range(CLASSES)), rows, seen=np.arange(CLASSES) % 4 != 3)

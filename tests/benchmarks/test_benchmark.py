@@ -261,9 +261,27 @@ def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:
     assert "stopped before the end" in out and json.loads((tmp_path / "r.json").read_text())["complete"] is False
 
 
+def test_an_exported_model_is_measured_without_torch(exported: Path, photos: Photos) -> None:
+    """Its memory would be torch's otherwise."""
+    code = """
+import sys
+from pathlib import Path
+from d2zero_bench.candidates import Spec, open_candidate
+from d2zero_bench.cases import Case
+candidate = open_candidate(Spec("m", Path(sys.argv[1]), threads=1))
+candidate.prepare(Case(64, 96))
+candidate.run(Case(64, 96), [Path(sys.argv[2])])
+print("torch" in sys.modules, round(candidate.memory()[0]))
+"""
+    image = photos.batch(CASE, 0)[0]
+    found = subprocess.run([sys.executable, "-c", code, exported, image], capture_output=True, text=True, check=True)
+    with_torch, megabytes = found.stdout.split()
+    assert with_torch == "False" and 40 < int(megabytes) < 400
+
+
 def test_the_command_itself_is_light() -> None:
     heavy = ["torch", "transformers", "onnxruntime", "psutil"]
-    modules = "import d2zero_bench.cli, d2zero_bench.session, d2zero_bench.html, d2zero_bench.readme"
+    modules = "import d2zero_bench.cli, d2zero_bench.session, d2zero_bench.html, d2zero_bench.standard"
     code = f"{modules}; import sys; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
