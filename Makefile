@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup bindings demo test check format clean
+.PHONY: setup bindings demo test check benchmark format clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# A table for this machine in minutes; RESULTS=benchmarks/results writes where the README's table is made from.
+RESULTS ?= runs/benchmark
+benchmark: setup
+	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
 
 format: setup
 	$(BIN)/ruff format .

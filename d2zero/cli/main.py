@@ -85,6 +85,8 @@ def _missing_package(error: ModuleNotFoundError) -> str:
         "onnxscript": "export",
         "supervision": "viz",
         "pandas": "viz",
+        "psutil": "bench",
+        "transformers": "bench",
     }
     if name not in extras and importlib.util.find_spec("torch") is not None and name.startswith("d2zero"):
         raise error

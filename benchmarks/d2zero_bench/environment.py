@@ -1,0 +1,95 @@
+"""Where a benchmark ran: what decides the figures, and nothing that tells who ran it."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "d2zero", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "tensorrt", "pillow",
+)  # fmt: skip
+
+
+def environment(command: Sequence[str], threads: int | None) -> dict[str, Any]:
+    """Processor, memory, GPU, versions, threads, command line, date, commit."""
+    found = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_gb": _memory_gb(),
+        "gpu": _gpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads or os.environ.get("OMP_NUM_THREADS") or "each library's own choice",
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(Path(__file__)),
+        "command": " ".join(["d2zero", "benchmark", *(without_folders(word) for word in command)]),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def without_folders(text: str) -> str:
+    """Each path in a text by its last part alone."""
+    return re.sub(r"(?:[A-Za-z]:)?[^\s=,'\"()]*[/\\]([^\s=,'\"()/\\]*)", r"\1", text)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return " ".join(found[1].split())
+    if sys.platform == "darwin":
+        return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int | None:
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count()
+
+
+def _memory_gb() -> float | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return round(float(psutil.virtual_memory().total) / 1e9, 1)
+
+
+def _gpu() -> str | None:
+    lines = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    return ", driver ".join(part.strip() for part in lines[0].split(",")) if lines else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit(file: Path) -> str | None:
+    """Of the checkout that this file is tracked in, if it is in one."""
+    where = ("git", "-C", str(file.parent))
+    if not output_of(*where, "ls-files", file.name):
+        return None
+    changed = " with changes" if output_of(*where, "status", "--porcelain", "--untracked-files=no") else ""
+    return output_of(*where, "rev-parse", "--short=12", "HEAD") + changed
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; nothing if it is absent or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

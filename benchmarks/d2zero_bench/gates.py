@@ -1,0 +1,79 @@
+"""Limits for CI: what a report must not exceed."""
+
+from dataclasses import dataclass
+
+from d2zero_bench.report import END_TO_END, Report, names
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit, for a named candidate or for every D2Zero candidate.
+
+    Args:
+        value: in the figure's unit.
+        candidate: empty for all.
+    """
+
+    value: float
+    candidate: str = ""
+
+    @classmethod
+    def parse(cls, flag: str, text: str) -> "Gate":
+        """Read `120` or `demo.onnx=120`.
+
+        Raises:
+            D2ZeroError: it is not written so.
+        """
+        name, _, number = text.rpartition("=")
+        try:
+            return cls(float(number), name)
+        except ValueError:
+            raise D2ZeroError(f"{flag} must be a number, or CANDIDATE=NUMBER; got {text!r}") from None
+
+    def applies_to(self, report: Report) -> list[str]:
+        """Names of the candidates that it holds for.
+
+        Raises:
+            D2ZeroError: there is none of that name.
+        """
+        ours = names(report, ("d2zero",))
+        if self.candidate and self.candidate not in ours:
+            raise D2ZeroError(f"no candidate to hold to a limit is called {self.candidate!r}; there are {listed(ours)}")
+        return [self.candidate] if self.candidate else ours
+
+
+def failures(report: Report, max_p90: list[Gate], min_hm: list[Gate]) -> list[str]:
+    """What exceeds a limit: the candidate, the value, the limit. What was not measured has not passed."""
+    found = []
+    for gate in max_p90:
+        for name in gate.applies_to(report):
+            found += _slow(report, name, gate.value)
+    for gate in min_hm:
+        for name in gate.applies_to(report):
+            found += _inaccurate(report, name, gate.value)
+    return found
+
+
+def _slow(report: Report, name: str, limit: float) -> list[str]:
+    spreads = {
+        result.case: result.spread(END_TO_END)
+        for result in report.results
+        if result.candidate == name and result.samples
+    }
+    if not spreads:
+        return [f"{name}: p90 was not measured (limit {limit:g} ms)"]
+    return [
+        f"{name}: p90 end to end {spread.p90:.1f} ms at {case} (limit {limit:g} ms)"
+        for case, spread in spreads.items()
+        if spread is not None and not spread.p90 <= limit
+    ]
+
+
+def _inaccurate(report: Report, name: str, limit: float) -> list[str]:
+    measured = report.accuracy_of(name)
+    value = measured.figures.get("hm_ap50") if measured else None
+    if value is None:
+        return [f"{name}: HM AP50 was not measured (limit {limit:g})"]
+    return [] if value >= limit else [f"{name}: HM AP50 {value:.2f} (limit {limit:g})"]

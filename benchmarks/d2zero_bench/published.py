@@ -1,0 +1,148 @@
+"""The published form of the model, with equal outputs: what the accelerations are measured against.
+
+DESIGN §2 and §5. Deformable attention by torch's grid_sample; all ten heads classified, each with its masks at
+full resolution; every one of the top instances' masks upsampled as a dense map, to the padded size, then to the
+output; sigmoids of whole maps; run lengths by pycocotools. No code of the published implementation is here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from d2zero.inference import TorchBackend, contract_of
+from d2zero.model import D2Zero
+from d2zero.model.deformable import LevelSizes
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, rle
+from d2zero_runtime.images import Size
+from d2zero_runtime.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
+from d2zero_runtime.segmenter import Raw, RawOutput
+
+
+class PublishedBackend(TorchBackend):
+    """All heads, as in training."""
+
+    def __init__(self, model: D2Zero) -> None:
+        model.set_deformable(published_sampling)
+        super().__init__(model)
+        self.name = f"{self.name}, published form"
+
+    @torch.inference_mode()
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+        """Run the network; see `d2zero_runtime.segmenter.Backend`."""
+        device = self.model.class_embeddings.device
+        text = None if embeddings_KD is None else torch.tensor(embeddings_KD, device=device)
+        out = self.model(torch.from_numpy(images_B3HW).to(device), text, all_heads=True)[-1]
+        return out.class_logits.float().cpu().numpy(), out.mask_logits.float().cpu().numpy()
+
+
+class PublishedSegmenter(Segmenter):
+    """A segmenter whose post-processing is the published one."""
+
+    def __init__(self, model: D2Zero) -> None:
+        super().__init__(PublishedBackend(model), contract_of(model), model.vocabulary)
+        self._device = model.class_embeddings.device
+
+    def postprocess(
+        self,
+        out: RawOutput,
+        input_sizes: Sequence[Size],
+        output_sizes: Sequence[Size],
+        mode: Mode | str = Mode.GZSIS,
+        **options: Any,
+    ) -> list[Detections]:
+        """Turn raw output into instances; see `Segmenter.postprocess`."""
+        if options.get("masks", "rle") != "rle" or self.vocabulary.synonyms:
+            raise D2ZeroError("the published variant has run lengths alone, and no synonyms")
+        mode = Mode.parse(mode) if isinstance(mode, str) else mode
+        return [
+            self._instances(
+                out.class_logits[row],
+                torch.from_numpy(out.mask_logits[row][:, : padded[0] // 4, : padded[1] // 4]).to(self._device),
+                (padded, input_sizes[row], output_sizes[row]),
+                mode,
+                **{key: value for key, value in options.items() if key != "masks"},
+            )
+            for row, padded in enumerate(out.padded_sizes)
+        ]
+
+    def _instances(
+        self,
+        class_logits: NDArray[np.float32],
+        mask_logits_QHW: Tensor,
+        sizes: tuple[Size, Size, Size],
+        mode: Mode,
+        max_detections: int = MAX_DETECTIONS,
+        score_threshold: float = 0.0,
+    ) -> Detections:
+        chosen = selection(self.vocabulary, mode, max_detections)
+        probabilities = class_probabilities(class_logits, chosen.competing, self.contract.softmax_temperature)
+        queries, classes = top_instances(probabilities, chosen)
+        masks_NHW, quality_N = dense_masks(mask_logits_QHW[torch.from_numpy(queries).to(self._device)], *sizes)
+        scores = probabilities[queries, classes] * quality_N.cpu().numpy()
+        order = np.argsort(-scores, kind="stable")
+        order = order[scores[order] >= score_threshold]
+        return _detections(masks_NHW.cpu().numpy()[order], scores[order], classes[order], self.vocabulary)
+
+
+def published_sampling(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable attention as published in plain torch: the samples of all levels joined, then weighted.
+
+    Arguments and result as of `d2zero.model.deformable.grid_sample`, which orders the work otherwise.
+    """
+    batch, _, heads, width = values_BSMN.shape
+    queries = locations.shape[1]
+    levels = values_BSMN.split([height * width_ for height, width_ in sizes], dim=1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # B·M, R, L, P, 2
+    sampled = [
+        F.grid_sample(
+            level.flatten(2).transpose(1, 2).reshape(batch * heads, width, *size),
+            grids[:, :, index],
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
+        for index, (level, size) in enumerate(zip(levels, sizes, strict=True))
+    ]  # each B·M, N, R, P
+    shares = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    attended = (torch.stack(sampled, dim=-2).flatten(-2) * shares).sum(-1)
+    return attended.view(batch, heads * width, queries).transpose(1, 2)
+
+
+def dense_masks(logits_NHW: Tensor, padded: Size, used: Size, output: Size) -> tuple[Tensor, Tensor]:
+    """Masks (N, H, W) bool at the output size, and the mean sigmoid inside each."""
+    maps = F.interpolate(logits_NHW[None], padded, mode="bilinear", align_corners=False)
+    maps = maps[:, :, : used[0], : used[1]]
+    maps = F.interpolate(maps, output, mode="bilinear", align_corners=False)[0]
+    masks = maps > 0
+    inside = (maps.sigmoid() * masks).flatten(1).sum(1)
+    return masks, inside / (masks.flatten(1).sum(1) + 1e-6)
+
+
+def _detections(
+    masks_NHW: NDArray[np.bool_], scores: NDArray[np.float32], classes: NDArray[np.int64], vocabulary: Vocabulary
+) -> Detections:
+    return Detections(
+        boxes=np.array([_box(mask) for mask in masks_NHW], np.float32).reshape(-1, 4),
+        scores=scores.astype(np.float32),
+        class_ids=classes,
+        names=tuple(vocabulary.names[index] for index in classes),
+        seen=vocabulary.seen[classes],
+        masks=tuple(_encoded(mask) for mask in masks_NHW),
+        image_size=(masks_NHW.shape[1], masks_NHW.shape[2]),
+    )
+
+
+def _box(mask_HW: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    columns, rows = np.flatnonzero(mask_HW.any(0)), np.flatnonzero(mask_HW.any(1))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def _encoded(mask_HW: NDArray[np.bool_]) -> rle.RLE:
+    found = coco_mask.encode(np.asfortranarray(mask_HW, np.uint8))
+    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode("ascii")}

@@ -1,0 +1,98 @@
+"""`python -m d2zero_bench.readme`: the README's table of speed, from the reports in benchmarks/results/.
+
+The table stands between two lines `<!-- benchmark table -->`; what is between them is written anew.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2zero_bench.report import END_TO_END, Report
+from d2zero_bench.table import best_ratio, difference, milliseconds
+from d2zero_runtime import D2ZeroError
+
+MARKER = "<!-- benchmark table -->"
+HEAD = ("", "network ms", "total ms (p90)", "× baseline", "images a second", "memory MB", "max \\|Δ\\|", "HM AP50")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the table; 2 for what a person can mend."""
+    parser = argparse.ArgumentParser(prog="python -m d2zero_bench.readme", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args(arguments)
+    try:
+        rewrite(given.readme, given.results)
+    except (D2ZeroError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def rewrite(readme: Path, results: Path) -> None:
+    """Put the reports' figures into the README.
+
+    Raises:
+        D2ZeroError: there are no reports, or the README has no place for them.
+    """
+    reports = [Report.read(path) for path in sorted(results.glob("*.json"))]
+    if not reports:
+        raise D2ZeroError(f"no reports (*.json) in {results}; make some with `make benchmark RESULTS={results}`")
+    parts = readme.read_text(encoding="utf-8").split(MARKER)
+    if len(parts) != 3:
+        raise D2ZeroError(
+            f"{readme} must have two lines {MARKER!r} for the table to stand between, has {len(parts) - 1}"
+        )
+    table = "\n\n".join(_table(report) for report in reports)
+    text = f"{parts[0]}{MARKER}\n{table}\n{MARKER}{parts[2]}"
+    readme.write_text(text, encoding="utf-8")
+
+
+def _table(report: Report) -> str:
+    """Every case of a report, a row each candidate; columns that nothing fills are left out."""
+    rows = [_row(report, case_number) for case_number in range(len(report.cases))]
+    cells = [row for group in rows for row in group]
+    kept = [place for place in range(len(HEAD)) if place == 0 or any(row[place] for row in cells)]
+    lines = [[HEAD[place] for place in kept], ["---"] + ["---:"] * (len(kept) - 1)]
+    lines += [[row[place] for place in kept] for row in cells]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_title(report)}\n\n{table}"
+
+
+def _title(report: Report) -> str:
+    where = report.environment
+    facts = [
+        report.title,
+        where.get("gpu") or where.get("processor"),
+        f"{where.get('threads')} threads",
+        where.get("date"),
+    ]
+    return f"*{', '.join(str(fact) for fact in facts if fact)}; medians, {report.settings.get('rounds')} rounds.*"
+
+
+def _row(report: Report, number: int) -> list[list[str]]:
+    case, found = report.cases[number], []
+    for result in report.of_case(case):
+        network, total = result.spread("network"), result.spread(END_TO_END)
+        times = best_ratio(report, result)
+        equal, accuracy = report.equality_of(result.candidate, case), report.accuracy_of(result.candidate)
+        hm = accuracy.figures.get("hm_ap50") if accuracy else None
+        different = difference(equal.class_logits, equal.mask_logits) if equal else ""
+        found.append(
+            [
+                f"{result.candidate}, {case}",
+                milliseconds(network.p50) if network else "",
+                f"{milliseconds(total.p50)} ({milliseconds(total.p90)})" if total else "",
+                f"{times.p50:.2f}" if times else "",
+                f"{result.images_per_second:.2f}" if result.images_per_second else "",
+                f"{result.host_mb:.0f}" if result.host_mb is not None else "",
+                f"{different} **differs**" if equal and equal.failures else different,
+                f"{hm:.2f}" if hm is not None else "",
+            ]
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

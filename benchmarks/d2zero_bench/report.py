@@ -1,0 +1,255 @@
+"""All that a benchmark found, as data: written to JSON, read back, and what tables and plots are made from.
+
+Samples are kept, in milliseconds; figures are derived from them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2zero_bench.cases import Case
+from d2zero_bench.figures import Spread, ratios, throughput
+from d2zero_runtime import D2ZeroError
+
+FORMAT_VERSION = 1
+STAGES = ("decode", "preprocess", "network", "postprocess")
+STAGE_NAMES = {"decode": "decode", "preprocess": "preprocess", "network": "network", "postprocess": "post-process"}
+END_TO_END = "end to end"
+
+Sample = dict[str, float]  # milliseconds by stage; a peer has its network alone
+
+
+@dataclass(frozen=True)
+class CandidateInfo:
+    """What was measured.
+
+    Args:
+        name: unique in the report.
+        kind: `d2zero`, or `peer` (network alone, random weights).
+        backend: what ran its network, and where.
+        precision: float32 or float16.
+        megabytes: of its file; None without one.
+        queries: Q of the model.
+        classes: in its own vocabulary.
+    """
+
+    name: str
+    kind: str
+    backend: str
+    precision: str = "float32"
+    megabytes: float | None = None
+    queries: int = 0
+    classes: int = 0
+
+
+@dataclass
+class Result:
+    """One candidate in one case.
+
+    Args:
+        candidate: its name.
+        case: the setting.
+        samples: of each round, in order; those of all candidates are paired.
+        host_mb: high-water mark of the candidate's own process while it was measured here, in 1e6 bytes.
+        gpu_mb: growth of the GPU's used memory since before the model was opened.
+    """
+
+    candidate: str
+    case: Case
+    samples: list[Sample] = field(default_factory=list)
+    host_mb: float | None = None
+    gpu_mb: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all stages were measured, from file to instances."""
+        return bool(self.samples) and set(self.samples[0]) == set(STAGES)
+
+    def times(self, stage: str) -> list[float]:
+        """Milliseconds of a stage, or of all together (`END_TO_END`), a round each; nothing if not measured."""
+        if stage == END_TO_END:
+            return [sum(sample.values()) for sample in self.samples] if self.whole else []
+        return [sample[stage] for sample in self.samples if stage in sample]
+
+    def spread(self, stage: str) -> Spread | None:
+        """Percentiles of a stage."""
+        found = self.times(stage)
+        return Spread.of(found) if found else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Throughput end to end, stages one after the other; of a peer, of its network."""
+        found = self.times(END_TO_END) or self.times("network")
+        return throughput(found, self.case.batch) if found else None
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Raw outputs against the baseline's.
+
+    Args:
+        candidate: its name.
+        case: where.
+        class_logits: largest difference; None if shapes differ.
+        mask_logits: largest difference.
+        failures: what exceeds the limits of the precision; empty if nothing does.
+        judged: False where the limits are not at hand (they come with the `train` extra).
+    """
+
+    candidate: str
+    case: Case
+    class_logits: float | None
+    mask_logits: float | None
+    failures: tuple[str, ...] = ()
+    judged: bool = True
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Figures of one candidate in percent, masks; by name as `d2zero eval` has them."""
+
+    candidate: str
+    mode: str
+    images: int
+    figures: dict[str, float | None]
+
+
+@dataclass
+class Report:
+    """A benchmark's findings, filled while it runs.
+
+    Args:
+        title: for people.
+        environment: where it ran.
+        settings: how it ran.
+        baseline: the candidate that others are compared with.
+    """
+
+    title: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: str
+    candidates: list[CandidateInfo] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    equality: list[Equality] = field(default_factory=list)
+    accuracy: list[Accuracy] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # by candidate: why it was measured no further
+    complete: bool = False
+
+    @property
+    def cases(self) -> list[Case]:
+        """Those with results, in order."""
+        return list(dict.fromkeys(result.case for result in self.results if result.samples))
+
+    def find(self, candidate: str, case: Case) -> Result | None:
+        """A candidate's result in a case, if it has samples."""
+        fits = (r for r in self.results if r.candidate == candidate and r.case == case and r.samples)
+        return next(fits, None)
+
+    def of_case(self, case: Case) -> list[Result]:
+        """Results of a case in the order of the candidates."""
+        found = (self.find(info.name, case) for info in self.candidates)
+        return [result for result in found if result is not None]
+
+    def ratio(self, result: Result, stage: str = END_TO_END) -> Spread | None:
+        """How many times the baseline's time, from paired rounds; None if either lacks the stage."""
+        base = self.find(self.baseline, result.case)
+        ours, theirs = result.times(stage), base.times(stage) if base else []
+        rounds = min(len(ours), len(theirs))  # one that failed has fewer
+        return ratios(ours[:rounds], theirs[:rounds]) if rounds else None
+
+    def accuracy_of(self, candidate: str) -> Accuracy | None:
+        """A candidate's accuracy, if it was measured."""
+        return next((entry for entry in self.accuracy if entry.candidate == candidate), None)
+
+    def equality_of(self, candidate: str, case: Case) -> Equality | None:
+        """What was compared at a case's size and classes, whatever its batch."""
+        return next(
+            (
+                entry
+                for entry in self.equality
+                if entry.candidate == candidate
+                and (entry.case.height, entry.case.width) == (case.height, case.width)
+                and entry.case.classes == case.classes
+            ),
+            None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the figures that follow from the samples for those who read the JSON."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        for entry, result in zip(content["results"], self.results, strict=True):
+            entry["samples"] = [
+                {stage: round(value, 4) for stage, value in sample.items()} for sample in entry["samples"]
+            ]
+            entry["figures"] = self._figures(result)
+        return content
+
+    def _figures(self, result: Result) -> dict[str, Any]:
+        spreads = {stage: result.spread(stage) for stage in (*STAGES, END_TO_END)}
+        both = {stage: self.ratio(result, stage) for stage in ("network", END_TO_END)}
+        return {
+            "milliseconds": {stage: asdict(spread) for stage, spread in spreads.items() if spread},
+            "ratio": {stage: asdict(spread) for stage, spread in both.items() if spread},
+            "images_per_second": result.images_per_second,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Report":
+        """Read what `to_dict` made.
+
+        Raises:
+            D2ZeroError: it was written by a newer version, or is something else.
+        """
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise D2ZeroError(f"expected a benchmark's report of version {FORMAT_VERSION}, got version {version}")
+        try:
+            return cls(
+                **{
+                    key: content[key]
+                    for key in ("title", "environment", "settings", "baseline", "failures", "complete")
+                },
+                candidates=[CandidateInfo(**entry) for entry in content["candidates"]],
+                results=[Result(**_with_case(entry, "figures")) for entry in content["results"]],
+                equality=[
+                    Equality(**{**_with_case(entry), "failures": tuple(entry["failures"])})
+                    for entry in content["equality"]
+                ],
+                accuracy=[Accuracy(**entry) for entry in content["accuracy"]],
+            )
+        except (KeyError, TypeError) as error:
+            raise D2ZeroError(f"this report of a benchmark is damaged: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """Read a written report.
+
+        Raises:
+            D2ZeroError: it is no report.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise D2ZeroError(f"{path} is no JSON: {error}") from error
+        except D2ZeroError as error:
+            raise D2ZeroError(f"{path}: {error}") from error
+
+
+def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    kept = {key: value for key, value in entry.items() if key not in left_out}
+    return {**kept, "case": Case(**entry["case"])}
+
+
+def names(report: Report, kinds: Sequence[str] = ("d2zero", "peer")) -> list[str]:
+    """Names of the candidates of some kinds."""
+    return [info.name for info in report.candidates if info.kind in kinds]

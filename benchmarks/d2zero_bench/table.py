@@ -1,0 +1,101 @@
+"""A report for the terminal."""
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from d2zero_bench.cases import Case
+from d2zero_bench.figures import Spread
+from d2zero_bench.report import END_TO_END, STAGES, Report, Result
+
+
+def tables(report: Report) -> list[Table]:
+    """One of each case, and one of accuracy if it was measured."""
+    found = [_case_table(report, case) for case in report.cases]
+    return [*found, _accuracy_table(report)] if report.accuracy else found
+
+
+def _case_table(report: Report, case: Case) -> Table:
+    results = report.of_case(case)
+    rounds = max(len(result.samples) for result in results)
+    table = Table(
+        title=f"{case}: milliseconds, {rounds} rounds",
+        box=box.SIMPLE,
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("candidate", overflow="fold")
+    for column in ("decode", "prep", "network", "post", "p50", "p90", "p99", "img/s", "× baseline", "MB", "max |Δ|"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(result.candidate, *_cells(report, result))
+    return table
+
+
+def _cells(report: Report, result: Result) -> list[str | Text]:
+    total = result.spread(END_TO_END)
+    rate = result.images_per_second
+    return [
+        *(milliseconds(spread.p50 if spread else None) for spread in map(result.spread, STAGES)),
+        *(milliseconds(value) for value in ((total.p50, total.p90, total.p99) if total else (None,) * 3)),
+        "–" if rate is None else f"{rate:.2f}",
+        ratio(best_ratio(report, result)),
+        "–" if result.host_mb is None else f"{result.host_mb:.0f}",
+        _difference(report, result),
+    ]
+
+
+def best_ratio(report: Report, result: Result) -> Spread | None:
+    """End to end where both were measured so, else of the networks."""
+    return report.ratio(result) or report.ratio(result, "network")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits or so."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def ratio(spread: Spread | None) -> str:
+    """The median and where 80 % of the rounds are."""
+    return "–" if spread is None else f"{spread.p50:.2f} ({spread.p10:.2f}–{spread.p90:.2f})"
+
+
+def _difference(report: Report, result: Result) -> str | Text:
+    found = report.equality_of(result.candidate, result.case)
+    if result.candidate == report.baseline:
+        return "baseline"
+    if found is None:
+        return "–"
+    text = difference(found.class_logits, found.mask_logits)
+    return Text(f"{text} DIFFERS", style="bold red") if found.failures else text
+
+
+def difference(class_logits: float | None, mask_logits: float | None) -> str:
+    """The larger of two largest differences of logits."""
+    return "–" if class_logits is None or mask_logits is None else f"{max(class_logits, mask_logits):.0e}"
+
+
+ACCURACY_COLUMNS = {
+    "seen AP50": "seen_ap50",
+    "unseen AP50": "unseen_ap50",
+    "HM AP50": "hm_ap50",
+    "seen R@100": "seen_recall50",
+    "unseen R@100": "unseen_recall50",
+    "HM R@100": "hm_recall50",
+    "AP": "ap",
+}
+
+
+def _accuracy_table(report: Report) -> Table:
+    images = max(entry.images for entry in report.accuracy)
+    table = Table(title=f"accuracy of masks, GZSIS, {images} images, percent", box=box.SIMPLE, title_justify="left")
+    table.add_column("candidate", overflow="fold")
+    for column in ACCURACY_COLUMNS:
+        table.add_column(column, justify="right")
+    for entry in report.accuracy:
+        values = (entry.figures.get(figure) for figure in ACCURACY_COLUMNS.values())
+        table.add_row(entry.candidate, *("–" if value is None else f"{value:.2f}" for value in values))
+    return table

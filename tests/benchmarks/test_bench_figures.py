@@ -1,0 +1,284 @@
+"""Figures, orders, cases, limits and reports of benchmarks, without a model."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from d2zero_bench import readme
+from d2zero_bench.cases import Case, Photos, make_cases, parse_counts, parse_sizes
+from d2zero_bench.environment import environment, without_folders
+from d2zero_bench.equality import compare
+from d2zero_bench.figures import Spread, percentile, ratios, throughput
+from d2zero_bench.gates import Gate, failures
+from d2zero_bench.html import page
+from d2zero_bench.measure import Measurement, Settings, round_order
+from d2zero_bench.report import END_TO_END, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.svg import ticks
+from d2zero_bench.table import tables
+from d2zero_runtime import D2ZeroError, Preprocessing
+
+CASE = Case(96, 128)
+
+
+def sample(network: float, rest: float = 1.0) -> Sample:
+    return {"decode": rest, "preprocess": rest, "network": network, "postprocess": rest}
+
+
+def full_report() -> Report:
+    """Two models and a peer in four cases, with accuracy: every section has something to show."""
+    report = Report(
+        "a <title>", {"processor": "CPU & more", "versions": {"numpy": "2"}, "date": "2026-11-22"}, {"rounds": 3}, "a"
+    )
+    kinds = {"a": "d2zero", "b:published": "d2zero", "mask2former": "peer"}
+    report.candidates = [CandidateInfo(name, kind, "torch", megabytes=2.5) for name, kind in kinds.items()]
+    for case in (CASE, Case(192, 128), Case(96, 128, 4), Case(96, 128, 1, 80)):
+        report.results += [
+            Result("a", case, [sample(10), sample(20), sample(30)], 100.0),
+            Result("b:published", case, [sample(20), sample(40), sample(90)], 200.0, 50.0),
+            Result("mask2former", case, [{"network": 15.0}] * 3, 300.0),
+        ]
+    report.equality = [Equality("b:published", CASE, 1e-6, 2.5, ("mask_logits differ by 2.50e+00 (limit 1e-03)",))]
+    report.accuracy = [
+        Accuracy(n, "gzsis", 9, {"hm_ap50": v, "ap": 1.0}) for n, v in (("a", 61.5), ("b:published", 60))
+    ]
+    report.failures = {"c": "out of memory"}
+    report.complete = True
+    return report
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_percentiles_are_numpys(count: int) -> None:
+    values = np.random.default_rng(count).exponential(10, count).tolist()
+    for percent in (0, 10, 50, 90, 99, 100):
+        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-12)
+    assert Spread.of(values).p99 == pytest.approx(np.percentile(values, 99), rel=1e-12)
+
+
+def test_stages_add_up_to_the_whole() -> None:
+    result = Result("a", CASE, [sample(10, 2), sample(30, 4)])
+    assert result.times(END_TO_END) == [16, 42] and result.whole
+    assert sum(result.times(stage)[1] for stage in STAGES) == result.times(END_TO_END)[1]
+    assert Result("peer", CASE, [{"network": 5.0}]).times(END_TO_END) == []
+    assert throughput([16, 42], 4) == pytest.approx(1000 * 8 / 58)
+    assert Result("a", Case(96, 128, 4), result.samples).images_per_second == pytest.approx(1000 * 8 / 58)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """A machine that slows down tenfold half way changes no ratio."""
+    baseline = [1.0, 1.0, 10.0, 10.0]
+    assert ratios([2.0, 2.0, 20.0, 20.0], baseline) == Spread(2, 2, 2, 2)
+    assert ratios([20.0, 2.0, 20.0, 2.0], baseline).p50 == pytest.approx(2.0)
+    with pytest.raises(ValueError):
+        ratios([1.0], baseline)
+    report = full_report()
+    found = report.ratio(report.results[1], "network")
+    assert found is not None and (found.p50, found.p90) == (2.0, pytest.approx(2.8))
+    assert report.ratio(report.results[2]) is None  # a peer has no whole
+
+
+def test_the_order_of_a_round_is_drawn_from_the_seed() -> None:
+    names = ["a", "b", "c"]
+    orders = [tuple(round_order(names, CASE, number, 0)) for number in range(60)]
+    assert orders == [tuple(round_order(names, CASE, number, 0)) for number in range(60)]
+    assert len(set(orders)) == 6 and all(set(order) == set(names) for order in orders)
+    assert orders != [tuple(round_order(names, CASE, number, 1)) for number in range(60)]
+    first = [order[0] for order in orders]
+    assert all(10 <= first.count(name) <= 32 for name in names)  # nobody is favoured
+
+
+class Fake:
+    """A candidate that writes down when it ran, and fails or is interrupted when told to."""
+
+    def __init__(self, name: str, log: list[str], error: BaseException | None = None, at: int = 0) -> None:
+        self.info, self.log, self.error, self.at = CandidateInfo(name, "d2zero", "none"), log, error, at
+        self.runs = 0
+
+    def prepare(self, case: Case) -> None:
+        self.log.append(f"prepare {self.info.name}")
+
+    def run(self, case: Case, paths: list[Path]) -> Sample:
+        self.runs += 1
+        if self.error is not None and self.runs == self.at:
+            raise self.error
+        self.log.append(self.info.name)
+        return sample(float(self.runs))
+
+    def raw(self, case: Case, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
+
+    def memory(self) -> tuple[float | None, float | None]:
+        return 5.0, None
+
+    def accuracy(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
+        return None
+
+
+def measured(*fakes: Fake, rounds: int = 5) -> Report:
+    report = Report("t", {}, {}, fakes[0].info.name)
+    report.candidates = [fake.info for fake in fakes]
+    photos = Photos(Path(), (Path("0.jpg"),))
+    measurement = Measurement(
+        {fake.info.name: fake for fake in fakes}, photos, Settings(rounds, 1), report, lambda items, *_: items
+    )
+    try:
+        measurement.run([CASE])
+    except KeyboardInterrupt:
+        return report
+    report.complete = True
+    return report
+
+
+def test_candidates_take_turns_round_by_round() -> None:
+    log: list[str] = []
+    report = measured(Fake("a", log), Fake("b", log), Fake("c", log))
+    assert log[:6] == ["prepare a", "a", "prepare b", "b", "prepare c", "c"]  # warm-up, which does not count
+    rounds = [log[start : start + 3] for start in range(6, 21, 3)]
+    assert rounds == [round_order(["a", "b", "c"], CASE, number, 0) for number in range(5)]
+    assert [len(result.samples) for result in report.results] == [5, 5, 5]
+    assert report.results[0].samples[0]["network"] == 2.0 and report.results[0].host_mb == 5.0
+    assert [entry.candidate for entry in report.equality] == ["b", "c"] and not report.equality[0].failures
+
+
+def test_an_interruption_keeps_whole_rounds() -> None:
+    report = measured(Fake("a", []), Fake("b", [], KeyboardInterrupt(), at=4))  # in the third round
+    assert not report.complete
+    assert [len(result.samples) for result in report.results] == [2, 2]
+
+
+def test_who_fails_is_left_out_and_the_others_go_on() -> None:
+    report = measured(Fake("a", []), Fake("b", [], D2ZeroError("cannot read /home/somebody/x.jpg"), at=3))
+    assert report.complete and report.failures == {"b": "cannot read x.jpg"}
+    assert [len(result.samples) for result in report.results] == [5, 1]
+    early = measured(Fake("a", []), Fake("b", [], D2ZeroError("too large"), at=1))
+    assert [result.candidate for result in early.results] == ["a"]
+
+
+def test_a_different_model_is_marked_not_hidden() -> None:
+    info = CandidateInfo("b", "d2zero", "none")
+    theirs = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
+    close = compare(info, CASE, theirs, (theirs[0] + 1e-5, theirs[1]), "float32")
+    assert close.failures == () and close.class_logits == pytest.approx(1e-5)
+    far = compare(info, CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
+    assert far.mask_logits == 0.5 and far.failures[0].startswith("mask_logits differ by 5.00e-01 (limit 1e-03)")
+    other = compare(info, CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
+    assert other.class_logits is None and "another model" in other.failures[0]
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(tables(full_report())[0])
+    assert "DIFFERS" in shown.get() and "mask_logits differ by" in page(full_report())
+
+
+def test_limits_name_candidate_value_and_limit() -> None:
+    report = full_report()
+    assert failures(report, [Gate.parse("--max-p90", "1000")], [Gate.parse("--min-hm", "50")]) == []
+    slow = failures(report, [Gate(50.0)], [])
+    assert len(slow) == 4 and slow[0] == "b:published: p90 end to end 83.0 ms at 96×128, batch 1 (limit 50 ms)"
+    assert failures(report, [Gate.parse("--max-p90", "a=20")], [])[0].startswith("a: p90 end to end 31.0 ms")
+    assert failures(report, [], [Gate(61.0)]) == ["b:published: HM AP50 60.00 (limit 61)"]
+    report.accuracy = []
+    assert "a: HM AP50 was not measured" in failures(report, [], [Gate(1.0)])[0]
+    report.results = []
+    assert "a: p90 was not measured" in failures(report, [Gate(1.0)], [])[0]
+    with pytest.raises(D2ZeroError, match="--max-p90 must be a number"):
+        Gate.parse("--max-p90", "a=fast")
+    with pytest.raises(D2ZeroError, match="called 'z'"):
+        failures(report, [Gate(1.0, "z")], [])
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    report = full_report()
+    report.write(tmp_path / "deep" / "r.json")
+    assert Report.read(tmp_path / "deep" / "r.json") == report
+    figures = json.loads((tmp_path / "deep" / "r.json").read_text())["results"][1]["figures"]
+    assert figures["milliseconds"]["network"]["p50"] == 40 and figures["ratio"]["network"]["p50"] == 2.0
+    for text, message in (('{"format_version": 9}', "version 9"), ("[]", "version None"), ("{", "no JSON")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(D2ZeroError, match=message):
+            Report.read(tmp_path / "bad.json")
+    content = report.to_dict()
+    del content["results"][0]["samples"], content["baseline"]
+    with pytest.raises(D2ZeroError, match="damaged"):
+        Report.from_dict(content)
+
+
+def test_the_page_is_well_formed_and_fetches_nothing() -> None:
+    text = page(full_report())
+    root = ElementTree.fromstring(text.split("\n", 1)[1])
+    assert root.tag == "html"
+    svg = "{http://www.w3.org/2000/svg}svg"
+    assert len(root.findall(f".//{svg}")) == 4 + 1 + 3  # bars a case, accuracy, three sweeps
+    titles = [heading.text for heading in root.iter("h2")]
+    assert "Cost against number of classes" in titles and "Left out" in titles
+    bare = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not any(sign in bare for sign in ("http:", "https:", "src=", "href=", "url(", "@import", "<script"))
+    assert "prefers-color-scheme: dark" in text and "a &lt;title&gt;" in text
+
+
+def test_what_was_not_measured_is_left_out_of_the_page() -> None:
+    report = Report("t", {}, {}, "a", [CandidateInfo("a", "d2zero", "x")], [Result("a", CASE, [sample(1)])])
+    titles = [heading.text for heading in ElementTree.fromstring(page(report).split("\n", 1)[1]).iter("h2")]
+    assert titles == ["Latency by stage", "All figures", "How it was measured"]
+    assert "Stopped before the end" in page(report)
+
+
+def test_ticks_are_round_and_reach_the_top() -> None:
+    assert ticks(97) == [0, 20, 40, 60, 80, 100]
+    for highest in (0.003, 1, 7.3, 250, 98765):
+        marks = ticks(highest)
+        assert marks[-1] >= highest and marks[-2] < highest and 3 <= len(marks) <= 8
+
+
+def test_cases_vary_one_thing_at_a_time_or_all() -> None:
+    sizes = parse_sizes("800x1216, 480X640")
+    few = make_cases(sizes, parse_counts("--batch", "1,4"), [65, 80])
+    assert [str(case) for case in few] == [
+        "800×1216, batch 1, 65 classes",
+        "800×1216, batch 1, 80 classes",
+        "800×1216, batch 4, 65 classes",
+        "480×640, batch 1, 65 classes",
+    ]
+    assert len(make_cases(sizes, [1, 4], [65, 80], grid=True)) == 8
+    own = Case(426, 640).preprocessing(Preprocessing())
+    assert own.canvas == (448, 640) and own.network_size((426, 640)) == (426, 640)
+    assert own.network_size((3000, 2000)) == (448, 299)
+    with pytest.raises(D2ZeroError, match="one fixed size, 64x64"):
+        Case(96, 96).preprocessing(Preprocessing(canvas=(64, 64)))
+
+
+def test_photos_are_the_same_for_all_and_go_round(tmp_path: Path) -> None:
+    photos = Photos.of(tmp_path, None, [Case(64, 96, 3)])
+    files = photos.batch(Case(64, 96, 3), 2)
+    assert [path.name for path in files] == ["6.jpg", "7.jpg", "0.jpg"] and files == photos.batch(Case(64, 96, 3), 2)
+
+
+def test_the_environment_tells_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment(["/home/somebody/m.onnx", "--json=/tmp/x/r.json", "--size", "64x64"], None)
+    assert found["command"] == "d2zero benchmark m.onnx --json=r.json --size 64x64" and found["threads"] == "3"
+    assert found["cores"] >= 1 and found["versions"]["numpy"] == np.__version__
+    import getpass
+    import platform
+
+    text = json.dumps({key: value for key, value in found.items() if key not in ("processor", "system")})
+    assert "/home" not in text and str(Path.cwd()) not in text and f'"{platform.node()}"' not in text
+    assert f'"{getpass.getuser()}"' not in text
+    assert without_folders("cannot open C:\\a\\b.jpg or 'x/y.png'") == "cannot open b.jpg or 'y.png'"
+
+
+def test_the_readme_table_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"before\n\n{readme.MARKER}\nold\n{readme.MARKER}\n\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    arguments = ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+    assert readme.main(arguments) == 2 and "no reports" in capsys.readouterr().err
+    full_report().write(tmp_path / "results" / "r.json")
+    assert readme.main(arguments) == 0
+    once = (tmp_path / "README.md").read_text()
+    assert once.startswith("before\n\n") and once.endswith(f"{readme.MARKER}\n\nafter\n") and "old" not in once
+    assert "| b:published, 96×128, batch 1 | 40.0 | 43.0 (83.0) |" in once and "**differs**" in once
+    assert readme.main(arguments) == 0 and (tmp_path / "README.md").read_text() == once
+    (tmp_path / "README.md").write_text("no place")
+    assert readme.main(arguments) == 2 and "must have two lines" in capsys.readouterr().err
