@@ -223,7 +223,9 @@ def machine(device: str) -> dict[str, Any]:
 
 def main() -> None:
     """Check, time, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     parser.add_argument("--times", type=int, default=30, help="timed calls of each kind")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,8 @@ def test_the_kernels_compile_for_hopper(
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), tile, aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
     width = "v4" if values == "fp32" else "v2"
-    assert f"ld.global.{width}.b32" in ptx  # four channels a thread in one read
-    if pass_ == "backward":
-        assert "red.global.gpu.relaxed.add.v4.f32" in ptx and "bar.sync" not in ptx
+    assert re.search(rf"ld\.global\S*\.{width}\.", ptx)  # four channels a thread in one read
+    assert bool(re.search(r"(red|atom)\.global\S*\.add\S*\.v4\.f32", ptx)) == (pass_ == "backward")
 
 
 class TwoLevels(nn.Module):
