@@ -25,7 +25,7 @@ def corner(x, y, height, width, start, real, ROW: tl.constexpr):
     Compared as floats: a coordinate that no integer holds is off the map, not somewhere on it.
     """
     inside = real & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    pixel = start + y.to(tl.int32) * width + x.to(tl.int32)
+    pixel = start + y.to(tl.int32) * tl.cast(width, tl.int32) + x.to(tl.int32)
     return pixel.to(tl.int64) * ROW, inside
 
 
@@ -48,7 +48,9 @@ def read(values, row, inside, some):
     return tl.load(values + row[:, None], mask=inside[:, None] & some, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["sizes", "total", "queries"])  # else each new image size would compile anew
+# Triton compiles anew for integers of other divisibility, unless told not to, and inside tuples even then, but
+# not for other floats: so `sizes` are whole numbers in float32, and no image size waits for a compiler.
+@triton.jit(do_not_specialize=["total", "queries"])
 def forward_kernel(
     values_BSMN,
     locations_BRMLP2,
@@ -64,7 +66,7 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Sample and add up. `sizes` is (H, W, H, W, …), `total` S, `queries` R, WIDTH N."""
+    """Sample and add up. `sizes` is (H, W, H, W, …) in float32, `total` S, `queries` R, WIDTH N."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, CHANNELS)[None, :]
@@ -85,7 +87,7 @@ def forward_kernel(
             out += (weight * (1 - fy) * fx)[:, None] * read(values, row01, inside01, some)
             out += (weight * fy * (1 - fx))[:, None] * read(values, row10, inside10, some)
             out += (weight * fy * fx)[:, None] * read(values, row11, inside11, some)
-        start += height * width
+        start += tl.cast(height, tl.int32) * tl.cast(width, tl.int32)
     out_at = out_BRMN + row[:, None] * WIDTH + channel
     tl.store(out_at, out.to(out_BRMN.dtype.element_ty), mask=real[:, None] & some)
 
@@ -97,7 +99,7 @@ def add(grad_values, row, inside, some, share, grad):
     tl.atomic_add(grad_values + row[:, None], share[:, None] * grad, mask=inside[:, None] & some, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["sizes", "total", "queries"])
+@triton.jit(do_not_specialize=["total", "queries"])
 def backward_kernel(
     grad_BRMN,
     values_BSMN,
@@ -149,4 +151,4 @@ def backward_kernel(
             add(grad_values, row01, inside01, some, weight * (1 - fy) * fx, grad)
             add(grad_values, row10, inside10, some, weight * fy * (1 - fx), grad)
             add(grad_values, row11, inside11, some, weight * fy * fx, grad)
-        start += height * width
+        start += tl.cast(height, tl.int32) * tl.cast(width, tl.int32)

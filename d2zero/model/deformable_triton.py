@@ -67,7 +67,7 @@ def deformable_attention(values: Tensor, sizes: Sequence[int], locations: Tensor
     with torch.cuda.device_of(values):
         tile = constants(values, locations, FORWARD_WARPS, values.element_size())
         kernels.forward_kernel[grid(values, locations, tile)](
-            values, locations, weights, out, tuple(sizes), values.shape[1], locations.shape[1], **tile
+            values, locations, weights, out, tuple(map(float, sizes)), values.shape[1], locations.shape[1], **tile
         )
     return out
 
@@ -87,7 +87,7 @@ def deformable_attention_backward(
         tile = constants(values, locations, BACKWARD_WARPS, grad_values.element_size())
         kernels.backward_kernel[grid(values, locations, tile)](
             grad.contiguous(), values, locations, weights, grad_values, grad_locations, grad_weights,
-            tuple(sizes), values.shape[1], locations.shape[1], **tile,
+            tuple(map(float, sizes)), values.shape[1], locations.shape[1], **tile,
         )  # fmt: skip
     return grad_values.to(values.dtype), grad_locations, grad_weights
 

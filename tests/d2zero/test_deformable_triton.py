@@ -47,13 +47,30 @@ def test_the_kernels_compile_for_hopper(
     kernel = getattr(deformable_kernels, f"{pass_}_kernel")
     pointers = {"forward": [values, "fp32", "fp32", values], "backward": [values, values, *["fp32"] * 5]}[pass_]
     tile = {"HEADS": 8, "WIDTH": 32, "LEVELS": 1, "POINTS": 1, "QUERIES": 4, "CHANNELS": 32}
-    types = [f"*{pointer}" for pointer in pointers] + [("i32", "i32"), "i32", "i32"] + ["constexpr"] * len(tile)
+    types = [f"*{pointer}" for pointer in pointers] + [("fp32", "fp32"), "i32", "i32"] + ["constexpr"] * len(tile)
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), tile, aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
     width = "v4" if values == "fp32" else "v2"
     assert re.search(rf"ld\.global\S*\.{width}\.", ptx)  # four channels a thread in one read
     assert bool(re.search(r"(red|atom)\.global\S*\.add\S*\.v4\.f32", ptx)) == (pass_ == "backward")
+
+
+@needs_triton
+def test_no_image_size_compiles_anew() -> None:
+    # What Triton would key its compiled kernels by, for sizes that differ in being 1 and multiples of 16.
+    jit = pytest.importorskip("triton.runtime.jit")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    from d2zero.model.deformable_kernels import forward_kernel
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = jit.create_function_from_signature(forward_kernel.signature, forward_kernel.params, backend)
+    tensor = torch.zeros(16)
+    calls = [((1.0, 2.0), 2, 1), ((16.0, 16.0), 256, 16), ((3.0, 5.0), 15, 77)]
+    keys = {str(bind(*[tensor] * 4, *call, 8, 32, 1, 4, 16, 32)[1]) for call in calls}
+    assert len(keys) == 1
 
 
 class TwoLevels(nn.Module):
