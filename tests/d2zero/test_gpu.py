@@ -1,14 +1,17 @@
 """What must hold on a GPU: run with `pytest -m gpu` on a machine that has one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import published_model, published_vocabulary
+from deformable_cases import Case, assert_equals_float64, case, outputs
 
 from d2zero.model import D2Zero, deformable
+from d2zero.model.deformable_triton import triton_form
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
 
@@ -18,6 +21,11 @@ pytestmark = [
 ]
 
 
+LEVELS_800x1216 = [(25, 38), (50, 76), (100, 152)]
+PUBLISHED = {"heads": 8, "width": 32, "points": 4, "spread": 0.3, "device": "cuda"}
+EVERY_PIXEL = sum(height * width for height, width in LEVELS_800x1216)
+
+
 @pytest.fixture(autouse=True)
 def exact_float32() -> None:
     """TF32 would round away what these tests compare."""
@@ -25,7 +33,7 @@ def exact_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.mark.parametrize("form", [deformable.grid_sample, deformable.gather])
+@pytest.mark.parametrize("form", [deformable.grid_sample, deformable.gather, triton_form])
 def test_published_model_equals_the_recorded_outputs(shared: Path, form: deformable.DeformableForm) -> None:
     recorded = np.load(shared / "reference/reference_48_17.npz")
     model = published_model(published_vocabulary(shared, "48_17")).to("cuda")
@@ -51,3 +59,85 @@ def test_training_in_every_precision(shapes_data: Path, tmp_path: Path, precisio
     start(with_settings(shapes(), settings), inputs, tmp_path / "run", device="cuda")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"sizes": [(5, 3)], "heads": 1, "points": 1, "width": 1},
+        {"sizes": [(1, 7), (5, 1), (3, 3)], "width": 3, "batch": 2, "queries": 77},
+        {"sizes": [(2, 3), (4, 7)], "width": 160, "queries": 5},
+        {"sizes": LEVELS_800x1216, "queries": 1000, "batch": 2} | PUBLISHED,
+        {"sizes": LEVELS_800x1216, "queries": 100} | PUBLISHED | {"spread": 1e6},
+    ],
+    ids=["one", "odd", "wide", "published", "outside"],
+)
+def test_triton_form_equals_float64(shape: dict, dtype: torch.dtype) -> None:
+    assert_equals_float64(triton_form, case(**{"device": "cuda"} | shape, dtype=dtype))
+
+
+def test_triton_form_writes_every_element() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        with pytest.warns(UserWarning, match="not deterministic"):
+            assert_equals_float64(triton_form, case(LEVELS_800x1216, queries=77, **PUBLISHED | {"width": 24}))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_triton_form_compiled_and_in_a_cuda_graph() -> None:
+    compiled = torch.compile(triton_form, fullgraph=True, dynamic=True)
+    for sizes in ([(4, 7), (9, 5)], [(8, 3), (16, 16)]):
+        assert_equals_float64(compiled, case(sizes, device="cuda"))
+    drawn = case([(4, 7), (9, 5)], device="cuda")
+    expected, graph = triton_form(*drawn[:4]), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton_form(*drawn[:4])
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+
+
+def test_triton_form_beyond_two_to_the_31_elements() -> None:
+    batch, last = 2**31 // (EVERY_PIXEL * 256) + 2, case(LEVELS_800x1216, queries=3, **PUBLISHED)
+    if torch.cuda.mem_get_info()[0] < batch * EVERY_PIXEL * 256 * 10:
+        pytest.skip("needs 22 GB of free GPU memory")
+    values = torch.zeros(batch, *last.values.shape[1:], dtype=torch.bfloat16, device="cuda")
+    values[-1] = last.values[0]
+    alone = last._replace(values=values[-1:])
+    repeated = [tensor.repeat(batch, *[1] * (tensor.dim() - 1)) for tensor in last[2:]]
+    together = Case(values, last.sizes, *repeated[:2], repeated[2].bfloat16())
+    alone = alone._replace(grad=last.grad.bfloat16())
+    for many, one in zip(outputs(triton_form, together), outputs(triton_form, alone), strict=True):
+        torch.testing.assert_close(many[-1:], one, atol=1e-2, rtol=1e-2)
+
+
+def milliseconds(run: Callable[[], object], times: int = 20) -> float:
+    """The least time of a call on the GPU, after three calls to warm up."""
+    spans = []
+    for _ in range(times + 3):
+        start_, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start_.record()
+        run()
+        end.record()
+        end.synchronize()
+        spans.append(start_.elapsed_time(end))
+    return min(spans[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_form_is_five_times_faster(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+    values, sizes, locations, weights, _ = case(LEVELS_800x1216, queries=EVERY_PIXEL, **PUBLISHED, dtype=dtype)
+    forms = (deformable.grid_sample, triton_form)
+
+    def train(form: deformable.DeformableForm) -> None:
+        inputs = [tensor.detach().requires_grad_() for tensor in (values, locations, weights)]
+        form(inputs[0], sizes, inputs[1], inputs[2]).sum().backward()
+
+    with torch.no_grad():
+        forward = [milliseconds(lambda form=form: form(values, sizes, locations, weights)) for form in forms]
+    both = [milliseconds(lambda form=form: train(form)) for form in forms]
+    with capsys.disabled():
+        print(f"\n800×1216 {dtype}, grid_sample and triton in ms: forward {forward}, with backward {both}")
+    assert forward[1] * 5 <= forward[0]

@@ -1,0 +1,118 @@
+"""The Triton form of deformable attention: its kernels in the interpreter and the compiler, and its operators."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deformable_cases import case
+from torch import Tensor, nn
+from torch.export import Dim
+
+from d2zero.model.deformable import DeformableAttention, grid_sample
+from d2zero.model.deformable_triton import best_form, triton_form
+from d2zero.model.positions import pixel_centres
+from d2zero_runtime import D2ZeroError
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is absent")
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_kernels_in_the_interpreter() -> None:
+    # In a process of its own: the interpreter must be on before Triton is imported.
+    command = [sys.executable, "-m", "pytest", "--noconftest", str(HERE / "interpreted_deformable.py")]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_the_kernels_compile_for_hopper(
+    values: str, pass_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton compiles for a GPU that is not there; what the interpreter tolerates need not compile.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from d2zero.model import deformable_kernels
+
+    kernel = getattr(deformable_kernels, f"{pass_}_kernel")
+    pointers = {"forward": [values, "fp32", "fp32", values], "backward": [values, values, *["fp32"] * 5]}[pass_]
+    tile = {"HEADS": 8, "WIDTH": 32, "LEVELS": 1, "POINTS": 1, "QUERIES": 4, "CHANNELS": 32}
+    types = [f"*{pointer}" for pointer in pointers] + [("fp32", "fp32"), "i32", "i32"] + ["constexpr"] * len(tile)
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))}
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), tile, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+    width = "v4" if values == "fp32" else "v2"
+    assert re.search(rf"ld\.global\S*\.{width}\.", ptx)  # four channels a thread in one read
+    assert bool(re.search(r"(red|atom)\.global\S*\.add\S*\.v4\.f32", ptx)) == (pass_ == "backward")
+
+
+@needs_triton
+def test_no_image_size_compiles_anew() -> None:
+    # What Triton would key its compiled kernels by, for sizes that differ in being 1 and multiples of 16.
+    jit = pytest.importorskip("triton.runtime.jit")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    from d2zero.model.deformable_kernels import forward_kernel
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = jit.create_function_from_signature(forward_kernel.signature, forward_kernel.params, backend)
+    tensor = torch.zeros(16)
+    calls = [((1.0, 2.0), 2, 1), ((16.0, 16.0), 256, 16), ((3.0, 5.0), 15, 77)]
+    keys = {str(bind(*[tensor] * 4, *call, 8, 32, 1, 4, 16, 32)[1]) for call in calls}
+    assert len(keys) == 1
+
+
+class TwoLevels(nn.Module):
+    """Deformable attention over two maps whose sizes are symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(dim=8, heads=2, levels=2, points=3, form=triton_form)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        sizes = [(level.shape[2], level.shape[3]) for level in (coarse, fine)]
+        source = torch.cat([level.flatten(2).transpose(1, 2) for level in (coarse, fine)], dim=1)
+        return self.attention(source, source, pixel_centres(sizes, source.device), sizes)
+
+
+def test_exports_as_one_operator_with_dynamic_sizes() -> None:
+    dynamic = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    maps = (torch.randn(2, 8, 3, 5), torch.randn(2, 8, 6, 7))
+    program = torch.export.export(TwoLevels().eval(), maps, dynamic_shapes=(dynamic, dynamic))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("d2zero.deformable_attention.default") == 1
+    assert not any("grid_sampler" in target for target in targets)
+    (node,) = (node for node in program.graph.nodes if "deformable_attention" in str(node.target))
+    batch, pixels, channels = node.meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and isinstance(pixels, torch.SymInt) and channels == 8
+
+
+def test_says_what_to_do_without_a_gpu() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(D2ZeroError, match=r"CUDA device, got cpu.*grid_sample"):
+        triton_form(*case([(2, 3)])[:4])
+
+
+def test_says_what_to_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "d2zero.model.deformable_kernels", raising=False)
+    monkeypatch.delattr("d2zero.model.deformable_kernels", raising=False)
+    with pytest.raises(D2ZeroError, match=r"needs Triton.*install.*grid_sample"):
+        triton_form(*case([(2, 3)])[:4])
+
+
+def test_best_form() -> None:
+    assert best_form("cpu") is grid_sample
+    if importlib.util.find_spec("triton"):
+        assert best_form(torch.device("cuda", 0)) is triton_form
