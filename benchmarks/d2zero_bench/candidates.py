@@ -116,7 +116,7 @@ class Model:
             spec.name,
             "d2zero",
             self._segmenter.backend.name,
-            contract.precision,
+            self._segmenter.precision,
             spec.path.stat().st_size / 1e6,
             contract.num_queries,
             len(self._own),

@@ -58,7 +58,10 @@ def benchmark(
         int | None, typer.Option("--threads", min=1, help="Of each candidate; the libraries' own choice if left out.")
     ] = None,
     providers: Annotated[
-        str | None, typer.Option("--providers", help="What runs an .onnx: cpu, cuda, tensorrt; several with commas.")
+        str | None,
+        typer.Option(
+            "--providers", help="What runs an .onnx, a candidate each: cpu,cuda,tensorrt,openvino,openvino-bf16."
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where torch runs.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all samples and figures.")] = None,

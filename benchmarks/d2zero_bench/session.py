@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import Spec
@@ -60,17 +61,20 @@ class Plan:
         return found
 
     def _of(self, path: Path) -> list[Spec]:
-        common = {"device": self.device, "threads": self.threads, "providers": self.providers}
+        common: dict[str, Any] = {"device": self.device, "threads": self.threads}
+        if path.suffix == ".onnx" and self.providers:  # a candidate each
+            many = len(self.providers) > 1
+            return [
+                Spec(f"{path.name}:{provider}" if many else path.name, path, providers=(provider,), **common)
+                for provider in self.providers
+            ]
         if path.suffix in EXPORTED_SUFFIXES:
-            return [Spec(path.name, path, **common)]  # type: ignore[arg-type]
+            return [Spec(path.name, path, **common)]
         chosen = self.variants or ("model",)
         strangers = [name for name in chosen if name not in VARIANTS]
         if strangers:
             raise D2ZeroError(f"--variant must be among {', '.join(VARIANTS)}; got {strangers[0]!r}")
-        return [
-            Spec(path.name if name == "model" else f"{path.name}:{name}", path, name, **common)  # type: ignore[arg-type]
-            for name in chosen
-        ]
+        return [Spec(path.name if name == "model" else f"{path.name}:{name}", path, name, **common) for name in chosen]
 
 
 class Session:

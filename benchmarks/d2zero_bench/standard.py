@@ -23,6 +23,7 @@ from d2zero_runtime import D2ZeroError, Vocabulary
 
 ACCURACY_IMAGES = 60
 CLASSES = 65
+PROVIDERS = ("cpu", "openvino", "openvino-bf16")  # what runs the exported files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="the folder for JSON and HTML")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
-    parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
+    parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 5 for the published architecture")
     given = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as folder:
@@ -51,7 +52,7 @@ def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
     if only != "published":
         found.append((_demo(folder), "demo-cpu"))
     if only != "demo":
-        found.append((_published(folder), "published-480x640-cpu"))
+        found.append((_published(folder), "published-800x1216-cpu"))
     return found
 
 
@@ -80,6 +81,7 @@ def _demo(folder: Path) -> Plan:
     return Plan(
         models=(checkpoint, exported),
         variants=("published", "model"),
+        providers=PROVIDERS,
         sizes=((96, 96),),
         images=folder / "data/val",
         annotations=folder / "data/annotations/instances_val_gzsi_shapes.json",
@@ -89,7 +91,7 @@ def _demo(folder: Path) -> Plan:
 
 
 def _published(folder: Path) -> Plan:
-    """The published architecture, random weights, at 480x640; a few rounds."""
+    """The published architecture, random weights, at 800x1216; a few rounds."""
     import torch
 
     from d2zero.checkpoints.files import load_model, save_model
@@ -105,8 +107,10 @@ def _published(folder: Path) -> Plan:
     return Plan(
         models=(checkpoint, exported),
         variants=("published", "model"),
-        sizes=((480, 640),),
-        settings=Settings(rounds=3, warmup=1),
+        providers=PROVIDERS,
+        peers="mask2former",
+        sizes=((800, 1216),),
+        settings=Settings(rounds=5, warmup=1),
         title="The published architecture, random weights",
     )
 
