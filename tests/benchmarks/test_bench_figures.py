@@ -17,6 +17,7 @@ from d2zero_bench.gates import Gate, failures
 from d2zero_bench.html import page
 from d2zero_bench.measure import Measurement, Settings, round_order
 from d2zero_bench.report import END_TO_END, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.session import Plan
 from d2zero_bench.svg import ticks
 from d2zero_bench.table import tables
 from d2zero_runtime import D2ZeroError, Preprocessing
@@ -282,3 +283,13 @@ def test_the_readme_table_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert readme.main(arguments) == 0 and (tmp_path / "README.md").read_text() == once
     (tmp_path / "README.md").write_text("no place")
     assert readme.main(arguments) == 2 and "must have two lines" in capsys.readouterr().err
+
+
+def test_each_provider_is_a_candidate_of_its_own() -> None:
+    plan = Plan(models=(Path("m.onnx"), Path("c.safetensors")), providers=("cpu", "openvino-bf16"))
+    assert [(spec.name, spec.providers) for spec in plan.specs()] == [
+        ("m.onnx:cpu", ("cpu",)),
+        ("m.onnx:openvino-bf16", ("openvino-bf16",)),
+        ("c.safetensors", None),
+    ]
+    assert [spec.name for spec in Plan(models=(Path("m.onnx"),), providers=("cpu",)).specs()] == ["m.onnx"]

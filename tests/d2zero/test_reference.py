@@ -58,7 +58,7 @@ def test_small_reference_without_text() -> None:
         np.testing.assert_allclose(values, recorded[f"{name}_value"], atol=TOLERANCE, rtol=0, err_msg=name)
     for head in range(9):
         name = f"aux{head}_mask_positive_fraction"
-        np.testing.assert_allclose(found[name], recorded[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], recorded[name], atol=1e-3, err_msg=name)  # a pixel may flip
 
 
 @pytest.mark.parametrize("split", ["48_17", "65_15"])
