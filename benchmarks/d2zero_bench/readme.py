@@ -65,7 +65,7 @@ def _title(report: Report) -> str:
     facts = [
         report.title,
         where.get("gpu") or where.get("processor"),
-        f"{where.get('threads')} threads",
+        f"{where['threads']} threads" if str(where.get("threads")).isdecimal() else f"{where.get('cores')} cores",
         where.get("date"),
     ]
     return f"*{', '.join(str(fact) for fact in facts if fact)}; medians, {report.settings.get('rounds')} rounds.*"
