@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL_REFERENCE, placeholder_vocabulary, published_model, published_vocabulary
 from published import published_shapes, reference_weights
+from recorded import require_recorded_detections
 from torch import Tensor
 
 from d2zero.losses.config import LossConfig
@@ -15,10 +16,9 @@ from d2zero.losses.criterion import Criterion
 from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, deformable
 from d2zero.model import classifier as classifier_module
-from d2zero_runtime import Preprocessing, read_image, rle
+from d2zero_runtime import Preprocessing, read_image
 
 TOLERANCE = 1e-3  # of logits; noise of 1e-4 grey levels on the input moves them by 8e-5
-MODES = ("gzsis", "zsis", "gzsis-copy-paste")
 
 
 def tensors(model: D2Zero, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -78,43 +78,7 @@ def test_all_tensors_and_detections(shared: Path, split: str) -> None:
         assert out.padded_sizes == (tuple(recorded["padded_hw"]),)
         np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=TOLERANCE, rtol=0)
-    masks = json.loads(str(recorded["instance_rles_json"]))
-    output_size = tuple(int(side) for side in recorded["output_hw"])
-    for mode in MODES:
-        detections = model.postprocess(out, [image.shape[:2]], [output_size], mode)[0]
-        key = mode.replace("-", "_")
-        first = len(model.vocabulary.seen_names) if mode == "zsis" else 0  # ZSIS counts unseen classes alone
-        ours = sorted(
-            zip(
-                detections.class_ids, map(rle.area, detections.masks), detections.scores, detections.boxes, strict=True
-            ),
-            key=lambda row: row[:3],
-        )
-        theirs = sorted(
-            zip(
-                recorded[f"{key}_classes"] + first,
-                recorded[f"{key}_mask_areas"],
-                recorded[f"{key}_scores"],
-                recorded[f"{key}_boxes"],
-                strict=True,
-            ),
-            key=lambda row: row[:3],
-        )
-        assert [row[0] for row in ours] == [row[0] for row in theirs]
-        for column, atol in ((1, 4), (2, 1e-5), (3, 1)):  # mask pixels, score, box pixels
-            left, right = (np.array([row[column] for row in rows]) for rows in (ours, theirs))
-            np.testing.assert_allclose(left, right, atol=atol, rtol=0, err_msg=f"{mode} {column}")
-        if mode == "gzsis":
-            assert matched_share(detections.bitmaps(), masks["gzsis"]) == 1.0
-
-
-def matched_share(ours: np.ndarray, recorded: list[dict]) -> float:
-    """Share of recorded masks that one of ours overlaps by more than 0.999."""
-    theirs = np.stack([rle.decode(mask) for mask in recorded]).reshape(len(recorded), -1).astype(np.float32)
-    flat = ours.reshape(len(ours), -1).astype(np.float32)
-    overlap = flat @ theirs.T
-    union = flat.sum(1)[:, None] + theirs.sum(1) - overlap
-    return float(((overlap / union).max(0) > 0.999).mean())
+    require_recorded_detections(model, out, recorded)
 
 
 def training_case(recorded: np.lib.npyio.NpzFile, model: D2Zero) -> tuple[Tensor, list[Targets]]:

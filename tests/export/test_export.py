@@ -13,6 +13,7 @@ import onnx
 import pytest
 from conftest import Outcome, published_model, published_vocabulary
 from PIL import Image
+from recorded import require_recorded_detections
 
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
@@ -173,6 +174,7 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Pat
     out = segmenter.predict_raw([recorded["image_u8"]])
     np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
     np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
+    require_recorded_detections(segmenter, out, recorded)
     started = load(tmp_path / "p.onnx").contract
     assert started.preprocessing.shortest_edge == 800 and len(started.class_names) == 65
 
