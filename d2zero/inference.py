@@ -17,10 +17,11 @@ class TorchBackend:
 
     Args:
         model: put into evaluation mode.
+        all_heads: classify at every head as training does, not at the last one alone: slower, equal.
     """
 
-    def __init__(self, model: D2Zero) -> None:
-        self.model = model.eval()
+    def __init__(self, model: D2Zero, all_heads: bool = False) -> None:
+        self.model, self._all_heads = model.eval(), all_heads
         self.name = f"torch {torch.__version__} ({model.class_embeddings.device})"
 
     @torch.inference_mode()
@@ -28,13 +29,13 @@ class TorchBackend:
         """Run the network; see `d2zero_runtime.segmenter.Backend`."""
         device = self.model.class_embeddings.device
         text = None if embeddings_KD is None else torch.tensor(embeddings_KD, device=device)
-        out = self.model(torch.from_numpy(images_B3HW).to(device), text)[-1]
+        out = self.model(torch.from_numpy(images_B3HW).to(device), text, all_heads=self._all_heads)[-1]
         return out.class_logits.float().cpu().numpy(), out.mask_logits.float().cpu().numpy()
 
 
-def segmenter_of(model: D2Zero, **contract: Any) -> Segmenter:
-    """A model as a segmenter; `contract` replaces fields of its contract, such as `preprocessing`."""
-    return Segmenter(TorchBackend(model), contract_of(model, **contract), model.vocabulary)
+def segmenter_of(model: D2Zero) -> Segmenter:
+    """A model as a segmenter."""
+    return Segmenter(TorchBackend(model), contract_of(model), model.vocabulary)
 
 
 def contract_of(model: D2Zero, **fields: Any) -> ModelContract:

@@ -94,14 +94,10 @@ def limit_threads(threads: int, with_torch: bool) -> None:
 
 def open_model(spec: Spec) -> Segmenter:
     """A segmenter for a file and a variant."""
-    from d2zero.cli.models import open_segmenter
-
     assert spec.path is not None
     if spec.path.suffix not in EXPORTED_SUFFIXES:
         return VARIANTS[spec.variant](spec.path, spec.device)
-    if spec.threads and spec.path.suffix == ".onnx":
-        return load(spec.path, spec.providers, threads=spec.threads)
-    return open_segmenter(spec.path, spec.providers if spec.path.suffix == ".onnx" else None)
+    return load(spec.path, spec.providers, threads=spec.threads)
 
 
 class Model:

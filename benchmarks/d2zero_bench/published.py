@@ -21,31 +21,17 @@ from d2zero.model.deformable import LevelSizes
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, rle
 from d2zero_runtime.images import Size
 from d2zero_runtime.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
-from d2zero_runtime.segmenter import Raw, RawOutput
-
-
-class PublishedBackend(TorchBackend):
-    """All heads, as in training."""
-
-    def __init__(self, model: D2Zero) -> None:
-        model.set_deformable(published_sampling)
-        super().__init__(model)
-        self.name = f"{self.name}, published form"
-
-    @torch.inference_mode()
-    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
-        """Run the network; see `d2zero_runtime.segmenter.Backend`."""
-        device = self.model.class_embeddings.device
-        text = None if embeddings_KD is None else torch.tensor(embeddings_KD, device=device)
-        out = self.model(torch.from_numpy(images_B3HW).to(device), text, all_heads=True)[-1]
-        return out.class_logits.float().cpu().numpy(), out.mask_logits.float().cpu().numpy()
+from d2zero_runtime.segmenter import RawOutput
 
 
 class PublishedSegmenter(Segmenter):
-    """A segmenter whose post-processing is the published one."""
+    """A segmenter that classifies all heads, and whose post-processing is the published one."""
 
     def __init__(self, model: D2Zero) -> None:
-        super().__init__(PublishedBackend(model), contract_of(model), model.vocabulary)
+        model.set_deformable(published_sampling)
+        backend = TorchBackend(model, all_heads=True)
+        backend.name = f"{backend.name}, published form"
+        super().__init__(backend, contract_of(model), model.vocabulary)
         self._device = model.class_embeddings.device
 
     def postprocess(
