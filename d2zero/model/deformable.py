@@ -37,7 +37,8 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     values_GNS = values_BSMN.permute(0, 2, 3, 1).reshape(batch * heads, width, total).to(locations.dtype)
     grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
     out_GNR = sample_levels(values_GNS, sizes, grids, weights.permute(3, 0, 2, 4, 1).flatten(1, 2))
-    return out_GNR.view(batch, heads * width, -1).transpose(1, 2)
+    out: Tensor = out_GNR.view(batch, heads * width, -1).transpose(1, 2)
+    return out
 
 
 def sample_levels(values_GNS: Tensor, sizes: LevelSizes, grids_LGPR2: Tensor, weights_LGPR: Tensor) -> Tensor:
