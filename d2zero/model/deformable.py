@@ -54,7 +54,7 @@ def sample_levels(values_GNS: Tensor, sizes: LevelSizes, grids_LGPR2: Tensor, we
         (G, N, R).
     """
     maps = values_GNS.split([height * width for height, width in sizes], dim=2)
-    out = None
+    out: Tensor | None = None
     # Weighted level by level: joined first, the samples of all levels would be written once more.
     for level, size, grid, weight in zip(maps, sizes, grids_LGPR2, weights_LGPR, strict=True):
         # `reshape` copies: a level's maps lie S apart, and grid_sample wants them whole.
