@@ -30,6 +30,10 @@ class Targets:
         """A copy on another device."""
         return Targets(self.labels.to(device, non_blocking=True), self.masks.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Targets":
+        """A copy in page-locked memory, from which `to` copies while other work goes on."""
+        return Targets(self.labels.pin_memory(), self.masks.pin_memory())
+
 
 @torch.no_grad()
 def match(

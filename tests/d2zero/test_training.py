@@ -30,6 +30,7 @@ from d2zero.training.config import (
 from d2zero.training.loop import Run, read_state
 from d2zero.training.optim import build_optimizer, lr_factor
 from d2zero.training.start import Inputs, start
+from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 Command = Callable[..., Outcome]
@@ -144,16 +145,15 @@ def test_resume_refuses_other_settings_and_a_new_run_refuses_the_folder(shapes_d
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    normalised = Run._normalised
-
-    def poisoned(self: Run, images: torch.Tensor) -> torch.Tensor:
-        found = normalised(self, images)
-        return found * float("nan") if self.step == 2 else found
-
-    monkeypatch.setattr(Run, "_normalised", poisoned)
+    normalised, step = TrainingStep._normalised, TrainingStep.__call__
     seen: list[Batch] = []
-    step = Run._train_step
-    monkeypatch.setattr(Run, "_train_step", lambda self, net, batch: (seen.append(batch), step(self, net, batch))[1])
+
+    def poisoned(self: TrainingStep, images: torch.Tensor) -> torch.Tensor:
+        found = normalised(self, images)
+        return found * float("nan") if len(seen) == 3 else found
+
+    monkeypatch.setattr(TrainingStep, "_normalised", poisoned)
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, n, batch: (seen.append(batch), step(self, n, batch))[1])
     with pytest.raises(D2ZeroError, match="not finite at step 3") as stopped:
         train(shapes_data, tmp_path / "run", "steps=5", "checkpoint_every=1")
     assert all(name in str(stopped.value) for name in seen[-1].file_names)
