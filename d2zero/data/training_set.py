@@ -134,11 +134,10 @@ class TrainingSet(Dataset[Sample]):
     def _augmented(self, image_id: int) -> tuple[Tensor, Targets]:
         image_HWC, masks_THW, labels_T = self._decoded(image_id)
         image = tv_tensors.Image(torch.from_numpy(image_HWC.copy()).permute(2, 0, 1))
-        masks = tv_tensors.Mask(torch.from_numpy(masks_THW.copy()))
-        image, masks = self.transform(image, masks)
-        masks = masks.as_subclass(Tensor).bool()
-        kept = masks.flatten(1).any(dim=1)
-        return image.as_subclass(Tensor), Targets(torch.from_numpy(labels_T)[kept], masks[kept])
+        image, masks = self.transform(image, tv_tensors.Mask(torch.from_numpy(masks_THW)))
+        masks = masks.as_subclass(Tensor)  # 0 and 1: bytes are searched 30 times as fast as bools
+        kept = masks.flatten(1).amax(dim=1).bool()
+        return image.as_subclass(Tensor), Targets(torch.from_numpy(labels_T)[kept], masks.view(torch.bool)[kept])
 
     def _decoded(self, image_id: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
         if self.cache is not None and image_id in self.cache:
