@@ -58,9 +58,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory: what a `DataLoader` with `pin_memory` calls, and only if it is there."""
-        return replace(
-            self, images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets]
-        )
+        return replace(self, images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets])
 
 
 class TrainingSet(Dataset[Sample]):

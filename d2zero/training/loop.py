@@ -4,25 +4,24 @@ A step is a function of the run's configuration, its seed and the step's number,
 moment goes on from its last checkpoint with the same losses as an uninterrupted one.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from d2zero.checkpoints.files import save_model
-from d2zero.data.training_set import Batch, StepSampler, TrainingSet, collate
+from d2zero.data.training_set import Batch, TrainingSet
 from d2zero.model import D2Zero
 from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
+from d2zero.training.loader import training_loader
+from d2zero.training.memory import keep_freed_memory
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError
@@ -73,23 +72,9 @@ class Run:
 
     def _batches(self) -> Iterator[Batch]:
         try:
-            yield from self._loader()
+            yield from training_loader(self.data, self.config, self.processes, self.step)
         except D2ZeroError as error:  # a worker wraps it in its own stack trace
             raise D2ZeroError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_PREFIX)) from None
-
-    def _loader(self) -> "DataLoader[Any]":
-        config, processes = self.config, self.processes
-        sampler = StepSampler(
-            len(self.data), config.batch_size, config.seed, self.step, config.steps, processes.rank, processes.count
-        )
-        return DataLoader(
-            self.data,
-            batch_sampler=sampler,
-            num_workers=config.workers,
-            collate_fn=collate,
-            pin_memory=processes.device.type == "cuda",
-            persistent_workers=config.workers > 0,
-        )
 
     def _draw_pictures(self) -> None:
         if self.processes.is_main and self.draw:
@@ -162,14 +147,6 @@ class Run:
         gathered: list[Any] = [None] * self.processes.count
         dist.all_gather_object(gathered, self.bad_files)
         return sorted({problem for found in gathered for problem in found})
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step's tensors then reuse it instead of asking the kernel for pages."""
-    with suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
-            libc.mallopt(parameter, value)
 
 
 def read_state(output: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
-from d2zero.model import D2Zero
+from d2zero.model import D2Zero, HeadOutput
 from d2zero.model.deformable import DeformableForm, gather, grid_sample
 from d2zero.model.deformable_triton import best_form, triton_form
 from d2zero.training.config import TrainConfig
@@ -46,7 +46,7 @@ class TrainingStep:
         self.precision = precision_on(config.precision, device)
         model.to(device)
         model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-        model.set_deformable(best_form(device) if config.deformable == "auto" else FORMS[config.deformable])
+        model.set_deformable(form_on(config.deformable, device))
         self.optimizer = build_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         vocabulary = model.vocabulary
@@ -55,7 +55,7 @@ class TrainingStep:
         self.criterion = Criterion(config.loss, embeddings[seen], embeddings[~seen])
         with_unseen = bool(config.loss.unseen_weight) and bool((~seen).any())
         self.text = torch.cat([embeddings[seen], embeddings[~seen]]) if with_unseen else embeddings[seen]
-        self.network: nn.Module = model
+        self.network: Callable[..., list[HeadOutput]] = model
 
     def prepare(self) -> None:
         """Join the processes and compile, once the model has the weights to begin with."""
@@ -141,6 +141,11 @@ class TrainingStep:
             dist.all_reduce(values)
             values = values / self.processes.count
         return dict(zip(losses, values.unbind(), strict=True))
+
+
+def form_on(name: str, device: torch.device) -> DeformableForm:
+    """How deformable attention is computed; `auto` takes the fastest form that the device has."""
+    return best_form(device) if name == "auto" else FORMS[name]
 
 
 def precision_on(name: str, device: torch.device) -> torch.dtype | None:
