@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from d2zero.cli.terminal import console, tracked
+from d2zero.cli.terminal import tracked
 from d2zero.model import D2Zero
 from d2zero.training.config import PRESETS, TrainConfig, config_to_dict, find_preset, with_settings
 from d2zero.training.distributed import Processes, pick_device
@@ -27,13 +27,21 @@ from d2zero_bench.cases import parse_counts
 from d2zero_bench.environment import environment, without_folders
 from d2zero_bench.measure import round_order
 from d2zero_bench.training_data import loading_rates, training_set
-from d2zero_bench.training_report import EXACT, LOW_PRECISION, Result, TrainingReport, compare, tables
-from d2zero_bench.training_steps import PUBLISHED, Variant, drawn_batch, drawn_model, largest_batch, variant_config
+from d2zero_bench.training_report import EXACT, LOW_PRECISION, Result, TrainingReport, compare, show
+from d2zero_bench.training_steps import (
+    PUBLISHED,
+    Variant,
+    drawn_batch,
+    drawn_model,
+    exact_convolutions,
+    largest_batch,
+    variant_config,
+)
 from d2zero_runtime import D2ZeroError
 
 VARIANTS = {
     "cuda": "published,model,kernel,amp,compiled,kernel+amp,kernel+amp+compiled",
-    "cpu": "published,model,amp",
+    "cpu": "published,model",  # bfloat16 and compilation take minutes a step on some
 }
 SIZES = {"cuda": 960, "cpu": 128}
 LOADED_SIZE = 960  # loading is measured at the recipe's size on every machine
@@ -79,19 +87,18 @@ class Plan:
 
 def measure(plan: Plan, report: TrainingReport) -> None:
     """Fill a report; what was found so far is in it at any moment."""
-    if plan.loading:
-        _load(plan, report)
-    if not plan.variants:
-        return
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
-    keep_freed_memory()  # as training does
     torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
-    model = drawn_model(plan.config, plan.classes)
-    if plan.batch_fits:
-        plan = replace(plan, config=replace(plan.config, batch_size=_fitting(plan, model)))
-    report.settings["batch"] = plan.config.batch_size
-    _Steps(plan, report, model).run()
+    keep_freed_memory()  # as training does
+    if plan.variants:
+        model = drawn_model(plan.config, plan.classes)
+        if plan.batch_fits:
+            plan = replace(plan, config=replace(plan.config, batch_size=_fitting(plan, model)))
+            report.settings["batch"] = plan.config.batch_size
+        _Steps(plan, report, model).run()
+    if plan.loading:
+        _load(plan, report)
 
 
 def _fitting(plan: Plan, model: D2Zero) -> int:
@@ -181,32 +188,6 @@ class _Steps:
             self.report.notes[name] = without_folders(kind + " ".join(str(error).split())[:400])
             if self.plan.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Without TF32, which cuDNN uses by default: memory layouts would differ by its rounding."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def show(report: TrainingReport, json_file: Path | None) -> None:
-    """Print tables and notes, write the JSON."""
-    screen = console()
-    for table in tables(report):
-        screen.print(table)
-    sentence = report.keeps_up()
-    if sentence:
-        print(sentence)
-    for name, note in report.notes.items():
-        print(f"{name}: {note}")
-    if json_file:
-        report.write(json_file)
-        print(f"all figures: {json_file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

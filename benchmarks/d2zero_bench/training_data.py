@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -33,13 +34,10 @@ def training_set(config: TrainConfig, data: Path | None) -> Iterator[TrainingSet
     Raises:
         D2ZeroError: the folder lacks what training needs, or pycocotools, which decodes masks, is absent.
     """
+    if find_spec("pycocotools") is None:
+        raise D2ZeroError("loading decodes masks with pycocotools, which is absent; pip install 'd2zero[train]'")
     with TemporaryDirectory() as temporary:
-        try:
-            yield _drawn(config, Path(temporary)) if data is None else _of_coco(config, data, Path(temporary))
-        except ModuleNotFoundError as error:
-            raise D2ZeroError(
-                f"this needs the package {error.name}; install it with: pip install d2zero[train]"
-            ) from None
+        yield _drawn(config, Path(temporary)) if data is None else _of_coco(config, data, Path(temporary))
 
 
 def _drawn(config: TrainConfig, folder: Path) -> TrainingSet:

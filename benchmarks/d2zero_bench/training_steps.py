@@ -6,7 +6,8 @@ part, name the settings that it changes in `PARTS_OF_VARIANTS`. Nothing here tak
 Letters: B batch, T instances, H and W the image's sides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -172,6 +173,17 @@ class Clock:
             return [1000 * (end - start) for start, end in pairs]
         torch.cuda.synchronize(self._device)
         return [float(start.elapsed_time(end)) for start, end in pairs]
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Without TF32, which cuDNN uses by default: memory layouts would differ by its rounding."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def gradient_norms(model: D2Zero, scale: float) -> dict[str, float]:
