@@ -28,6 +28,12 @@ on_gpu = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def allocator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be set back, and other tests of this process watch memory return."""
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
+
+
 def test_variants_are_compared_then_timed_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "training.json"
     options = ["--device", "cpu", "--batch", "2", "--variants", "amp,published,model", "--workers", "1"]
