@@ -26,7 +26,7 @@ class Limits:
     gradient_norms: float
 
 
-# Float32 forms differ in the order of sums alone. Found on a CPU, ten draws of weights and images: losses up to
+# Float32 forms differ in the order of sums alone. Found on a CPU, seven draws of weights and images: losses up to
 # 7e-6, norms up to 3e-4 (of the demo's backbone, whose batch norm takes statistics). bfloat16 keeps 8 bits, 0.4 % a
 # rounding, and what it moves across an edge (attention masks, matches, points) moves a loss by a step: single losses
 # up to 2e-2, norms up to 5e-2. The limits are a few times that; a wrong weight or a missing term is far beyond.
