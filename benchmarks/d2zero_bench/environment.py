@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "d2zero", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "tensorrt", "pillow",
+    "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "tensorrt",
+    "pillow",
 )  # fmt: skip
 
 

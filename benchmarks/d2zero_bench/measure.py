@@ -35,7 +35,7 @@ class Settings:
     seed: int = 0
 
 
-def round_order(names: Sequence[str], case: Case, number: int, seed: int) -> list[str]:
+def round_order(names: Sequence[str], case: Case | str, number: int, seed: int) -> list[str]:
     """The order of candidates in one round: a function of the seed, the case and the round."""
     shuffled = list(names)
     Random(f"{seed} {case} {number}").shuffle(shuffled)

@@ -9,7 +9,10 @@ context is in it. Caching allocators keep what they once needed, so the growth a
 Other programs on the same GPU would disturb it.
 """
 
+import ctypes
+import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from d2zero_bench.environment import output_of
@@ -28,18 +31,36 @@ def reset_host_peak() -> None:
 
 def host_peak_mb() -> float | None:
     """The high-water mark in 1e6 bytes."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
+    peak = _status_mb("VmHWM")
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset) / 1e6
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mark / 1e6 if sys.platform == "darwin" else mark * 1024 / 1e6
+
+
+def host_resident_mb() -> float | None:
+    """What is resident now, in 1e6 bytes; None where Linux does not tell."""
+    return _status_mb("VmRSS")
+
+
+def return_freed_memory() -> None:
+    """Have glibc give what is free back to the system, so that the mark does not start from earlier peaks."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_mb(name: str) -> float | None:
+    if not _STATUS.exists():
+        return None
+    lines = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return next((int(line[1]) * 1024 / 1e6 for line in lines), None)
 
 
 class GpuMemory:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from d2zero.inference import TorchBackend, contract_of
@@ -130,5 +129,7 @@ def _box(mask_HW: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _encoded(mask_HW: NDArray[np.bool_]) -> rle.RLE:
+    from pycocotools import mask as coco_mask  # what looks at the network alone does without
+
     found = coco_mask.encode(np.asfortranarray(mask_HW, np.uint8))
     return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode("ascii")}

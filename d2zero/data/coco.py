@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import listed
@@ -153,6 +152,8 @@ def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArr
     Raises:
         D2ZeroError: the segmentation cannot be read or has another size.
     """
+    from pycocotools import mask as coco_mask  # what trains on drawn masks does without
+
     segmentation = annotation["segmentation"]
     try:
         if isinstance(segmentation, list):

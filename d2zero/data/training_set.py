@@ -8,7 +8,7 @@ the data set; what was damaged is named.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,10 @@ class Batch:
     file_names: list[str]
     seeds: list[int]
     problems: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory: what a `DataLoader` with `pin_memory` calls, and only if it is there."""
+        return replace(self, images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets])
 
 
 class TrainingSet(Dataset[Sample]):
@@ -128,11 +132,10 @@ class TrainingSet(Dataset[Sample]):
     def _augmented(self, image_id: int) -> tuple[Tensor, Targets]:
         image_HWC, masks_THW, labels_T = self._decoded(image_id)
         image = tv_tensors.Image(torch.from_numpy(image_HWC.copy()).permute(2, 0, 1))
-        masks = tv_tensors.Mask(torch.from_numpy(masks_THW.copy()))
-        image, masks = self.transform(image, masks)
-        masks = masks.as_subclass(Tensor).bool()
-        kept = masks.flatten(1).any(dim=1)
-        return image.as_subclass(Tensor), Targets(torch.from_numpy(labels_T)[kept], masks[kept])
+        image, masks = self.transform(image, tv_tensors.Mask(torch.from_numpy(masks_THW)))
+        masks = masks.as_subclass(Tensor)  # 0 and 1: bytes are searched 30 times as fast as bools
+        kept = masks.flatten(1).amax(dim=1).bool()
+        return image.as_subclass(Tensor), Targets(torch.from_numpy(labels_T)[kept], masks.view(torch.bool)[kept])
 
     def _decoded(self, image_id: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
         if self.cache is not None and image_id in self.cache:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2zero.losses.config import LossConfig
 from d2zero.losses.matcher import Targets, match
-from d2zero.losses.points import Generators, draw_points, sample, uncertain_points
+from d2zero.losses.points import Generators, draw_points, sample, sample_chosen, uncertain_points
 from d2zero.losses.unseen import draw_pseudo_labels, log_similarity
 from d2zero.model.d2zero import HeadOutput
 
@@ -53,29 +53,32 @@ class Criterion:
         """
         device = heads[0].mask_logits.device
         num_masks = _mean_over_processes(torch.tensor(float(sum(len(t.labels) for t in targets)), device=device))
+        masks = [target.masks.float() for target in targets]  # once: every head samples them
         losses: Losses = {}
         with torch.autocast(device.type, enabled=False):
             for index, head in enumerate([heads[-1], *heads[:-1]]):
                 suffix = f"_{index - 1}" if index else ""
-                terms = self._head_losses(head, targets, num_masks.clamp(min=1), generators)
+                terms = self._head_losses(head, targets, masks, num_masks.clamp(min=1), generators)
                 losses |= {f"{name}{suffix}": value for name, value in terms.items()}
         return losses
 
     def _head_losses(
-        self, head: HeadOutput, targets: Sequence[Targets], num_masks: Tensor, generators: Generators
+        self,
+        head: HeadOutput,
+        targets: Sequence[Targets],
+        masks: Sequence[Tensor],
+        num_masks: Tensor,
+        generators: Generators,
     ) -> Losses:
         config = self.config
         class_logits, mask_logits = head.class_logits.float(), head.mask_logits.float()
         background = class_logits[..., -1:]
         seen_logits_BQS = torch.cat([class_logits[..., : self.num_seen], background], dim=-1)
-        device = mask_logits.device
-        pairs = []
-        for image, target in enumerate(targets):
-            own = None if generators is None else [generators[image]]
-            points = draw_points([1], config.num_points, device, own)[0]
-            pairs.append(match(seen_logits_BQS[image], mask_logits[image], target, points, config))
+        points_BP2 = draw_points([1] * len(targets), config.num_points, mask_logits.device, generators)
+        labels = [target.labels for target in targets]
+        pairs = match(seen_logits_BQS, mask_logits, labels, masks, points_BP2, config)
         losses = {"loss_ce": config.class_weight * self._class_loss(seen_logits_BQS, targets, pairs)}
-        mask_loss, dice_loss = self._mask_losses(mask_logits, targets, pairs, num_masks, generators)
+        mask_loss, dice_loss = self._mask_losses(mask_logits, masks, pairs, num_masks, generators)
         losses["loss_mask"] = config.mask_weight * mask_loss
         losses["loss_dice"] = config.dice_weight * dice_loss
         if self.log_similarity_SU is not None:
@@ -98,15 +101,17 @@ class Criterion:
     def _mask_losses(
         self,
         mask_logits_BQhw: Tensor,
-        targets: Sequence[Targets],
+        masks: Sequence[Tensor],
         pairs: Sequence[tuple[Tensor, Tensor]],
         num_masks: Tensor,
         generators: Generators,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         counts = [len(queries) for queries, _ in pairs]
-        predicted_Thw = torch.cat([mask_logits_BQhw[image, queries] for image, (queries, _) in enumerate(pairs)])
-        truth_THW = torch.cat([t.masks[chosen] for t, (_, chosen) in zip(targets, pairs, strict=True)])
+        queries_T = torch.cat([queries for queries, _ in pairs])
+        images_T = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts)).to(queries_T.device)
+        # One look-up for the batch: of one an image, each would fill a gradient of the whole batch's size.
+        predicted_Thw = mask_logits_BQhw[images_T, queries_T]
         if not len(predicted_Thw):
             nothing = 0 * mask_logits_BQhw.sum()
             return nothing, nothing
@@ -114,7 +119,12 @@ class Criterion:
             predicted_Thw, counts, config.num_points, config.oversample_ratio, config.importance_ratio, generators
         )
         with torch.no_grad():
-            truth_TP = sample(truth_THW.float(), points_TP2)
+            truth_TP = torch.cat(
+                [
+                    sample_chosen(mask_THW, chosen, points)
+                    for mask_THW, (_, chosen), points in zip(masks, pairs, points_TP2.split(counts), strict=True)
+                ]
+            )
         logits_TP = sample(predicted_Thw, points_TP2)
         bce_T = F.binary_cross_entropy_with_logits(logits_TP, truth_TP, reduction="none").mean(1)
         probability_TP = logits_TP.sigmoid()

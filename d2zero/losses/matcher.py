@@ -1,10 +1,12 @@
 """Hungarian matching of queries to targets, an image at a time.
 
-Letters: Q queries, K classes without background, T targets of one image, P points.
+Letters: B batch, Q queries, K classes without background, T targets of one image, P points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -30,35 +32,54 @@ class Targets:
         """A copy on another device."""
         return Targets(self.labels.to(device, non_blocking=True), self.masks.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Targets":
+        """A copy in page-locked memory, from which `to` copies while other work goes on."""
+        return Targets(self.labels.pin_memory(), self.masks.pin_memory())
+
 
 @torch.no_grad()
 def match(
-    class_logits_QK: Tensor, mask_logits_Qhw: Tensor, targets: Targets, points_P2: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor]:
-    """The assignment of least cost: class probability, point cross-entropy and dice.
+    class_logits_BQK: Tensor,
+    mask_logits_BQhw: Tensor,
+    labels: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    points_BP2: Tensor,
+    config: LossConfig,
+) -> list[tuple[Tensor, Tensor]]:
+    """The assignments of least cost: class probability, point cross-entropy and dice.
+
+    The costs of all images travel to the host together: one wait for the device instead of one an image.
 
     Args:
-        class_logits_QK: (Q, K + 1), the background last.
-        mask_logits_Qhw: (Q, h, w).
-        targets: T targets.
-        points_P2: points (x, y) in 0..1 that all masks of the image share.
+        class_logits_BQK: (B, Q, K + 1), the background last.
+        mask_logits_BQhw: (B, Q, h, w).
+        labels: of each image's T targets.
+        masks: (T, H, W) float32 of the same, 0 and 1.
+        points_BP2: points (x, y) in 0..1 that all masks of an image share.
         config: the cost's weights.
 
     Returns:
-        queries and targets, int64, min(Q, T) each; pair i is (queries[i], targets[i]).
+        For each image queries and targets, int64, min(Q, T) each; pair i is (queries[i], targets[i]).
     """
-    probabilities = class_logits_QK.float().softmax(-1)
-    class_cost_QT = -probabilities[:, targets.labels]
-    logits_QP = sample_shared(mask_logits_Qhw.float(), points_P2)
-    truth_TP = sample_shared(targets.masks.float(), points_P2)
-    cost_QT = (
-        config.class_weight * class_cost_QT
-        + config.mask_weight * _bce_cost(logits_QP, truth_TP)
-        + config.dice_weight * _dice_cost(logits_QP, truth_TP)
-    )
-    queries, chosen = linear_sum_assignment(cost_QT.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())
-    device = mask_logits_Qhw.device
-    return torch.as_tensor(queries, device=device), torch.as_tensor(chosen, device=device)
+    probabilities_BQK = class_logits_BQK.float().softmax(-1)
+    logits_BQP = sample_shared(mask_logits_BQhw.float(), points_BP2)
+    costs = []
+    for image, label in enumerate(labels):
+        truth_TP = sample_shared(masks[image][None], points_BP2[image][None])[0]
+        costs.append(
+            config.class_weight * -probabilities_BQK[image][:, label]
+            + config.mask_weight * _bce_cost(logits_BQP[image], truth_TP)
+            + config.dice_weight * _dice_cost(logits_BQP[image], truth_TP)
+        )
+    on_host = torch.cat([cost_QT.flatten() for cost_QT in costs]).nan_to_num(1e6, 1e6, -1e6).cpu()
+    parts = on_host.split([cost_QT.numel() for cost_QT in costs])
+    pairs = [
+        np.stack(linear_sum_assignment(part.view(cost_QT.shape).numpy()))
+        for part, cost_QT in zip(parts, costs, strict=True)
+    ]
+    joined = torch.from_numpy(np.concatenate(pairs, axis=1)).to(mask_logits_BQhw.device)
+    found = joined.split([pair.shape[1] for pair in pairs], dim=1)
+    return [(pair[0], pair[1]) for pair in found]
 
 
 def _bce_cost(logits_QP: Tensor, truth_TP: Tensor) -> Tensor:

@@ -35,10 +35,20 @@ def sample(masks_Thw: Tensor, points_TP2: Tensor) -> Tensor:
     return F.grid_sample(masks_Thw[:, None], grid, align_corners=False)[:, 0, 0]
 
 
-def sample_shared(masks_Thw: Tensor, points_P2: Tensor) -> Tensor:
-    """Bilinear values (T, P) of all masks at the same points, zero outside."""
-    grid = 2 * points_P2[None, None] - 1
-    return F.grid_sample(masks_Thw[None], grid, align_corners=False)[0, :, 0]
+def sample_chosen(masks_Thw: Tensor, chosen_N: Tensor, points_NP2: Tensor) -> Tensor:
+    """Bilinear values (N, P) of the masks of these numbers, none twice, each at its own points.
+
+    Where all are chosen the points are put in the masks' order, not the masks in the points': masks are large.
+    """
+    if len(chosen_N) < len(masks_Thw):
+        return sample(masks_Thw[chosen_N], points_NP2)
+    return sample(masks_Thw, points_NP2[chosen_N.argsort()])[chosen_N]
+
+
+def sample_shared(masks_BThw: Tensor, points_BP2: Tensor) -> Tensor:
+    """Bilinear values (B, T, P) of all masks of an image at the same points, zero outside."""
+    grid = 2 * points_BP2[:, None] - 1
+    return F.grid_sample(masks_BThw, grid, align_corners=False)[:, :, 0]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from d2zero_runtime.images import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("steps", "cosine")
+DEFORMABLE = ("auto", "grid_sample", "gather", "triton")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class TrainConfig:
     seed: int = 0
     precision: str = "auto"  # float16 on a GPU, float32 on a CPU
     channels_last: bool = True
+    deformable: str = "auto"  # form of deformable attention: the Triton kernel on a GPU, grid_sample on a CPU
+    compile: bool = False  # torch.compile of the network: minutes at the start, then faster steps
     workers: int = 4  # processes that read images; 0 reads in the training process
     cache: bool = False  # keep decoded images in memory (small data sets)
     log_every: int = 20
@@ -72,6 +75,8 @@ class TrainConfig:
                 raise D2ZeroError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.deformable not in DEFORMABLE:
+            raise D2ZeroError(f"deformable must be one of {', '.join(DEFORMABLE)}, got {self.deformable!r}")
 
 
 def coco_48_17() -> TrainConfig:

@@ -4,31 +4,26 @@ A step is a function of the run's configuration, its seed and the step's number,
 moment goes on from its last checkpoint with the same losses as an uninterrupted one.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from d2zero.checkpoints.files import save_model
-from d2zero.data.training_set import Batch, StepSampler, TrainingSet, collate
-from d2zero.losses.criterion import Criterion
+from d2zero.data.training_set import Batch, TrainingSet
 from d2zero.model import D2Zero
 from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
-from d2zero.training.optim import build_optimizer, lr_factor, set_lr
+from d2zero.training.loader import training_loader
+from d2zero.training.memory import keep_freed_memory
 from d2zero.training.record import Record
+from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
@@ -52,28 +47,17 @@ class Run:
     bad_files: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        device = self.processes.device
-        memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        self.model.to(device)
-        self.model.to(memory_format=memory)
-        self.optimizer = build_optimizer(self.model, self.config.optim)
-        self.precision = _precision(self.config.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        vocabulary = self.model.vocabulary
-        embeddings = torch.from_numpy(vocabulary.embeddings).to(device)
-        seen = torch.from_numpy(vocabulary.seen).to(device)
-        self.criterion = Criterion(self.config.loss, embeddings[seen], embeddings[~seen])
-        with_unseen = bool(self.config.loss.unseen_weight) and bool((~seen).any())
-        self.text = torch.cat([embeddings[seen], embeddings[~seen]]) if with_unseen else embeddings[seen]
+        self.training_step = TrainingStep(self.config, self.model, self.processes)
+        self.optimizer, self.scaler = self.training_step.optimizer, self.training_step.scaler
 
     def train(self) -> Path:
         """Run to the last step and return the finished model's file."""
         keep_freed_memory()
-        network = self._network()
+        self.training_step.prepare()
         self.model.train()
         with self.record as record:
             for batch in self._batches():
-                losses, gradient_norm = self._train_step(network, batch)
+                losses, gradient_norm = self.training_step(self.step, batch)
                 self.step += 1
                 for problem in batch.problems:
                     self.bad_files[problem] = self.bad_files.get(problem, 0) + 1
@@ -86,84 +70,11 @@ class Run:
             save_model(self.model.eval(), self.output / MODEL_FILE, {"training": config_to_dict(self.config)})
         return self.output / MODEL_FILE
 
-    def _train_step(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        device = self.processes.device
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1009 + self.processes.rank)  # dropout
-        set_lr(self.optimizer, lr_factor(self.step, self.config.steps, self.config.optim))
-        images = self._normalised(batch.images)
-        targets = [target.to(device) for target in batch.targets]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in batch.seeds]
-        autocast = nullcontext() if self.precision is None else torch.autocast(device.type, self.precision)
-        with autocast:
-            heads = network(images, self.text, all_heads=True)
-        losses: dict[str, Tensor] = self.criterion(heads, targets, generators)
-        total = torch.stack(list(losses.values())).sum()
-        self._check_finite(total, losses, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        self.scaler.unscale_(self.optimizer)
-        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        if not self.scaler.is_enabled():  # with float16, the scaler skips such a step and scales down
-            self._check_finite(gradient_norm, {"gradient": gradient_norm}, batch)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return self._of_all_processes({"loss": total, **losses}), gradient_norm
-
-    def _of_all_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each loss averaged over the processes: that of the whole batch."""
-        values = torch.stack([value.detach() for value in losses.values()])
-        if self.processes.count > 1:
-            dist.all_reduce(values)
-            values = values / self.processes.count
-        return dict(zip(losses, values.unbind(), strict=True))
-
-    def _normalised(self, images_B3HW: Tensor) -> Tensor:
-        preprocessing, device = self.config.model.preprocessing, self.processes.device
-        mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
-        std = torch.tensor(preprocessing.std, device=device)[:, None, None]
-        images = (images_B3HW.to(device, non_blocking=True).float() - mean) / std
-        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
-
-    def _network(self) -> nn.Module:
-        if self.processes.count == 1:
-            return self.model
-        if self.processes.device.type == "cuda" and not self.config.model.frozen_backbone_norm:
-            convert_sync_batchnorm(self.model)
-        ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids)
-
     def _batches(self) -> Iterator[Batch]:
         try:
-            yield from self._loader()
+            yield from training_loader(self.data, self.config, self.processes, self.step)
         except D2ZeroError as error:  # a worker wraps it in its own stack trace
             raise D2ZeroError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_PREFIX)) from None
-
-    def _loader(self) -> "DataLoader[Any]":
-        config, processes = self.config, self.processes
-        sampler = StepSampler(
-            len(self.data), config.batch_size, config.seed, self.step, config.steps, processes.rank, processes.count
-        )
-        return DataLoader(
-            self.data,
-            batch_sampler=sampler,
-            num_workers=config.workers,
-            collate_fn=collate,
-            pin_memory=processes.device.type == "cuda",
-            persistent_workers=config.workers > 0,
-        )
-
-    def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
-        finite = torch.isfinite(total.detach()).to(torch.float32)
-        if self.processes.count > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if finite:
-            return
-        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
-        raise D2ZeroError(
-            f"the loss is not finite at step {self.step + 1} ({listed(broken, 3) or 'in another process'}), images"
-            f" {listed(batch.file_names, 32)}. Nothing of it was saved: look at these images, or begin a new run with"
-            " a lower optim.lr"
-        )
 
     def _draw_pictures(self) -> None:
         if self.processes.is_main and self.draw:
@@ -201,7 +112,7 @@ class Run:
             D2ZeroError: it is absent, damaged, or of a run with other settings.
         """
         state = read_state(self.output)
-        ours, theirs = config_to_dict(self.config), json.loads(state["config"])
+        ours, theirs = config_to_dict(self.config), {"compile": False, **json.loads(state["config"])}
         differing = _differences(ours, theirs)
         if differing:
             raise D2ZeroError(
@@ -238,14 +149,6 @@ class Run:
         return sorted({problem for found in gathered for problem in found})
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step's tensors then reuse it instead of asking the kernel for pages."""
-    with suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
-            libc.mallopt(parameter, value)
-
-
 def read_state(output: Path) -> dict[str, Any]:
     """The content of a run's last checkpoint.
 
@@ -266,8 +169,8 @@ def read_state(output: Path) -> dict[str, Any]:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the settings that differ, leaving out those that do not change the losses."""
-    free = {"workers", "cache", "log_every", "checkpoint_every", "picture_every"}
+    """Names of the settings that differ, leaving out those that change the losses by rounding at most."""
+    free = {"workers", "cache", "deformable", "log_every", "checkpoint_every", "picture_every"}
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         left, right = ours.get(key), theirs.get(key)
@@ -276,11 +179,3 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "")
         elif left != right and f"{prefix}{key}" not in free:
             found.append(f"{prefix}{key}: now {left}, then {right}")
     return found
-
-
-def _precision(name: str, device: torch.device) -> torch.dtype | None:
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else None
-    if name == "float16" and device.type == "cpu":
-        raise D2ZeroError("precision float16 needs a GPU; use --set precision=float32 or bfloat16 on a CPU")
-    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

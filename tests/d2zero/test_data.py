@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
 
-from d2zero.data.augment import AugmentConfig, training_transform
+from d2zero.data.augment import AugmentConfig, JitterOnto, training_transform
 from d2zero.data.coco import decode_mask, find_annotations, find_image_folder, read_coco
 from d2zero.data.shapes import SPLIT, ShapesConfig, draw_image, vocabulary, write_dataset
 from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS, find_split
@@ -196,6 +197,20 @@ def test_order_does_not_depend_on_where_it_starts_or_who_reads_it() -> None:
     assert [left + right for left, right in zip(*halves, strict=True)] == whole
     with pytest.raises(D2ZeroError, match="multiple of the 3 processes"):
         StepSampler(10, 4, 1, 0, 6, 0, 3)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.37, 0.5, 1.0, 1.3, 1.999])
+@pytest.mark.parametrize("side", [(40, 57), (96, 48), (130, 131)])
+def test_masks_are_placed_as_torchvision_would(side: tuple[int, int], scale: float) -> None:
+    jitter = JitterOnto(96, (scale, scale), 128)
+    masks = tv_tensors.Mask((torch.rand(3, *side, generator=torch.Generator().manual_seed(0)) > 0.5).to(torch.uint8))
+    torch.manual_seed(int(1000 * scale))
+    params = jitter.make_params([masks])
+    resized = transforms.resize(masks, list(params["size"]))
+    kept = [min(length, 96) for length in params["size"]]
+    expected = transforms.crop(resized, params["top"], params["left"], *kept)
+    expected = transforms.pad(expected, [0, 0, 96 - kept[1], 96 - kept[0]], fill=0)
+    assert expected.any() and torch.equal(jitter.transform(masks, params), expected)
 
 
 def augmented(config: AugmentConfig, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

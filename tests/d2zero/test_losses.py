@@ -45,8 +45,9 @@ def two_images() -> list[Targets]:
 def test_matching_finds_the_order() -> None:
     targets = two_images()
     head = perfect(targets, [4, 2])
-    points = torch.rand(400, 2)
-    queries, chosen = match(head.class_logits[0], head.mask_logits[0], targets[0], points, CONFIG)
+    points = torch.rand(2, 400, 2)
+    labels, masks = [target.labels for target in targets], [target.masks.float() for target in targets]
+    queries, chosen = match(head.class_logits, head.mask_logits, labels, masks, points, CONFIG)[0]
     assert dict(zip(chosen.tolist(), queries.tolist(), strict=True)) == {0: 4, 1: 2}
 
 
@@ -107,7 +108,8 @@ def test_an_image_without_targets_costs_its_classes_alone() -> None:
 def test_more_targets_than_queries() -> None:
     targets = squares(*[(i, i) for i in range(9)], labels=[i % 5 for i in range(9)])
     head = HeadOutput(torch.randn(1, 6, 6), torch.randn(1, 6, 64, 64))
-    queries, chosen = match(head.class_logits[0], head.mask_logits[0], targets, torch.rand(50, 2), CONFIG)
+    points = torch.rand(1, 50, 2)
+    ((queries, chosen),) = match(*head, [targets.labels], [targets.masks.float()], points, CONFIG)
     assert len(queries) == len(chosen) == 6
     assert all(torch.isfinite(value) for value in Criterion(CONFIG, TEXT)([head], [targets]).values())
 
@@ -116,7 +118,7 @@ def test_sampling_is_bilinear_with_zeros_outside() -> None:
     ramp = torch.arange(16.0).view(1, 4, 4)
     points = torch.tensor([[[0.5, 0.5], [0.125, 0.125], [0.0, 0.125]]])
     torch.testing.assert_close(sample(ramp, points)[0], torch.tensor([7.5, 0.0, 0.0]))
-    torch.testing.assert_close(sample_shared(ramp + 1, points[0])[0], torch.tensor([8.5, 1.0, 0.5]))
+    torch.testing.assert_close(sample_shared(ramp[None] + 1, points)[0, 0], torch.tensor([8.5, 1.0, 0.5]))
 
 
 def test_uncertain_points_lie_where_the_logit_is_near_zero() -> None:

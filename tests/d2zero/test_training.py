@@ -17,7 +17,10 @@ from conftest import Outcome
 
 import d2zero
 from d2zero.data.training_set import Batch
+from d2zero.losses.matcher import Targets
 from d2zero.model import build
+from d2zero.model.deformable import gather, grid_sample
+from d2zero.model.deformable_triton import best_form, triton_form
 from d2zero.training.config import (
     OptimConfig,
     coco_48_17,
@@ -30,6 +33,7 @@ from d2zero.training.config import (
 from d2zero.training.loop import Run, read_state
 from d2zero.training.optim import build_optimizer, lr_factor
 from d2zero.training.start import Inputs, start
+from d2zero.training.step import TrainingStep, form_on
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 Command = Callable[..., Outcome]
@@ -144,16 +148,15 @@ def test_resume_refuses_other_settings_and_a_new_run_refuses_the_folder(shapes_d
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    normalised = Run._normalised
-
-    def poisoned(self: Run, images: torch.Tensor) -> torch.Tensor:
-        found = normalised(self, images)
-        return found * float("nan") if self.step == 2 else found
-
-    monkeypatch.setattr(Run, "_normalised", poisoned)
+    normalised, step = TrainingStep._normalised, TrainingStep.__call__
     seen: list[Batch] = []
-    step = Run._train_step
-    monkeypatch.setattr(Run, "_train_step", lambda self, net, batch: (seen.append(batch), step(self, net, batch))[1])
+
+    def poisoned(self: TrainingStep, images: torch.Tensor) -> torch.Tensor:
+        found = normalised(self, images)
+        return found * float("nan") if len(seen) == 3 else found
+
+    monkeypatch.setattr(TrainingStep, "_normalised", poisoned)
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, n, batch: (seen.append(batch), step(self, n, batch))[1])
     with pytest.raises(D2ZeroError, match="not finite at step 3") as stopped:
         train(shapes_data, tmp_path / "run", "steps=5", "checkpoint_every=1")
     assert all(name in str(stopped.value) for name in seen[-1].file_names)
@@ -198,6 +201,57 @@ def test_unseen_constrained_training_runs(shapes_data: Path, tmp_path: Path) -> 
 def test_bfloat16_and_workers(shapes_data: Path, tmp_path: Path) -> None:
     train(shapes_data, tmp_path / "run", "steps=3", "precision=bfloat16", "workers=2", "cache=false")
     assert all(loss > 0 for loss in losses(tmp_path / "run").values())
+
+
+def test_the_kernel_is_chosen_on_a_gpu_and_other_forms_by_name(shapes_data: Path, tmp_path: Path) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert form_on("auto", gpu) is best_form(gpu) and form_on("auto", cpu) is grid_sample
+    assert [form_on(name, cpu) for name in ("triton", "gather")] == [triton_form, gather]
+    train(shapes_data, tmp_path / "auto", "steps=2")
+    train(shapes_data, tmp_path / "gather", "steps=2", "deformable=gather")
+    assert losses(tmp_path / "gather") == pytest.approx(losses(tmp_path / "auto"), rel=1e-3)
+    with pytest.raises(D2ZeroError, match="on a CUDA device, got cpu"):
+        train(shapes_data, tmp_path / "triton", "steps=2", "deformable=triton")
+
+
+@pytest.mark.slow
+def test_the_whole_network_compiles_into_one_graph_with_the_same_losses(
+    shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, not built: building takes minutes. A run begun without goes on from its checkpoint as it was."""
+    settings = ["steps=2", "model.decoder_layers=1", "checkpoint_every=1"]
+    train(shapes_data, tmp_path / "eager", *settings)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **kw: compile_(net, backend="eager", fullgraph=True, **kw))
+    train(shapes_data, tmp_path / "compiled", *settings, "compile=true")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+    left, right = (read_state(tmp_path / name)["model"].keys() for name in ("eager", "compiled"))
+    assert left == right
+    with pytest.raises(D2ZeroError, match="compile: now True, then False"):
+        train(shapes_data, tmp_path / "eager", *settings, "compile=true", resume=True)
+
+
+def test_a_run_from_before_these_settings_is_resumed(shapes_data: Path, tmp_path: Path) -> None:
+    train(shapes_data, tmp_path / "run", "steps=1")
+    state = read_state(tmp_path / "run")
+    config = json.loads(state["config"])
+    del config["compile"], config["deformable"]
+    torch.save({**state, "config": json.dumps(config)}, tmp_path / "run/last.pt")
+    train(shapes_data, tmp_path / "run", "steps=1", "deformable=gather", resume=True)
+
+
+def test_a_batch_is_pinned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataLoader pins what has this method, and passes by what has not."""
+    masks = [torch.zeros(count, 4, 4, dtype=torch.bool) for count in (2, 0)]
+    targets = [Targets(torch.zeros(len(mask), dtype=torch.int64), mask) for mask in masks]
+    batch = Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), targets, ["a", "b"], [1, 2], ["c is missing"])
+    copies: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: copies.setdefault(id(self), self.clone()))
+    found = batch.pin_memory()
+    assert found.images is copies[id(batch.images)]
+    for pinned, target in zip(found.targets, targets, strict=True):
+        assert pinned.labels is copies[id(target.labels)] and pinned.masks is copies[id(target.masks)]
+    assert (found.file_names, found.seeds, found.problems) == (batch.file_names, batch.seeds, batch.problems)
 
 
 def test_starting_from_a_checkpoint(shapes_data: Path, tmp_path: Path) -> None:
@@ -269,6 +323,7 @@ def test_settings() -> None:
         ("optim=3", "a group of settings"),
         ("steps=0", "steps must be at least 1"),
         ("precision=int4", "auto, float32"),
+        ("deformable=magic", "auto, grid_sample, gather, triton"),
         ("optim.schedule=wavy", "steps, cosine"),
         ("optim.lr=-1", "must be positive"),
         ("augment.size=100", "multiple of 32"),

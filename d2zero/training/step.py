@@ -1,0 +1,161 @@
+"""One training step: forward, the losses of all heads, backward, clipping, AdamW.
+
+The loop (`d2zero.training.loop`) and the benchmark (`d2zero_bench.training`) run the same code. Where batches
+come from, and what becomes of a step's losses, is left to them.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from d2zero.data.training_set import Batch
+from d2zero.losses.criterion import Criterion
+from d2zero.model import D2Zero, HeadOutput
+from d2zero.model.deformable import DeformableForm, gather, grid_sample
+from d2zero.model.deformable_triton import best_form, triton_form
+from d2zero.training.config import TrainConfig
+from d2zero.training.distributed import Processes
+from d2zero.training.optim import build_optimizer, lr_factor, set_lr
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import listed
+
+PARTS = ("forward", "backward", "optimiser")  # what a step consists of, in order; forward has the losses in it
+FORMS: dict[str, DeformableForm] = {"grid_sample": grid_sample, "gather": gather, "triton": triton_form}
+
+
+class TrainingStep:
+    """A model, its optimiser, and how they take a step.
+
+    Args:
+        config: precision, memory layout, form of deformable attention, compilation, loss, optimiser.
+        model: is moved to the device and trained in place.
+        processes: this one among all, and its device.
+
+    Raises:
+        D2ZeroError: the device cannot do what the configuration asks for.
+    """
+
+    def __init__(self, config: TrainConfig, model: D2Zero, processes: Processes) -> None:
+        device = processes.device
+        self.config, self.model, self.processes = config, model, processes
+        self.precision = precision_on(config.precision, device)
+        model.to(device)
+        model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        model.set_deformable(form_on(config.deformable, device))
+        self.optimizer = build_optimizer(model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        vocabulary = model.vocabulary
+        embeddings = torch.from_numpy(vocabulary.embeddings).to(device)
+        seen = torch.from_numpy(vocabulary.seen).to(device)
+        self.criterion = Criterion(config.loss, embeddings[seen], embeddings[~seen])
+        with_unseen = bool(config.loss.unseen_weight) and bool((~seen).any())
+        self.text = torch.cat([embeddings[seen], embeddings[~seen]]) if with_unseen else embeddings[seen]
+        self.network: Callable[..., list[HeadOutput]] = model
+
+    def prepare(self) -> None:
+        """Join the processes and compile, once the model has the weights to begin with."""
+        config, processes = self.config, self.processes
+        if processes.count > 1:
+            on_gpu = processes.device.type == "cuda"
+            if on_gpu and not config.model.frozen_backbone_norm:
+                convert_sync_batchnorm(self.model)
+            ids = [processes.device.index] if on_gpu else None
+            self.network = DistributedDataParallel(self.model, device_ids=ids)
+        if config.compile:
+            # A wrapper around the model and not the model itself: pictures are drawn at other sizes, uncompiled.
+            self.network = torch.compile(self.network, dynamic=False)
+
+    def __call__(
+        self, step: int, batch: Batch, finished: Callable[[str], None] = lambda part: None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Take a step.
+
+        Args:
+            step: how many were done before; with the configuration's seed it decides all that is random.
+            batch: this process's images and targets.
+            finished: is told each of `PARTS` when it is done; after the backward, gradients are not yet clipped.
+
+        Returns:
+            The losses by name, of all processes together, their sum first as `loss`; and the gradient's norm.
+
+        Raises:
+            D2ZeroError: the loss or the gradient is not finite.
+        """
+        torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + self.processes.rank)  # dropout
+        set_lr(self.optimizer, lr_factor(step, self.config.steps, self.config.optim))
+        losses = self._losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        self._check_finite(total, losses, batch, step)
+        finished("forward")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        finished("backward")
+        self.scaler.unscale_(self.optimizer)
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        if not self.scaler.is_enabled():  # with float16, the scaler skips such a step and scales down
+            self._check_finite(gradient_norm, {"gradient": gradient_norm}, batch, step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        finished("optimiser")
+        return self._of_all_processes({"loss": total, **losses}), gradient_norm
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        device = self.processes.device
+        images = self._normalised(batch.images)
+        targets = [target.to(device) for target in batch.targets]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in batch.seeds]
+        autocast = nullcontext() if self.precision is None else torch.autocast(device.type, self.precision)
+        with autocast:
+            heads = self.network(images, self.text, all_heads=True)
+        return self.criterion(heads, targets, generators)
+
+    def _normalised(self, images_B3HW: Tensor) -> Tensor:
+        preprocessing, device = self.config.model.preprocessing, self.processes.device
+        mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
+        std = torch.tensor(preprocessing.std, device=device)[:, None, None]
+        images = (images_B3HW.to(device, non_blocking=True).float() - mean) / std
+        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: Batch, step: int) -> None:
+        finite = torch.isfinite(total.detach()).to(torch.float32)
+        if self.processes.count > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if finite:
+            return
+        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+        raise D2ZeroError(
+            f"the loss is not finite at step {step + 1} ({listed(broken, 3) or 'in another process'}), images"
+            f" {listed(batch.file_names, 32)}. Nothing of it was saved: look at these images, or begin a new run with"
+            " a lower optim.lr"
+        )
+
+    def _of_all_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss averaged over the processes: that of the whole batch."""
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self.processes.count > 1:
+            dist.all_reduce(values)
+            values = values / self.processes.count
+        return dict(zip(losses, values.unbind(), strict=True))
+
+
+def form_on(name: str, device: torch.device) -> DeformableForm:
+    """How deformable attention is computed; `auto` takes the fastest form that the device has."""
+    return best_form(device) if name == "auto" else FORMS[name]
+
+
+def precision_on(name: str, device: torch.device) -> torch.dtype | None:
+    """What mixed precision computes in; None for float32 throughout.
+
+    Raises:
+        D2ZeroError: the device has no such precision.
+    """
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    if name == "float16" and device.type == "cpu":
+        raise D2ZeroError("precision float16 needs a GPU; use --set precision=float32 or bfloat16 on a CPU")
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
