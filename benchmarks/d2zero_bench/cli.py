@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def benchmark(
     models: Annotated[
         list[Path],
-        typer.Argument(help="Checkpoints (.safetensors) and exported models (.onnx, .engine), side by side."),
+        typer.Argument(help="Checkpoints (.safetensors) and exported models (.onnx, .engine, .pt2), side by side."),
     ],
     variant: Annotated[
         str | None, typer.Option("--variant", help="Of each checkpoint: model, published; several with commas.")

@@ -18,7 +18,8 @@ from d2zero_runtime.segmenter import ImageLike, expand
 def predict(
     source: Annotated[str, typer.Argument(help="An image, a folder, or a pattern such as 'photos/*.jpg'.")],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="An exported model (.onnx, .engine) or a checkpoint (.safetensors).")
+        Path,
+        typer.Option("--model", "-m", help="An exported model (.onnx, .engine, .pt2) or a checkpoint (.safetensors)."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for pictures and detections.json.")],
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,

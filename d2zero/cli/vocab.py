@@ -8,6 +8,7 @@ import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.onnx_file import replace_vocabulary
+from d2zero_runtime.pt2_file import replace_pt2_vocabulary
 from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, read_exported
 from d2zero_runtime.sidecar import replace_engine_vocabulary
 
@@ -66,7 +67,7 @@ def clip(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx, .engine).")],
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx, .engine, .pt2).")],
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What is in a vocabulary, or in the default one of an exported model."""
@@ -102,12 +103,16 @@ def synonyms(
 
 @app.command("set")
 def set_default(
-    model: Annotated[Path, typer.Argument(help="An exported model (.onnx, .engine); changed in place, atomically.")],
+    model: Annotated[
+        Path, typer.Argument(help="An exported model (.onnx, .engine, .pt2); changed in place, atomically.")
+    ],
     vocabulary: Annotated[Path, typer.Argument(help="The new default vocabulary (.npz).")],
 ) -> None:
     """Replace the default vocabulary inside an exported model, without exporting anew."""
     words = Vocabulary.load(vocabulary)
-    replace = replace_engine_vocabulary if model.suffix == ".engine" else replace_vocabulary
+    replace = {".engine": replace_engine_vocabulary, ".pt2": replace_pt2_vocabulary}.get(
+        model.suffix, replace_vocabulary
+    )
     replace(model, words)
     print(f"{model}: now {len(words)} classes ({len(words.unseen_names)} unseen)")
 

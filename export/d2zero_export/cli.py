@@ -19,18 +19,24 @@ if TYPE_CHECKING:
     from d2zero_export.onnx_export import ExportConfig
     from d2zero_export.verify import RawParity, Verification
 
-SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
+SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "pt2": ".pt2"}
 
 
 def export(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint (.safetensors); for an engine also an exported model (.onnx).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx or .engine).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx, .engine or .pt2).")],
     target: Annotated[
-        str, typer.Option("--format", help="onnx, or tensorrt: an engine for this machine's GPU.")
+        str,
+        typer.Option(
+            "--format",
+            help="onnx; tensorrt: an engine for this machine's GPU; pt2: compiled by torch, for where torch is.",
+        ),
     ] = "onnx",
-    precision: Annotated[str, typer.Option("--precision", help="float32, or float16 for GPUs.")] = "float32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="float32; float16 for GPUs; bfloat16 for --format pt2.")
+    ] = "float32",
     deform_attn: Annotated[
         str | None,
         typer.Option(
@@ -61,8 +67,11 @@ def export(
         typer.Option("--timing-cache", help="Engine: measured kernels, read and written; later builds are faster."),
     ] = None,
     device: Annotated[int, typer.Option("--device", min=0, help="Engine: CUDA's number of the GPU.")] = 0,
+    compile_for: Annotated[
+        str | None, typer.Option("--for", help="pt2: cpu, or cuda (where there is a GPU, the default).")
+    ] = None,
 ) -> None:
-    """Export a checkpoint to ONNX, or build a TensorRT engine; verified before it counts as done."""
+    """Export a checkpoint to ONNX or .pt2, or build a TensorRT engine; verified before it counts as done."""
     if target not in SUFFIXES:
         raise D2ZeroError(f"--format must be one of {', '.join(SUFFIXES)}, got {target!r}")
     if output.suffix != SUFFIXES[target]:
@@ -72,6 +81,10 @@ def export(
         engine = _engine_config(smallest, best, largest, timing_cache, device)
     elif any((smallest, best, largest, timing_cache, device)):
         raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
+    if compile_for and target != "pt2":
+        raise D2ZeroError("--for is for --format pt2")
+    if target == "pt2" and (model.suffix == ".onnx" or deform_attn):
+        raise D2ZeroError("--format pt2 takes a checkpoint (.safetensors), and chooses --deform-attn by its device")
     if model.suffix == ".onnx":
         if engine is None:
             raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
@@ -85,6 +98,9 @@ def export(
 
     form = deform_attn or ("gather" if engine else "gridsample")
     config = ExportConfig(precision, form, _size(size), batch, bake, verify, max_logits)
+    if target == "pt2":
+        _export_pt2(model, output, config, compile_for)
+        return
     file = output.with_suffix(".onnx")
     _export_onnx(model, file, config)
     if engine:
@@ -111,6 +127,21 @@ def _export_onnx(checkpoint: Path, output: Path, config: "ExportConfig") -> None
     parity = export_onnx(model, output, config, file_hash(checkpoint), _stage)
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {config.precision}, {len(model.vocabulary)} classes inside")
+    _show_parity(parity)
+
+
+def _export_pt2(checkpoint: Path, output: Path, config: "ExportConfig", compile_for: str | None) -> None:
+    import torch
+
+    from d2zero.checkpoints.files import file_hash, load_model
+    from d2zero_export.pt2_export import Pt2Config, export_pt2, hardware
+
+    device = compile_for or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = Pt2Config(device, config)
+    model = load_model(checkpoint)
+    parity = export_pt2(model, output, chosen, file_hash(checkpoint), _stage)
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {size:.1f} MB, {config.precision}, for {hardware(device)} with torch {torch.__version__}")
     _show_parity(parity)
 
 

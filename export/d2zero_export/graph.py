@@ -34,13 +34,14 @@ class InferenceGraph(nn.Module):
     Args:
         model: in evaluation mode; its weights are shared, not copied.
         baked: use the model's own class embeddings, as a constant, and take none.
+        fused: attention by torch's one operator for it, for what torch itself compiles; ONNX has none below opset 23.
     """
 
     text_KE: Tensor | None
 
-    def __init__(self, model: D2Zero, baked: bool = False) -> None:
+    def __init__(self, model: D2Zero, baked: bool = False, fused: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._attend = model, _attend_fused if fused else _attend
         with torch.no_grad():
             self.register_buffer("text_KE", self._projected(model.class_embeddings) if baked else None)
 
@@ -124,11 +125,11 @@ class InferenceGraph(nn.Module):
             masks.append(blocked)
             cross, own = layer.cross_attention, layer.self_attention
             asking = _linear(queries + decoder.query_positions, cross, 0)
-            attended = _attend(cross, asking, keys[level][visit], values[level][visit], blocked)
+            attended = self._attend(cross, asking, keys[level][visit], values[level][visit], blocked)
             queries = layer.cross_norm(queries + attended)
             positioned = queries + decoder.query_positions
             projected = (_linear(positioned, own, 0), _linear(positioned, own, 1), _linear(queries, own, 2))
-            queries = layer.self_norm(queries + _attend(own, *projected))
+            queries = layer.self_norm(queries + self._attend(own, *projected))
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
         return decoder.norm(queries), masks
 
@@ -142,11 +143,20 @@ class InferenceGraph(nn.Module):
         text = F.normalize(text, dim=-1)
         if classifier.adaptation is not None:
             for layer in classifier.adaptation.layers:
-                text = _adapted(layer, text, queries_BQE)
+                text = self._adapted(layer, text, queries_BQE)
             assert classifier.adaptation.norm is not None
             text = F.normalize(classifier.adaptation.norm(text), dim=-1)
         logits: Tensor = classifier.logit_scale.float() * (queries_BQE.float() @ text.float().transpose(1, 2))
         return logits
+
+    def _adapted(self, layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:
+        """One transformer decoder layer, post-norm, without dropout."""
+        own, cross = layer.self_attn, layer.multihead_attn
+        text = layer.norm1(text + self._attend(own, *(_linear(text, own, part) for part in range(3))))
+        asked = (_linear(text, cross, 0), _linear(queries, cross, 1), _linear(queries, cross, 2))
+        text = layer.norm2(text + self._attend(cross, *asked))
+        output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
+        return output
 
 
 def _precision(module: nn.Module) -> torch.dtype:
@@ -156,16 +166,6 @@ def _precision(module: nn.Module) -> torch.dtype:
 def _to(module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the precision that a part computes in."""
     return [tensor.to(_precision(module)) for tensor in tensors]
-
-
-def _adapted(layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:
-    """One transformer decoder layer, post-norm, without dropout."""
-    own, cross = layer.self_attn, layer.multihead_attn
-    text = layer.norm1(text + _attend(own, *(_linear(text, own, part) for part in range(3))))
-    asked = (_linear(text, cross, 0), _linear(queries, cross, 1), _linear(queries, cross, 2))
-    text = layer.norm2(text + _attend(cross, *asked))
-    output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
-    return output
 
 
 def _linear(inputs: Tensor, attention: nn.MultiheadAttention, part: int) -> Tensor:
@@ -199,4 +199,15 @@ def _attend(
         scores = scores.masked_fill(blocked[:, None], float("-inf"))
     gathered = (scores.softmax(-1) @ split[2]).transpose(1, 2).flatten(2)
     output: Tensor = attention.out_proj(gathered)
+    return output
+
+
+def _attend_fused(
+    attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
+) -> Tensor:
+    """`_attend` by one operator, which forms no scores in memory."""
+    split = [tensor.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for tensor in (queries, keys, values)]
+    allowed = None if blocked is None else ~blocked[:, None]
+    gathered = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=allowed)
+    output: Tensor = attention.out_proj(gathered.transpose(1, 2).flatten(2))
     return output

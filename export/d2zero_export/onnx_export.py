@@ -47,7 +47,7 @@ class ExportConfig:
     """How a model is exported.
 
     Args:
-        precision: `float32` or `float16`.
+        precision: `float32` or `float16`; of a `.pt2` also `bfloat16`.
         deform_attn: `gridsample` (fast in ONNX Runtime), `gather` (no operator that an engine gets wrong) or
             `plugin` (TensorRT's own operator; nothing else runs it).
         size: (height, width), multiples of 32: the one size that the graph takes; any if left out.
@@ -101,12 +101,14 @@ def export_onnx(
     config = config or ExportConfig()
     if output.suffix != ".onnx":
         raise D2ZeroError(f"the exported model must end in .onnx, got {output.name!r}")
-    contract = _contract(model, config, checkpoint_hash)  # refuses what does not fit before any work
+    if config.precision == "bfloat16":
+        raise D2ZeroError("an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16")
+    contract = contract_for(model, config, checkpoint_hash)  # refuses what does not fit before any work
     stage("precision")
     prepared = lowered(model, config.precision)
     prepared.set_deformable(FORMS[config.deform_attn])
     stage("trace")
-    program = _trace(prepared, config)
+    program = trace(prepared, config)
     stage("rewrite")
     proto = _rewritten(_translate(program))
     stage("contract")
@@ -121,12 +123,22 @@ def export_onnx(
         parity = None
         if config.verify:
             stage("verify")
-            parity = _verified(model, candidate, config)
+            parity = verified(model, candidate, config)
         candidate.replace(output)
     return parity
 
 
-def _trace(model: D2Zero, config: ExportConfig) -> torch.export.ExportedProgram:
+def trace(
+    model: D2Zero, config: ExportConfig, device: str = "cpu", fused: bool = False
+) -> torch.export.ExportedProgram:
+    """The network as a graph; sizes that the configuration does not fix stay open.
+
+    Args:
+        model: prepared: of the precision, form of deformable attention and device that the graph shall have.
+        config: fixed sizes and baked classes.
+        device: of the model.
+        fused: attention as torch's one operator (`InferenceGraph`).
+    """
     generator = torch.Generator().manual_seed(0)
     height, width = config.size or (96, 128)
     inputs = [torch.randn(config.batch or 2, 3, height, width, generator=generator)]
@@ -136,9 +148,10 @@ def _trace(model: D2Zero, config: ExportConfig) -> torch.export.ExportedProgram:
     if not config.bake:
         inputs.append(torch.randn(_TRACED_CLASSES, model.config.text_dim, generator=generator))
         shapes.append({0: Dim("classes", min=1, max=100_000)})
-    graph = InferenceGraph(model, baked=config.bake).eval()
+    graph = InferenceGraph(model, baked=config.bake, fused=fused).eval()
     with torch.no_grad():
-        return torch.export.export(graph, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
+        given = tuple(entry.to(device) for entry in inputs)
+        return torch.export.export(graph, given, dynamic_shapes=tuple(shapes), strict=False)
 
 
 def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
@@ -198,7 +211,8 @@ def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero) -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(embeddings, EMBEDDINGS_INPUT))
 
 
-def _contract(model: D2Zero, config: ExportConfig, checkpoint_hash: str) -> ModelContract:
+def contract_for(model: D2Zero, config: ExportConfig, checkpoint_hash: str) -> ModelContract:
+    """What the exported file shall say of itself."""
     return contract_of(
         model,
         preprocessing=replace(model.config.preprocessing, canvas=config.size),
@@ -227,7 +241,12 @@ def _check(proto: onnx.ModelProto) -> None:
         raise D2ZeroError(f"the exported graph is of opset {opsets['']}, it must be below 20")
 
 
-def _verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity:
+def verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity:
+    """Hold an exported file against the checkpoint's model.
+
+    Raises:
+        D2ZeroError: it is another model.
+    """
     limits = LIMITS[config.precision]
     if config.max_logits is not None:
         limits = replace(limits, logits=config.max_logits)

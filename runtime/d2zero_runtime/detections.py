@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime import rle
 from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.packed import PackedMasks
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +32,7 @@ class Detections:
         class_ids: (N,) int64, indices into the vocabulary's names.
         names: N class names.
         seen: (N,) bool, False for instances of classes that training never saw.
-        masks: N masks as COCO RLE, or as a (N, H, W) bool array, or None, as they were asked for.
+        masks: N masks as COCO RLE, or as a (N, H, W) bool array, or packed, or None, as they were asked for.
         image_size: (height, width) of the image that boxes and masks refer to.
 
     Raises:
@@ -43,7 +44,7 @@ class Detections:
     class_ids: NDArray[np.int64]
     names: tuple[str, ...]
     seen: NDArray[np.bool_]
-    masks: tuple[rle.RLE, ...] | NDArray[np.bool_] | None
+    masks: tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None
     image_size: tuple[int, int]
 
     def __post_init__(self) -> None:
@@ -57,7 +58,9 @@ class Detections:
             value = getattr(self, field)
             if value is not None and len(value) != count:
                 raise D2ZeroError(f"{field} must have {count} entries, one an instance, got {len(value)}")
-        if isinstance(self.masks, np.ndarray):
+        if isinstance(self.masks, PackedMasks):
+            wrong = [] if self.masks.size == tuple(self.image_size) else [list(self.masks.size)]
+        elif isinstance(self.masks, np.ndarray):
             wrong = [] if self.masks.shape[1:] == tuple(self.image_size) else [list(self.masks.shape[1:])]
         else:
             wrong = [mask["size"] for mask in self.masks or () if tuple(mask["size"]) != tuple(self.image_size)]
@@ -76,7 +79,7 @@ class Detections:
             class_ids=self.class_ids[rows],
             names=tuple(self.names[row] for row in rows),
             seen=self.seen[rows],
-            masks=self.masks[rows] if isinstance(self.masks, np.ndarray) else self._rles(rows),
+            masks=self.masks[rows] if isinstance(self.masks, (np.ndarray, PackedMasks)) else self._rles(rows),
             image_size=self.image_size,
         )
 
@@ -109,19 +112,35 @@ class Detections:
 
     def bitmaps(self) -> NDArray[np.bool_]:
         """Masks as a (N, H, W) boolean array."""
+        masks = self._present_masks()
+        if isinstance(masks, np.ndarray):
+            return masks
+        if isinstance(masks, PackedMasks):
+            return masks.bitmaps()
+        return np.stack([rle.decode(mask) for mask in masks]) if masks else np.zeros((0, *self.image_size), bool)
+
+    def bitmap(self, row: int) -> NDArray[np.bool_]:
+        """One mask as a (H, W) boolean array."""
+        masks = self._present_masks()
+        if isinstance(masks, PackedMasks):
+            only: NDArray[np.bool_] = masks[[row]].bitmaps()[0]
+            return only
+        mask = masks[row]
+        decoded: NDArray[np.bool_] = mask if isinstance(mask, np.ndarray) else rle.decode(mask)
+        return decoded
+
+    def _present_masks(self) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks:
         if self.masks is None:
             raise D2ZeroError("these detections carry no masks; ask for them with masks='rle'")
-        if isinstance(self.masks, np.ndarray):
-            return self.masks
-        if not self.masks:
-            return np.zeros((0, *self.image_size), bool)
-        return np.stack([rle.decode(mask) for mask in self.masks])
+        return self.masks
 
     def _rles(self, rows: Iterable[int]) -> tuple[rle.RLE, ...] | None:
         if self.masks is None:
             return None
         if isinstance(self.masks, np.ndarray):
             return tuple(rle.encode(self.masks[row]) for row in rows)
+        if isinstance(self.masks, PackedMasks):
+            return tuple(self.masks.encoded(row) for row in rows)
         return tuple(self.masks[row] for row in rows)
 
     def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -200,7 +219,7 @@ class Detections:
         if isinstance(self.masks, np.ndarray):
             table["area"] = self.masks.sum(axis=(1, 2))
         elif self.masks is not None:
-            table["area"] = [rle.area(mask) for mask in self.masks]
+            table["area"] = [rle.area(mask) for mask in self._rles(range(len(self))) or ()]
         return table
 
     def plot(self, image: NDArray[np.uint8]) -> "Image.Image":

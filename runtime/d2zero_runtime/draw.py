@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from d2zero_runtime import rle
 from d2zero_runtime.detections import Detections
 
 SMALLEST_SIDE = 240  # pictures with shorter sides are drawn enlarged, so that labels can be read
@@ -104,12 +103,11 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
 
 
 def _draw_mask(canvas: Image.Image, detections: Detections, index: int, thickness: int) -> None:
-    assert detections.masks is not None
     x1, y1, x2, y2 = (int(side) for side in detections.boxes[index])
     if x2 <= x1 or y2 <= y1:
         return
     zoom = canvas.width // detections.image_size[1]
-    mask = rle.decode(detections.masks[index])[y1:y2, x1:x2].repeat(zoom, 0).repeat(zoom, 1)
+    mask = detections.bitmap(index)[y1:y2, x1:x2].repeat(zoom, 0).repeat(zoom, 1)
     colour = np.array(class_colour(int(detections.class_ids[index])), np.float32)
     seen = bool(detections.seen[index])
     width = thickness if seen else 2 * thickness

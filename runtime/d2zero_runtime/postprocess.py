@@ -22,15 +22,17 @@ from numpy.typing import NDArray
 
 from d2zero_runtime import rle
 from d2zero_runtime.detections import Detections
+from d2zero_runtime.device_masks import DeviceLogits, Sizes
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
+from d2zero_runtime.packed import PackedMasks
 from d2zero_runtime.upsample import Mask, resize_axis, upsampled_mask
 from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
 THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time
-MASK_KINDS = ("rle", "bitmap", "none")
+MASK_KINDS = ("rle", "bitmap", "packed", "none")
 
 
 class Mode(StrEnum):
@@ -124,7 +126,7 @@ def top_instances(probabilities: NDArray[np.float32], chosen: Selection) -> tupl
 
 def postprocess(
     class_logits: NDArray[np.float32],
-    mask_logits: NDArray[np.float32],
+    mask_logits: NDArray[np.float32] | DeviceLogits,
     vocabulary: Vocabulary,
     *,
     input_size: Size,
@@ -140,7 +142,7 @@ def postprocess(
 
     Args:
         class_logits: (Q, K + 1) float32, the background last.
-        mask_logits: (Q, h, w) float32, covering the padded input.
+        mask_logits: (Q, h, w) float32, covering the padded input; on a device, masks are made there.
         vocabulary: the K classes that the logits belong to.
         input_size: (height, width) of the image as given to the network, before padding.
         output_size: (height, width) of the masks and boxes to return.
@@ -149,7 +151,8 @@ def postprocess(
         temperature: softmax temperature of the class probabilities.
         max_detections: at most this many instances.
         score_threshold: instances below this final score are dropped.
-        masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array) or `none` (boxes and scores alone).
+        masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array), `packed` (`PackedMasks`: eight pixels a
+            byte) or `none` (boxes and scores alone).
 
     Raises:
         D2ZeroError: shapes do not fit the vocabulary, the mode does not, or there is no such kind of masks.
@@ -169,10 +172,7 @@ def postprocess(
         probabilities = _with_synonyms(probabilities, vocabulary.class_of)
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
-    rows = resize_axis(mask_logits.shape[1], padded_size[0], input_size[0], output_size[0])
-    columns = resize_axis(mask_logits.shape[2], padded_size[1], input_size[1], output_size[1])
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda query: upsampled_mask(mask_logits[query], rows, columns, masks != "none"), used))
+    found = _upsampled(mask_logits, used, Sizes(padded_size, input_size, output_size), masks)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
@@ -193,7 +193,7 @@ def postprocess(
 
 def postprocess_all(
     class_logits: NDArray[np.float32],
-    mask_logits: NDArray[np.float32],
+    mask_logits: NDArray[np.float32] | DeviceLogits,
     padded_sizes: Sequence[Size],
     vocabulary: Vocabulary,
     input_sizes: Sequence[Size],
@@ -235,6 +235,20 @@ def postprocess_all(
     ]
 
 
+def _upsampled(
+    mask_logits: NDArray[np.float32] | DeviceLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str
+) -> list[Mask]:
+    """Each query's mask at the output size, made where the logits are."""
+    if isinstance(mask_logits, DeviceLogits):
+        return mask_logits.upsampled(queries.tolist(), sizes, kind, THREADS)
+    rows, columns = (
+        resize_axis(mask_logits.shape[1 + axis], sizes.padded[axis], sizes.used[axis], sizes.output[axis])
+        for axis in (0, 1)
+    )
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda query: upsampled_mask(mask_logits[query], rows, columns, kind != "none"), queries))
+
+
 def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int64]) -> NDArray[np.float32]:
     """Add what synonyms got to their classes; synonyms compete for the same probability."""
     summed = np.zeros_like(probabilities)
@@ -242,13 +256,18 @@ def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int6
     return summed
 
 
-def _masks(found: Sequence[Mask], kind: str, size: Size) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | None:
+def _masks(
+    found: Sequence[Mask], kind: str, size: Size
+) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None:
     if kind == "none":
         return None
     encoded = tuple(mask.rle for mask in found if mask.rle is not None)
     if kind == "rle":
         return encoded
-    bitmaps = np.empty((len(encoded), *size), bool)
-    for bitmap, mask in zip(bitmaps, encoded, strict=True):
-        bitmap[:] = rle.decode(mask)
-    return bitmaps
+    if encoded or not found:
+        bitmaps = np.empty((len(encoded), *size), bool)
+        for bitmap, mask in zip(bitmaps, encoded, strict=True):
+            bitmap[:] = rle.decode(mask)
+        return bitmaps if kind == "bitmap" else PackedMasks.of(bitmaps)
+    packed = PackedMasks(np.stack([mask.bits for mask in found if mask.bits is not None]), size)
+    return packed if kind == "packed" else packed.bitmaps()

@@ -27,17 +27,19 @@ from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.openvino_backend import OpenVinoBackend
 from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
+from d2zero_runtime.pt2_backend import Pt2Backend
+from d2zero_runtime.pt2_file import Pt2Description
 from d2zero_runtime.sidecar import Sidecar
 from d2zero_runtime.tensorrt_backend import TensorrtBackend
 from d2zero_runtime.vocabulary import Vocabulary
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
-EXPORTED_SUFFIXES = (".onnx", ".engine")
+EXPORTED_SUFFIXES = (".onnx", ".engine", ".pt2")
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
-Raw = tuple[NDArray[np.float32], NDArray[np.float32]]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4)
+Raw = tuple[NDArray[np.float32], Any]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), array or DeviceLogits
 OnError = Callable[[ImageLike, D2ZeroError], None]
 
 
@@ -77,13 +79,13 @@ def load(
     """Load an exported model.
 
     Args:
-        path: an `.onnx` file or a TensorRT `.engine`, made by `d2zero export`.
+        path: an `.onnx` file, a TensorRT `.engine` or a `.pt2` for torch, made by `d2zero export`.
         providers: of an `.onnx`: `cpu` (the default), `cuda`, `tensorrt` or ONNX Runtime's own names, in order
             of preference, each alone or with its options: `("cuda", {"device_id": 1})`; or `openvino` or
             `openvino-bf16` alone. One that is not available is an error, never a silent fallback.
-        threads: of an `.onnx`: threads inside an operator; the library's choice if left out.
-        device: of an engine: CUDA's number of the GPU.
-        cuda_graphs: of an engine: replay a captured graph from a shape's second run on.
+        threads: of an `.onnx` or a `.pt2`: threads inside an operator; the library's choice if left out.
+        device: of an engine or a `.pt2` for GPUs: CUDA's number of the GPU.
+        cuda_graphs: of the same: replay a captured graph from a shape's second run on.
 
     Raises:
         D2ZeroError: the file cannot be used, or a provider is not available.
@@ -93,6 +95,12 @@ def load(
         if providers is not None:
             raise D2ZeroError("an engine is run by TensorRT itself; leave out the providers")
         return _load_engine(path, device, cuda_graphs)
+    if path.suffix == ".pt2":
+        if providers is not None:
+            raise D2ZeroError("a .pt2 runs where it was compiled for; leave out the providers")
+        description = Pt2Description.read(path)
+        backend = Pt2Backend(path, description, device, cuda_graphs, threads)
+        return Segmenter(backend, description.contract, description.vocabulary)
     if path.suffix != ".onnx":
         raise D2ZeroError(
             f"expected an exported model ({' or '.join(EXPORTED_SUFFIXES)}), got {path.name!r}; make one with"
@@ -110,6 +118,9 @@ def read_exported(path: Path) -> tuple[ModelContract, Vocabulary]:
     if path.suffix == ".engine":
         sidecar = Sidecar.read(path)
         return sidecar.contract, sidecar.vocabulary
+    if path.suffix == ".pt2":
+        description = Pt2Description.read(path)
+        return description.contract, description.vocabulary
     return read_contract(path)
 
 
@@ -201,7 +212,7 @@ class Segmenter:
             batch_size: at most so many neighbours of one padded size run together; pays on a GPU.
             score_threshold: instances below it are dropped.
             max_detections: at most so many an image.
-            masks: `rle`, `bitmap` or `none`.
+            masks: `rle`, `bitmap`, `packed` or `none`.
 
         Returns:
             `Detections` for one image, a list of them otherwise, in the order of the sources.

@@ -30,11 +30,13 @@ class Mask:
         rle: run lengths; None if they were not asked for.
         box: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; zeros for an empty mask.
         quality: mean sigmoid inside the mask.
+        bits: the mask packed (see `packed`), where it was made so.
     """
 
     rle: rle.RLE | None
     box: tuple[float, float, float, float]
     quality: float
+    bits: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, eq=False)

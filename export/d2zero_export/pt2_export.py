@@ -1,0 +1,121 @@
+"""Checkpoint → `.pt2`, a network compiled by torch's AOTInductor: for machines that have torch, CPUs and GPUs.
+
+The stages are those of ONNX, with another end: precision, trace, compile, package, verify. The same traced graph is
+compiled for one kind of device, the machine's own. On a GPU, deformable attention is our Triton kernel and attention
+is torch's fused one.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from d2zero.model import D2Zero
+from d2zero.model.deformable_triton import best_form
+from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verified
+from d2zero_export.precision import lowered
+from d2zero_export.verify import RawParity
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.pt2_file import Pt2Description
+
+DEVICES = ("cpu", "cuda")
+TRITON_OPERATOR = "d2zero::deformable_attention"  # named in pyproject.toml's entry points
+
+
+@dataclass(frozen=True)
+class Pt2Config:
+    """How a `.pt2` is compiled.
+
+    Args:
+        device: `cpu` or `cuda`, of this machine.
+        export: precision, fixed sizes, baked classes, verification; `deform_attn` is chosen by the device.
+    """
+
+    device: str = "cpu"
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise D2ZeroError(f"a .pt2 is compiled for one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise D2ZeroError("torch sees no CUDA device here; a .pt2 is compiled on the machine that it is for")
+        if self.device == "cpu" and self.export.precision == "float16":
+            raise D2ZeroError("on a CPU a .pt2 is float32 or bfloat16; float16 is for GPUs")
+
+
+def export_pt2(
+    model: D2Zero,
+    output: Path,
+    config: Pt2Config | None = None,
+    checkpoint_hash: str = "",
+    stage: Callable[[str], None] = lambda name: None,
+) -> RawParity | None:
+    """Compile a model; batch, height, width and number of classes stay open unless the configuration fixes them.
+
+    Args:
+        model: in evaluation mode, on the CPU; not changed.
+        output: ends in `.pt2`. Written only if every stage passed.
+        config: how.
+        checkpoint_hash: recorded in the contract.
+        stage: told each stage's name as it begins.
+
+    Returns:
+        What verification measured, or None if it was left out.
+
+    Raises:
+        D2ZeroError: torch cannot compile it here, or what it compiled differs from the checkpoint.
+    """
+    config = config or Pt2Config()
+    if output.suffix != ".pt2":
+        raise D2ZeroError(f"the compiled model must end in .pt2, got {output.name!r}")
+    form = best_form(config.device)
+    name = "triton" if form.__name__ == "triton_form" else "gridsample"
+    contract = replace(contract_for(model, config.export, checkpoint_hash), deform_attn=name)
+    stage("precision")
+    prepared = lowered(model, config.export.precision).to(config.device)
+    prepared.set_deformable(form)
+    if config.device == "cuda":
+        prepared.backbone.to(memory_format=torch.channels_last)
+    stage("trace")
+    program = trace(prepared, config.export, config.device, fused=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        candidate = Path(folder) / output.name
+        stage("compile")
+        _compile(program, candidate)
+        stage("package")
+        description = Pt2Description(
+            contract=contract,
+            embeddings=model.vocabulary.embeddings,
+            device=config.device,
+            hardware=hardware(config.device),
+            torch=torch.__version__,
+            operators=(TRITON_OPERATOR,) if name == "triton" else (),
+        )
+        description.add_to(candidate)
+        parity = None
+        if config.export.verify:
+            stage("verify")
+            parity = verified(model, candidate, config.export)
+        candidate.replace(output)
+    return parity
+
+
+def hardware(device: str) -> str:
+    """What code for a device is compiled for: the GPU's name, or the CPU's instruction set."""
+    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package  # where torch's documentation has it
+
+    if find_spec("triton") is None and torch.cuda.is_available():
+        raise D2ZeroError("compiling for a GPU needs Triton, which comes with a torch for CUDA")
+    try:
+        aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # the compiler's own, of many kinds
+        line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        raise D2ZeroError(f"torch cannot compile the model here: {line} (is a C++ compiler installed?)") from error

@@ -1,0 +1,143 @@
+"""What a `.pt2` says about itself: JSON inside the archive, beside the compiled network.
+
+A `.pt2` is an uncompressed zip that torch writes (AOTInductor). Our description is one more entry, `extra/d2zero.json`:
+the model's contract, the default vocabulary's embeddings, and what the code was compiled with and for. It is read
+without torch.
+"""
+
+import base64
+import binascii
+import json
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.vocabulary import Vocabulary
+
+DESCRIPTION_VERSION = 1
+ENTRY = "extra/d2zero.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Pt2Description:
+    """All that running a `.pt2` needs to know beside the compiled network.
+
+    Args:
+        contract: of the model.
+        embeddings: (K, D) float32, of the default vocabulary.
+        device: `cpu` or `cuda`: what the code was compiled for.
+        hardware: name of the GPU or instruction set that it was compiled for.
+        torch: version that compiled it, which is the one that runs it.
+        operators: names of operators outside torch that it calls.
+        version: of the description.
+    """
+
+    contract: ModelContract
+    embeddings: NDArray[np.float32]
+    device: str
+    hardware: str
+    torch: str
+    operators: tuple[str, ...] = ()
+    version: int = DESCRIPTION_VERSION
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The default vocabulary."""
+        return self.contract.vocabulary(self.embeddings)
+
+    def to_json(self) -> str:
+        """For the archive."""
+        content = base64.b64encode(np.ascontiguousarray(self.embeddings, "<f4").tobytes()).decode()
+        return json.dumps(
+            {
+                "version": self.version,
+                "device": self.device,
+                "hardware": self.hardware,
+                "torch": self.torch,
+                "operators": list(self.operators),
+                "contract": json.loads(self.contract.to_json()),
+                "embeddings": {"shape": list(self.embeddings.shape), "float32": content},
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "Pt2Description":
+        """Read and check a description.
+
+        Raises:
+            D2ZeroError: it is damaged or of a newer version.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if values["version"] > DESCRIPTION_VERSION:
+                raise D2ZeroError(
+                    f"{where} is described in version {values['version']}, this d2zero reads up to"
+                    f" {DESCRIPTION_VERSION}; upgrade d2zero"
+                )
+            rows, width = (int(side) for side in values["embeddings"]["shape"])
+            content = base64.b64decode(values["embeddings"]["float32"], validate=True)
+            return cls(
+                contract=ModelContract.from_json(json.dumps(values["contract"]), where),
+                embeddings=np.frombuffer(content, "<f4").reshape(rows, width),
+                operators=tuple(values["operators"]),
+                device=str(values["device"]),
+                hardware=str(values["hardware"]),
+                torch=str(values["torch"]),
+            )
+        except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            raise D2ZeroError(f"{where} is damaged ({error!r}); export it again") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Pt2Description":
+        """The description inside a `.pt2`.
+
+        Raises:
+            D2ZeroError: the file is absent or damaged, or `d2zero export` did not make it.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(f"/{ENTRY}")]
+                if not names:
+                    raise D2ZeroError(f"{path} was not made by `d2zero export --format pt2`: it lacks {ENTRY}")
+                return cls.from_json(archive.read(names[0]), str(path))
+        except FileNotFoundError as error:
+            raise D2ZeroError(f"model {path} does not exist") from error
+        except (zipfile.BadZipFile, OSError) as error:
+            raise D2ZeroError(f"{path} is damaged or no .pt2 ({error}); copy it again or export it anew") from error
+
+    def add_to(self, path: Path) -> None:
+        """Add the description to an archive that has none."""
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+            archive.writestr(f"{_root(archive)}/{ENTRY}", self.to_json())
+
+
+def replace_pt2_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Replace the default vocabulary of a `.pt2`; what torch wrote is copied as it is. Atomic.
+
+    Raises:
+        D2ZeroError: the vocabulary's width or encoder does not fit, or its classes are constants.
+    """
+    description = Pt2Description.read(path)
+    contract = description.contract
+    contract.require_fit(vocabulary, description.vocabulary)
+    changed = replace(description, contract=contract.with_vocabulary(vocabulary), embeddings=vocabulary.embeddings)
+    partial = path.with_name(f".{path.name}.partial")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as new:
+        for entry in old.infolist():
+            if not entry.filename.endswith(f"/{ENTRY}"):
+                with old.open(entry) as source, new.open(entry.filename, "w", force_zip64=True) as target:
+                    while block := source.read(1 << 24):
+                        target.write(block)
+        new.writestr(f"{_root(old)}/{ENTRY}", changed.to_json())
+    partial.replace(path)
+
+
+def _root(archive: zipfile.ZipFile) -> str:
+    """The folder that all entries are in."""
+    return archive.namelist()[0].split("/", 1)[0]

@@ -1,0 +1,223 @@
+"""`.pt2`: compiled by torch, described like every exported model, run by the runtime."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import CLASSES, WIDTH, contract, embeddings
+from torch import Tensor, nn
+
+from d2zero.model import ModelConfig, build
+from d2zero_export.graph import InferenceGraph
+from d2zero_export.onnx_export import ExportConfig
+from d2zero_export.pt2_export import Pt2Config, export_pt2, hardware
+from d2zero_runtime import D2ZeroError, Vocabulary, load
+from d2zero_runtime.pt2_backend import MAX_SHAPES, GraphedNetwork
+from d2zero_runtime.pt2_file import ENTRY, Pt2Description, replace_pt2_vocabulary
+from d2zero_runtime.segmenter import read_exported
+
+
+class Nothing(nn.Module):
+    """Inputs and outputs of a model, and next to nothing inside."""
+
+    def forward(self, images: Tensor, class_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        return class_embeddings.relu()[None], images.relu()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pt2") / "tiny.pt2"
+    shapes = ({0: torch.export.Dim("batch", min=1, max=8)}, {0: torch.export.Dim("classes", min=1, max=99)})
+    program = torch.export.export(
+        Nothing(), (torch.zeros(2, 3, 32, 32), torch.zeros(7, WIDTH)), dynamic_shapes=shapes, strict=False
+    )
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    described(path).add_to(path)
+    return path
+
+
+def described(path: Path, **changes: object) -> Pt2Description:
+    values = {"contract": contract(), "embeddings": embeddings(), "device": "cpu", "hardware": hardware("cpu")}
+    return Pt2Description(**{**values, "torch": torch.__version__, **changes})
+
+
+def rewritten(path: Path, to: Path, text: str | None) -> Path:
+    """A copy with another description, or none."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            if not name.endswith(ENTRY):
+                new.writestr(name, old.read(name))
+        if text is not None:
+            new.writestr(f"tiny/{ENTRY}", text)
+    return to
+
+
+def test_it_is_loaded_and_run_like_every_exported_model(compiled: Path) -> None:
+    segmenter = load(compiled, threads=1)
+    images = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    for words in (None, np.ones((4, WIDTH), np.float32)):
+        class_logits, mask_logits = segmenter.backend.run(images, words)
+        np.testing.assert_array_equal(class_logits[0], np.maximum(embeddings() if words is None else words, 0))
+        np.testing.assert_array_equal(mask_logits, np.maximum(images, 0))
+    assert "AOTInductor (CPU)" in segmenter.backend.name
+
+
+def test_its_contract_is_read_without_torch(compiled: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from d2zero_runtime.segmenter import read_exported;"
+        f"print(len(read_exported(Path({str(compiled)!r}))[1])); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(CLASSES)
+
+
+def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(compiled, tmp_path / "other.pt2")
+    words = Vocabulary(("x", "y"), np.full((2, WIDTH), 3, np.float32), source={"encoder": "word2vec"})
+    replace_pt2_vocabulary(copy, words)
+    assert read_exported(copy)[1].names == ("x", "y")
+    class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), None)
+    np.testing.assert_array_equal(class_logits[0], words.embeddings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"torch": "2.9.1"}, r"compiled by torch 2\.9\.1 and runs with 2\.9\.\* alone"),
+        ({"device": "cuda", "hardware": "NVIDIA H200"}, r"NVIDIA H200|this is"),
+        ({"operators": ("d2zero::unheard_of",)}, "calls the operator d2zero::unheard_of, which nothing here brings"),
+        ({"version": 9}, "described in version 9, this d2zero reads up to 1"),
+    ],
+)
+def test_what_does_not_fit_this_machine_is_said(
+    compiled: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = rewritten(compiled, tmp_path / "m.pt2", replace(described(compiled), **changes).to_json())
+    with pytest.raises(D2ZeroError, match=message):
+        load(path)
+
+
+def test_damaged_and_foreign_files_are_named(compiled: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.pt2").write_bytes(compiled.read_bytes()[:5000])
+    cases = {
+        "absent.pt2": "does not exist",
+        "cut.pt2": "is damaged or no .pt2",
+        rewritten(compiled, tmp_path / "foreign.pt2", None).name: "was not made by `d2zero export --format pt2`",
+        rewritten(compiled, tmp_path / "odd.pt2", "{}").name: "is damaged",
+    }
+    for name, message in cases.items():
+        with pytest.raises(D2ZeroError, match=message):
+            load(tmp_path / name)
+    with pytest.raises(D2ZeroError, match="leave out the providers"):
+        load(compiled, providers=("cpu",))
+
+
+def test_what_cannot_be_compiled_here_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(D2ZeroError, match="one of cpu, cuda, got 'tpu'"):
+        Pt2Config("tpu")
+    with pytest.raises(D2ZeroError, match="float16 is for GPUs"):
+        Pt2Config("cpu", ExportConfig(precision="float16"))
+    if not torch.cuda.is_available():
+        with pytest.raises(D2ZeroError, match="torch sees no CUDA device"):
+            Pt2Config("cuda")
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    words = Vocabulary(tuple("abc"), np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32))
+    config = ModelConfig(
+        backbone="test_resnet",
+        frozen_backbone_norm=True,
+        hidden_dim=32,
+        num_heads=2,
+        encoder_layers=1,
+        encoder_points=2,
+        encoder_ffn_dim=32,
+        num_queries=5,
+        decoder_layers=1,
+        decoder_ffn_dim=32,
+        text_dim=WIDTH,
+        semantic_dim=32,
+        adaptation_heads=2,
+        adaptation_ffn_dim=32,
+    )
+    return build(config, words).eval()
+
+
+def test_fused_attention_is_the_same_attention() -> None:
+    model, images = tiny(), torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        for ours, theirs in zip(InferenceGraph(model)(images), InferenceGraph(model, fused=True)(images), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    stages: list[str] = []
+    parity = export_pt2(tiny(), path, stage=stages.append)
+    assert stages == ["precision", "trace", "compile", "package", "verify"]
+    assert parity is not None and all(entry.class_logits < 1e-3 for entry in parity.differences)
+    assert read_exported(path)[0].deform_attn == "gridsample"
+    found = load(path)(np.zeros((50, 70, 3), np.uint8))
+    assert found.image_size == (50, 70)
+
+
+class FakeCuda:
+    """CUDA graphs without CUDA: a captured graph runs the network again on its own inputs."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.cuda, self.captured = fails, self, 0
+
+    def synchronize(self) -> None: ...
+
+    def CUDAGraph(self) -> "FakeCuda":
+        return self
+
+    def graph(self, graph: object) -> "FakeCuda":
+        return self
+
+    def __enter__(self) -> None:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured += 1
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+def test_a_shape_is_captured_at_its_second_run_and_old_ones_are_forgotten() -> None:
+    fake, runs = FakeCuda(), []
+    network = GraphedNetwork(lambda entry: runs.append(entry.shape) or (entry + 1,), fake)
+    for _ in range(3):
+        network(torch.zeros(2))
+    assert fake.captured == 1 and len(runs) == 2  # once plainly, once to capture; replays run nothing
+    for size in range(3, 3 + MAX_SHAPES):
+        network(torch.zeros(size))
+    network(torch.zeros(2))
+    assert len(runs) == 2 + MAX_SHAPES + 1  # forgotten, and run plainly again
+
+
+def test_results_of_a_graph_are_not_overwritten_by_its_next_run() -> None:
+    network = GraphedNetwork(lambda entry: (entry,), FakeCuda())
+    network(torch.zeros(2))
+    network(torch.ones(2))
+    first = network(torch.full((2,), 5.0))[0]
+    network(torch.full((2,), 7.0))
+    assert first.tolist() == [5.0, 5.0]
+
+
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once() -> None:
+    network = GraphedNetwork(lambda entry: (entry + 1,), FakeCuda(fails=True))
+    network(torch.zeros(2))
+    with pytest.warns(UserWarning, match="no CUDA graph could be captured"):
+        network(torch.zeros(2))
+    assert network(torch.zeros(2))[0].tolist() == [1.0, 1.0]
