@@ -101,9 +101,7 @@ def _frequencies(classes: int) -> NDArray[np.float64]:
     return normal
 
 
-def _annotations(
-    rng: np.random.Generator, image: dict[str, Any], blobs: Blobs, classes: NDArray[np.int64]
-) -> Entries:
+def _annotations(rng: np.random.Generator, image: dict[str, Any], blobs: Blobs, classes: NDArray[np.int64]) -> Entries:
     height, width = image["height"], image["width"]
     polygons = blobs.polygons(height, width)
     masks = coco_mask.frPyObjects(polygons, height, width)

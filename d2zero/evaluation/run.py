@@ -1,7 +1,7 @@
 """Evaluating a model over an annotation file's images: resumable, in flat memory.
 
 Detections are appended to one file a mode, a line an image, as they are made. A run that was stopped goes
-on after the last whole line. The figures are then summed up from the files, a few images at a time.
+on after the last whole line. The figures are then summed up from the files, image by image.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile, read_listed_image
-from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
+from d2zero.evaluation.metrics import ZeroShotScores
 from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Size
@@ -165,20 +165,15 @@ class EvaluationRun:
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
         left = set(self.image_ids)
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
-        ids: list[int] = []
-        detections: list[dict[str, Any]] = []
         unreadable: dict[int, str] = {}
         for line in self._lines(mode):
             if "unreadable" in line:  # a later run may have read it
                 unreadable[line["image_id"]] = line["unreadable"]
             elif line["image_id"] in left:
                 left.discard(line["image_id"])
-                ids.append(line["image_id"])
-                detections += line["detections"]
-            if len(ids) == CHUNK:
-                scores.add(ids, detections)
-                ids, detections = [], []
-        scores.add([*ids, *sorted(left)], detections)
+                scores.add(line["image_id"], line["detections"])
+        for number in sorted(left):
+            scores.add(number, [])
         return {**scores.summary(mode), "unreadable": [unreadable[number] for number in sorted(left)]}
 
     def _done(self, mode: Mode) -> set[int]:
