@@ -67,7 +67,7 @@ class Blobs:
         turns = np.stack([np.cos(WAVES[:, None] * angle), np.sin(WAVES[:, None] * angle)], axis=1)  # (4, 2, corners)
         length = self.radius[:, None] * np.clip(1 + np.einsum("nwk,wkc->nc", self.waves, turns), 0.2, 2)
         corners = self.centre[:, None] + length[..., None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        found: list[list[float]] = np.clip(corners, 0, (width, height)).reshape(len(length), -1).round(2).tolist()
+        found: list[list[float]] = np.clip(corners, 0, (width, height)).reshape(-1, 2 * CORNERS).round(2).tolist()
         return found
 
 
@@ -149,7 +149,7 @@ def _results(
     good = np.clip(0.9 * np.exp(-2 * by) * np.where(right, 1, 0.4) + rng.normal(0, 0.08, len(by)), 0.001, 0.999)
     score = np.concatenate([good, rng.beta(1, 6, len(others.radius))]).round(5)
     polygons = copies.polygons(height, width) + others.polygons(height, width)
-    masks = coco_mask.frPyObjects(polygons, height, width) if polygons else []
+    masks = coco_mask.frPyObjects(polygons, height, width)
     return [
         {
             "image_id": image["id"],

@@ -225,10 +225,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(self.to_dict(), path)
 
     @classmethod
     def read(cls, path: Path) -> "Report":
@@ -243,6 +240,14 @@ class Report:
             raise D2ZeroError(f"{path} is no JSON: {error}") from error
         except D2ZeroError as error:
             raise D2ZeroError(f"{path}: {error}") from error
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write it for people to read too, atomically; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def read_json(path: Path) -> Any:
         D2ZeroError: the file is absent or no JSON.
     """
     with open_seekable(path) as stream:
-        text = JsonStream(stream, path)
-        content = text.value()
-        text.end()
-    return content
+        try:
+            return json.loads(stream.read())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise D2ZeroError(f"{path} is not JSON or is cut short: {error}") from error
 
 
 class JsonStream:
@@ -99,7 +99,7 @@ class JsonStream:
                 if not self._more():
                     raise self._error(error.msg, self._start + error.pos) from error
                 continue
-            if end == len(self._text) and self._more():  # a number may go on
+            if end + 2 >= len(self._text) and self._more():  # a number may go on, as 1e-
                 continue
             if not self._text.isascii():
                 value = self._in_utf8(end)
@@ -170,9 +170,9 @@ class JsonStream:
 
 
 class EntriesOnDisk(Mapping[int, Entries]):
-    """Entries of a JSON list by a key, parsed again each time they are asked for.
+    """Entries of a JSON file by a key, parsed again each time they are asked for.
 
-    In memory are two numbers for each stretch of entries of one key, in whatever order they are.
+    In memory are two numbers for each stretch of entries of one key, which commas part; in whatever order they are.
 
     Args:
         stream: of the file, open for as long as this is used.
@@ -184,7 +184,7 @@ class EntriesOnDisk(Mapping[int, Entries]):
         self._last: int | None = None
 
     def note(self, key: int, start: int, end: int) -> None:
-        """The list's next entry: its key and its place."""
+        """The file's next entry: its key and its place."""
         if key == self._last:
             self._places[key][-1] = end
             return
@@ -197,6 +197,9 @@ class EntriesOnDisk(Mapping[int, Entries]):
             self._stream.seek(start)
             found += json.loads(b"[" + self._stream.read(end - start) + b"]")
         return found
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._places)

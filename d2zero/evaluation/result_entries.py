@@ -79,7 +79,7 @@ class Check:
         numbers = (entry["score"], *box) if isinstance(box, list) and len(box) == 4 else (None,)
         if not all(map(_finite, numbers)):
             return f"needs a finite score and bbox [x, y, width, height], got {entry['score']!r}, {box!r}"
-        if not isinstance(mask, dict) or mask.get("size") != size or not isinstance(mask.get("counts"), (str, bytes)):
+        if not isinstance(mask, dict) or mask.get("size") != size or not _is_text(mask.get("counts")):
             found = mask.get("size") if isinstance(mask, dict) else type(mask).__name__
             return f"needs a compressed RLE mask of its image's size {size}, got {found}"
         return ""
@@ -87,3 +87,7 @@ class Check:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(counts: Any) -> bool:
+    return isinstance(counts, (str, bytes)) and counts.isascii()
