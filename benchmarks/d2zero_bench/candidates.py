@@ -22,6 +22,9 @@ from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, Raw, RawOutput
 
 
+TORCH_FREE = (".onnx", ".engine")
+
+
 @dataclass(frozen=True)
 class Spec:
     """How to open a candidate, in whatever process.
@@ -77,7 +80,7 @@ def open_candidate(spec: Spec) -> Candidate:
         D2ZeroError: a file cannot be used.
     """
     if spec.threads:
-        limit_threads(spec.threads, with_torch=spec.path is None or spec.path.suffix not in EXPORTED_SUFFIXES)
+        limit_threads(spec.threads, with_torch=spec.path is None or spec.path.suffix not in TORCH_FREE)
     gpu = GpuMemory()  # before anything is loaded
     return Peer(spec, gpu) if spec.peer else Model(spec, gpu)
 
@@ -151,7 +154,8 @@ class Model:
         preprocessing = case.preprocessing(self._segmenter.preprocessing)
         resized = [preprocessing.resize(read_image(path)) for path in paths]
         batch = preprocessing.batch(resized, preprocessing.padded_size(resized[0].shape[:2]))
-        return self._segmenter.backend.run(batch, self._embeddings(case))
+        class_logits, mask_logits = self._segmenter.backend.run(batch, self._embeddings(case))
+        return class_logits, np.asarray(mask_logits)  # it travels to another process
 
     def memory(self) -> tuple[float | None, float | None]:
         """See `Candidate`."""

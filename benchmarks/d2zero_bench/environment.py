@@ -13,11 +13,11 @@ from typing import Any
 
 PACKAGES = (
     "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "tensorrt",
-    "pillow",
+    "pillow", "pycocotools",
 )  # fmt: skip
 
 
-def environment(command: Sequence[str], threads: int | None) -> dict[str, Any]:
+def environment(command: Sequence[str], threads: int | None, program: str = "d2zero benchmark") -> dict[str, Any]:
     """Processor, memory, GPU, versions, threads, command line, date, commit."""
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -29,7 +29,7 @@ def environment(command: Sequence[str], threads: int | None) -> dict[str, Any]:
         "threads": threads or os.environ.get("OMP_NUM_THREADS") or "each library's own choice",
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(Path(__file__)),
-        "command": " ".join(["d2zero", "benchmark", *(without_folders(word) for word in command)]),
+        "command": " ".join([program, *(without_folders(word) for word in command)]),
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -108,21 +108,20 @@ def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
 def _of_detections(
     detections: Path, annotations: Path | None, split: str | None, modes: list[Mode]
 ) -> dict[Mode, dict[str, Any]]:
-    from d2zero.data.coco import read_coco, read_json
+    from d2zero.data.coco import open_coco
     from d2zero.data.splits import find_split
-    from d2zero.evaluation.metrics import score_detections
+    from d2zero.evaluation.metrics import score
+    from d2zero.evaluation.result_entries import open_results
 
     if annotations is None or split is None:
         raise D2ZeroError("--detections needs --annotations FILE and --split NAME")
     if len(modes) > 1:
         raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
     chosen = find_split(split)
-    truth = read_coco(annotations)
-    chosen.is_seen(truth.categories)  # refuses a file of another split
-    entries = read_json(detections)
-    if not isinstance(entries, list):
-        raise D2ZeroError(f"{detections} must be a list of COCO results, got a {type(entries).__name__}")
-    return {modes[0]: score_detections(truth, entries, chosen.seen, modes[0])}
+    with open_coco(annotations) as truth:
+        chosen.is_seen(truth.categories)  # refuses a file of another split
+        with open_results(detections, truth) as found:
+            return {modes[0]: score(truth, found, chosen.seen, modes[0])}
 
 
 def _model(

@@ -119,7 +119,7 @@ def set_default(
 
 def _pairs(texts: list[str]) -> dict[str, str]:
     if len(texts) == 1 and texts[0].endswith(".json"):
-        from d2zero.data.coco import read_json
+        from d2zero.data.json_stream import read_json
 
         content = read_json(Path(texts[0]))
         if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):

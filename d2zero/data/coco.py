@@ -1,17 +1,21 @@
 """COCO annotation files: reading them, finding them in a data folder, decoding their masks."""
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import listed
+
+PARTS = ("images", "annotations", "categories")
+Keep = Callable[[dict[str, Any], int, int], None]  # of an annotation, its place in the file, the place after it
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,7 @@ class CocoFile:
 
     path: Path
     images: dict[int, dict[str, Any]]
-    annotations: dict[int, list[dict[str, Any]]]
+    annotations: Mapping[int, list[dict[str, Any]]]
     categories: dict[str, int]
 
     @property
@@ -36,61 +40,114 @@ class CocoFile:
         return {number: name for name, number in self.categories.items()}
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON, with an error that a person can act on.
-
-    Raises:
-        D2ZeroError: the file is absent or no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise D2ZeroError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise D2ZeroError(f"{path} is a folder, expected a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise D2ZeroError(f"{path} is not JSON or is cut short: {error}") from error
-
-
 def read_coco(path: Path) -> CocoFile:
     """Read and check a COCO instance annotation file.
 
     Raises:
         D2ZeroError: it is absent, no JSON, lacks a part, has no images, or annotations lack masks.
     """
-    content = read_json(path)
-    parts = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
-        raise D2ZeroError(f"{path} is not a COCO annotation file: it needs the lists {', '.join(parts)}")
-    if not content["images"]:
+    annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
+
+    def keep(entry: dict[str, Any], _start: int, _end: int) -> None:
+        entry.setdefault("iscrowd", 0)
+        annotations[entry["image_id"]].append(entry)
+
+    with open_seekable(path) as stream:
+        images, categories = _read(path, stream, keep)
+    return CocoFile(path, images, dict(annotations), categories)
+
+
+@contextmanager
+def open_coco(path: Path) -> Iterator[CocoFile]:
+    """As `read_coco`, but annotations stay on disk until an image's are asked for, and are as the file has them.
+
+    Raises:
+        D2ZeroError: as `read_coco`.
+    """
+    with open_seekable(path) as stream:
+        annotations = EntriesOnDisk(stream)
+        images, categories = _read(path, stream, lambda entry, *place: annotations.note(entry["image_id"], *place))
+        yield CocoFile(path, images, annotations, categories)
+
+
+def _read(path: Path, stream: IO[bytes], keep: Keep) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+    """Images by id and category ids by name; annotations are checked and given away, each with its place."""
+    survey = _Survey(path)
+
+    def take(entry: Any, start: int, end: int) -> None:
+        survey.add(entry)
+        keep(entry, start, end)
+
+    lists = _lists(JsonStream(stream, path), take)
+    if lists.keys() != set(PARTS):
+        raise D2ZeroError(f"{path} is not a COCO annotation file: it needs the lists {', '.join(PARTS)}")
+    images = _checked_images(path, lists["images"])
+    _require(path, "categories", lists["categories"], ("id", "name"))
+    categories = {entry["name"]: entry["id"] for entry in lists["categories"]}
+    survey.check(images.keys(), categories.values())
+    return images, categories
+
+
+def _lists(text: JsonStream, take: Keep) -> dict[str, list[Any]]:
+    """The parts that are lists; that of annotations empty, since they are given away one by one."""
+    lists: dict[str, list[Any]] = {}
+    if text.next() != "{":
+        text.value()  # which tells whether it is JSON at all
+    else:
+        for part in text.members():
+            if part == "annotations" and text.next() == "[":
+                lists[part] = []
+                for element in text.elements():
+                    take(*element)
+            else:
+                value = text.value()
+                if part in PARTS and isinstance(value, list):
+                    lists[part] = value
+    text.end()
+    return lists
+
+
+def _checked_images(path: Path, entries: list[Any]) -> dict[int, dict[str, Any]]:
+    if not entries:
         raise D2ZeroError(f"{path} lists no images")
-    _require(path, "images", content["images"], ("id", "file_name", "height", "width"))
-    _require(path, "categories", content["categories"], ("id", "name"))
-    _require(path, "annotations", content["annotations"], ("id", "image_id", "category_id"))
-    without = [entry["id"] for entry in content["annotations"] if not entry.get("segmentation")]
-    if without:
-        raise D2ZeroError(
-            f"{path}: {len(without)} of {len(content['annotations'])} annotations have no mask ('segmentation'),"
-            f" ids {listed(without)}; instance segmentation needs masks, not boxes alone"
-        )
-    for entry in content["images"]:
+    _require(path, "images", entries, ("id", "file_name", "height", "width"))
+    for entry in entries:
         sides = (entry["height"], entry["width"])
         if not all(isinstance(side, int) and side > 0 for side in sides):
             raise D2ZeroError(f"{path}: image {entry['id']} has a size of {sides}, expected positive whole numbers")
-    known = {entry["id"] for entry in content["categories"]}
-    foreign = {entry["category_id"] for entry in content["annotations"]} - known
-    if foreign:
-        raise D2ZeroError(f"{path}: annotations of categories that it does not list: ids {listed(sorted(foreign))}")
-    images = {entry["id"]: entry for entry in content["images"]}
-    strays = {entry["image_id"] for entry in content["annotations"]} - images.keys()
-    if strays:
-        raise D2ZeroError(f"{path}: annotations refer to images that it does not list: {listed(sorted(strays))}")
-    annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for entry in content["annotations"]:
-        entry.setdefault("iscrowd", 0)
-        annotations[entry["image_id"]].append(entry)
-    categories = {entry["name"]: entry["id"] for entry in content["categories"]}
-    return CocoFile(path, images, dict(annotations), categories)
+    return {entry["id"]: entry for entry in entries}
+
+
+@dataclass
+class _Survey:
+    """What is wrong with annotations, told when all have been seen."""
+
+    path: Path
+    count: int = 0
+    without: list[Any] = field(default_factory=list)  # ids of annotations that have no mask
+    images: set[int] = field(default_factory=set)
+    categories: set[int] = field(default_factory=set)
+
+    def add(self, entry: Any) -> None:
+        _require(self.path, "annotations", [entry], ("id", "image_id", "category_id"))
+        self.count += 1
+        if not entry.get("segmentation"):
+            self.without.append(entry["id"])
+        self.images.add(entry["image_id"])
+        self.categories.add(entry["category_id"])
+
+    def check(self, images: Collection[int], categories: Collection[int]) -> None:
+        if self.without:
+            raise D2ZeroError(
+                f"{self.path}: {len(self.without)} of {self.count} annotations have no mask ('segmentation'),"
+                f" ids {listed(self.without)}; instance segmentation needs masks, not boxes alone"
+            )
+        foreign = sorted(self.categories.difference(categories))
+        if foreign:
+            raise D2ZeroError(f"{self.path}: annotations of categories that it does not list: ids {listed(foreign)}")
+        strays = sorted(self.images.difference(images))
+        if strays:
+            raise D2ZeroError(f"{self.path}: annotations refer to images that it does not list: {listed(strays)}")
 
 
 def find_annotations(data: Path, split: str, part: str) -> Path:
@@ -146,8 +203,8 @@ def read_listed_image(annotations: CocoFile, folder: Path, image_id: int) -> NDA
     return image
 
 
-def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
-    """An annotation's mask (H, W), from polygons or either kind of RLE.
+def encode_mask(annotation: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+    """An annotation's mask as compressed RLE, from polygons or either kind of RLE.
 
     Raises:
         D2ZeroError: the segmentation cannot be read or has another size.
@@ -159,16 +216,29 @@ def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArr
         if isinstance(segmentation, list):
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation["counts"], list):
-            encoded = coco_mask.frPyObjects(segmentation, height, width)
+            encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
         else:
             encoded = segmentation
-        mask: NDArray[np.bool_] = coco_mask.decode(encoded).astype(bool)
+        size = tuple(encoded["size"])
     except Exception as error:  # pycocotools raises bare exceptions of many kinds
         raise D2ZeroError(f"annotation {annotation.get('id')} has a mask that cannot be read: {error}") from error
-    if mask.shape != (height, width):
-        raise D2ZeroError(
-            f"annotation {annotation.get('id')} has a mask of {mask.shape}, its image is {(height, width)}"
-        )
+    if size != (height, width):
+        raise D2ZeroError(f"annotation {annotation.get('id')} has a mask of {size}, its image is {(height, width)}")
+    found: dict[str, Any] = encoded
+    return found
+
+
+def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
+    """An annotation's mask (H, W), from polygons or either kind of RLE.
+
+    Raises:
+        D2ZeroError: the segmentation cannot be read or has another size.
+    """
+    encoded = encode_mask(annotation, height, width)
+    try:
+        mask: NDArray[np.bool_] = coco_mask.decode(encoded).astype(bool)
+    except Exception as error:  # as above
+        raise D2ZeroError(f"annotation {annotation.get('id')} has a mask that cannot be read: {error}") from error
     return mask
 
 

@@ -1,15 +1,13 @@
 """Zero-shot accuracy: AP and recall of seen and unseen classes, and their harmonic means.
 
-Matching of detections to annotations is pycocotools'. Accumulation is done here, in a form whose memory
-grows with the number of detections alone: a score and a row of flags each.
+Matching is left to `d2zero.evaluation.matching`. Accumulation is done here, in a form whose memory grows with
+the number of detections alone: 16 bytes each, a score and flags.
 
 AP and Recall@100 are averaged over the classes that have annotations, in percent. `ap` is COCO's
 AP@[.5:.95].
 """
 
-import contextlib
-import io
-import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,64 +16,64 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from d2zero.data.coco import CocoFile, decode_mask
-from d2zero_runtime import D2ZeroError, Mode, rle
+from d2zero.data.coco import CocoFile, encode_mask
+from d2zero.evaluation.matching import (
+    IOU_THRESHOLDS,
+    IOU_TYPES,
+    LEVELS,
+    MAX_DETECTIONS,
+    Entries,
+    Flags,
+    Matcher,
+    unmatched,
+)
+from d2zero.evaluation.result_entries import by_image
+from d2zero_runtime import D2ZeroError, Mode
 from d2zero_runtime.errors import listed
 
-IOU_TYPES = ("segm", "bbox")
-IOU_THRESHOLDS = np.concatenate([[0.4], np.linspace(0.5, 0.95, 10)])
-MAX_DETECTIONS = 100
 RECALL_LEVELS = np.linspace(0, 1, 101)
-CHUNK = 64  # images matched at a time
-
-Entries = list[dict[str, Any]]
 
 
 @dataclass
 class _ClassRecord:
-    """All that a class's curves need: T thresholds, n detections."""
+    """All that a class's curves need: a score and four flags a detection, image by image."""
 
     instances: int = 0  # annotations that count
-    scores: list[NDArray[np.float64]] = field(default_factory=list)  # (n,)
-    hits: list[NDArray[np.bool_]] = field(default_factory=list)  # (T, n)
-    ignored: list[NDArray[np.bool_]] = field(default_factory=list)  # (T, n)
+    scores: "array[float]" = field(default_factory=lambda: array("d"))
+    hits: "dict[str, array[int]]" = field(default_factory=lambda: {kind: array("H") for kind in IOU_TYPES})
+    ignored: "dict[str, array[int]]" = field(default_factory=lambda: {kind: array("H") for kind in IOU_TYPES})
 
-    def extend(self, results: Entries) -> None:
-        """Take in pycocotools' matching of some images, as one array each: thousands of small ones cost more."""
-        self.instances += sum(int((np.asarray(result["gtIgnore"]) == 0).sum()) for result in results)
-        found = [result for result in results if result["dtScores"]]
-        if found:
-            self.scores.append(np.concatenate([np.asarray(result["dtScores"], np.float64) for result in found]))
-            self.hits.append(np.concatenate([np.asarray(result["dtMatches"]) > 0 for result in found], axis=1))
-            self.ignored.append(
-                np.concatenate([np.asarray(result["dtIgnore"]).astype(bool) for result in found], axis=1)
-            )
+    def extend(self, kind: str, flags: Flags) -> None:
+        self.hits[kind].frombytes(flags.hits.tobytes())
+        self.ignored[kind].frombytes(flags.ignored.tobytes())
 
-    def curves(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def curves(self, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Average precision and recall at each threshold, (T,) each, in 0..1."""
-        levels = len(IOU_THRESHOLDS)
-        if not self.scores:
-            return np.zeros(levels), np.zeros(levels)
-        order = np.argsort(-np.concatenate(self.scores), kind="mergesort")
-        hits = np.concatenate(self.hits, axis=1)[:, order]
-        counted = ~np.concatenate(self.ignored, axis=1)[:, order]
-        true = np.cumsum(hits & counted, axis=1, dtype=np.float64)
-        false = np.cumsum(~hits & counted, axis=1, dtype=np.float64)
-        recall = true / self.instances
-        precision = true / (true + false + np.spacing(1))
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        average = np.zeros(levels)
-        for level in range(levels):
-            at = np.searchsorted(recall[level], RECALL_LEVELS, side="left")
-            average[level] = precision[level, at[at < recall.shape[1]]].sum() / len(RECALL_LEVELS)
-        return average, recall[:, -1]
+        average, recall = np.zeros(len(LEVELS)), np.zeros(len(LEVELS))
+        if self.scores:
+            order = np.argsort(-np.frombuffer(self.scores), kind="mergesort")
+            hits = np.frombuffer(self.hits[kind], np.uint16)[order]
+            ignored = np.frombuffer(self.ignored[kind], np.uint16)[order]
+            for place, level in enumerate(LEVELS):
+                counted = (ignored & level) == 0
+                average[place], recall[place] = self._figures((hits & level)[counted] > 0)
+        return average, recall
+
+    def _figures(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
+        """Average precision and final recall of detections, best first."""
+        true = np.cumsum(hits, dtype=np.float64)
+        precision = true / (np.arange(1.0, len(true) + 1) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(true / self.instances, RECALL_LEVELS, side="left")
+        average = precision[at[at < len(precision)]].sum() / len(RECALL_LEVELS)
+        return float(average), float(true[-1] / self.instances) if len(true) else 0.0
 
 
 class ZeroShotScores:
     """Collects detections image by image and sums them up.
+
+    Where scores are equal, what was added first counts as the better; COCO adds images by rising ids.
 
     Args:
         annotations: the ground truth.
@@ -85,69 +83,65 @@ class ZeroShotScores:
     def __init__(self, annotations: CocoFile, seen: Iterable[str]) -> None:
         self.annotations = annotations
         self.seen = frozenset(seen)
-        self.records: dict[str, dict[int, _ClassRecord]] = {kind: defaultdict(_ClassRecord) for kind in IOU_TYPES}
+        self.records: dict[int, _ClassRecord] = defaultdict(_ClassRecord)
         self.images = 0
         self.detections = 0
+        self._matchers = {kind: Matcher(kind) for kind in IOU_TYPES}
+        self._categories = frozenset(annotations.categories.values())
 
-    def add(self, image_ids: Sequence[int], detections: Entries) -> None:
-        """Add images with all their detections (COCO result entries).
+    def add(self, image_id: int, detections: Entries) -> None:
+        """Add an image with all its detections (COCO result entries).
 
         Raises:
             D2ZeroError: a detection is of another image or an unknown category.
         """
-        self._check(set(image_ids), detections)
-        entries = [entry for number in image_ids for entry in self.annotations.annotations.get(number, [])]
-        # pycocotools takes an id of 0 for "no match", and ids given twice for one annotation.
-        truth = [{**self._complete(entry), "id": number} for number, entry in enumerate(entries, 1)]
-        self.images += len(image_ids)
+        found = self._by_category(image_id, detections)
+        truth: dict[int, Entries] = defaultdict(list)
+        for entry in self.annotations.annotations.get(image_id, ()):
+            truth[entry["category_id"]].append(entry)
+        self.images += 1
         self.detections += len(detections)
-        for kind in IOU_TYPES:
-            self._add(kind, image_ids, truth, detections)
+        for category, entries in truth.items():
+            self.records[category].instances += sum(not entry.get("iscrowd") for entry in entries)
+        for category, entries in found.items():
+            best = sorted(entries, key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
+            self._add(category, self._complete(truth.get(category, ())), best)
 
-    def _complete(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """An annotation with the box and area that matching needs, from its mask where they are missing."""
-        if "bbox" in entry and "area" in entry:
-            return entry
-        image = self.annotations.images[entry["image_id"]]
-        encoded = rle.encode(decode_mask(entry, image["height"], image["width"]))
-        return {"bbox": coco_mask.toBbox(encoded).tolist(), "area": rle.area(encoded), **entry}
+    def _add(self, category: int, truth: Entries, detections: Entries) -> None:
+        record = self.records[category]
+        record.scores.extend(entry["score"] for entry in detections)
+        nothing = unmatched(detections)
+        for kind, matcher in self._matchers.items():
+            record.extend(kind, matcher.match(truth, detections) if truth else nothing)
 
-    def _add(self, kind: str, image_ids: Sequence[int], truth: Entries, detections: Entries) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            ground = COCO()
-            ground.dataset = {
-                "info": {},
-                "images": [self.annotations.images[number] for number in image_ids],
-                "annotations": truth,
-                "categories": [{"id": n, "name": name} for name, n in self.annotations.categories.items()],
-            }
-            ground.createIndex()
-            found = ground.loadRes([dict(entry) for entry in detections]) if detections else COCO()
-            matching = COCOeval(ground, found, kind)
-            matching.params.iouThrs = IOU_THRESHOLDS
-            matching.params.maxDets = [MAX_DETECTIONS]
-            matching.params.areaRng = [[0, 1e10]]
-            matching.params.areaRngLbl = ["all"]
-            matching.params.imgIds = list(image_ids)
-            matching.params.catIds = list(self.annotations.categories.values())
-            matching.evaluate()
-        of_class: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for result in matching.evalImgs:
-            if result is not None:
-                of_class[result["category_id"]].append(result)
-        for number, results in of_class.items():
-            self.records[kind][number].extend(results)
+    def _complete(self, entries: Iterable[dict[str, Any]]) -> Entries:
+        """Annotations with all that matching needs; box and area from the mask where they are missing."""
+        found = []
+        for entry in entries:
+            image = self.annotations.images[entry["image_id"]]
+            mask = encode_mask(entry, image["height"], image["width"])
+            found.append(
+                {
+                    "segmentation": mask,
+                    "bbox": entry["bbox"] if "bbox" in entry else coco_mask.toBbox(mask).tolist(),
+                    "area": entry["area"] if "area" in entry else int(coco_mask.area(mask)),
+                    "iscrowd": entry.get("iscrowd", 0),
+                }
+            )
+        return found
 
-    def _check(self, image_ids: set[int], detections: Entries) -> None:
-        known = set(self.annotations.categories.values())
-        strange = sorted({entry["category_id"] for entry in detections} - known)
+    def _by_category(self, image_id: int, detections: Entries) -> dict[int, Entries]:
+        found: dict[int, Entries] = defaultdict(list)
+        for entry in detections:
+            if entry["image_id"] != image_id:
+                raise D2ZeroError(f"detections of images that are not evaluated: ids {listed([entry['image_id']])}")
+            found[entry["category_id"]].append(entry)
+        strange = sorted(found.keys() - self._categories)
         if strange:
             raise D2ZeroError(
                 f"detections of categories that {self.annotations.path.name} does not have: ids {listed(strange)}"
             )
-        elsewhere = sorted({entry["image_id"] for entry in detections} - image_ids)
-        if elsewhere:
-            raise D2ZeroError(f"detections of images that are not evaluated: ids {listed(elsewhere)}")
+        return found
 
     def summary(self, mode: Mode) -> dict[str, Any]:
         """All figures, in percent: `{"segm": …, "bbox": …, "images": …, "detections": …}`.
@@ -166,10 +160,10 @@ class ZeroShotScores:
     def _summary(self, kind: str, mode: Mode) -> dict[str, Any]:
         per_class: dict[str, dict[str, Any]] = {}
         for number, name in self.annotations.names.items():
-            record = self.records[kind].get(number)
+            record = self.records.get(number)
             if record is None or not record.instances or (mode is Mode.ZSIS and name in self.seen):
                 continue
-            average, recall = record.curves()
+            average, recall = record.curves(kind)
             per_class[name] = {
                 "seen": name in self.seen,
                 "instances": record.instances,
@@ -197,50 +191,25 @@ def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 
-def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[str], mode: Mode) -> dict[str, Any]:
-    """Evaluate a COCO result list against an annotation file.
+def score(annotations: CocoFile, detections: Mapping[int, Entries], seen: Iterable[str], mode: Mode) -> dict[str, Any]:
+    """Evaluate COCO result entries by image id; images without any count too.
 
     Raises:
-        D2ZeroError: entries are malformed, or refer to images or categories that the file does not have.
+        D2ZeroError: entries are of categories that the annotation file does not have.
     """
-    by_image = _grouped(detections, annotations)
     scores = ZeroShotScores(annotations, seen)
-    ids = list(annotations.images)
-    for start in range(0, len(ids), CHUNK):
-        chunk = ids[start : start + CHUNK]
-        scores.add(chunk, [entry for number in chunk for entry in by_image.get(number, [])])
+    for number in sorted(annotations.images):
+        scores.add(number, detections.get(number, []))
     return scores.summary(mode)
 
 
-def _grouped(detections: Entries, annotations: CocoFile) -> dict[int, Entries]:
-    by_image: dict[int, Entries] = defaultdict(list)
-    for place, entry in enumerate(detections):
-        problem = _problem(entry, annotations)
-        if problem:
-            raise D2ZeroError(f"detection number {place} {problem}")
-        by_image[entry["image_id"]].append(entry)
-    return by_image
+def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[str], mode: Mode) -> dict[str, Any]:
+    """Evaluate a COCO result list, in any order.
 
-
-def _problem(entry: Any, annotations: CocoFile) -> str:
-    """What is wrong with a COCO result entry, or nothing."""
-    if not isinstance(entry, dict):
-        return f"is {entry!r}; expected COCO result entries"
-    missing = {"image_id", "category_id", "score", "bbox", "segmentation"} - entry.keys()
-    if missing:
-        return f"lacks {', '.join(sorted(missing))}; expected COCO result entries with masks"
-    if entry["image_id"] not in annotations.images:
-        return f"is of image {entry['image_id']}, which {annotations.path.name} does not list"
-    numbers = entry["bbox"] if isinstance(entry["bbox"], list) and len(entry["bbox"]) == 4 else [None]
-    for value in (entry["score"], *numbers):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return f"needs a finite score and bbox [x, y, width, height], got {entry['score']!r}, {entry['bbox']!r}"
-    image, mask = annotations.images[entry["image_id"]], entry["segmentation"]
-    size = [image["height"], image["width"]]
-    if not isinstance(mask, dict) or mask.get("size") != size or not isinstance(mask.get("counts"), (str, bytes)):
-        found = mask.get("size") if isinstance(mask, dict) else type(mask).__name__
-        return f"needs a compressed RLE mask of its image's size {size}, got {found}"
-    return ""
+    Raises:
+        D2ZeroError: entries are malformed, or refer to images or categories that the annotation file does not have.
+    """
+    return score(annotations, by_image(detections, annotations), seen, mode)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

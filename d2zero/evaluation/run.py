@@ -1,7 +1,7 @@
 """Evaluating a model over an annotation file's images: resumable, in flat memory.
 
 Detections are appended to one file a mode, a line an image, as they are made. A run that was stopped goes
-on after the last whole line. The figures are then summed up from the files, a few images at a time.
+on after the last whole line. The figures are then summed up from the files, image by image.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile, read_listed_image
-from d2zero.evaluation.metrics import CHUNK, ZeroShotScores
+from d2zero.data.json_stream import EntriesOnDisk
+from d2zero.evaluation.metrics import ZeroShotScores
 from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Size
@@ -113,7 +114,7 @@ class EvaluationRun:
         """What was found in some of the images that have been evaluated."""
         names, wanted = self.annotations.names, set(image_ids)
         found = {}
-        for line in self._lines(mode):
+        for line, *_ in self._lines(mode):
             if line["image_id"] in wanted:
                 entry = self.annotations.images[line["image_id"]]
                 size = (entry["height"], entry["width"])
@@ -163,34 +164,35 @@ class EvaluationRun:
         return pictures
 
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
-        left = set(self.image_ids)
+        """In the order of image ids, as COCO's evaluation goes: a run that was stopped may have another."""
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
-        ids: list[int] = []
-        detections: list[dict[str, Any]] = []
         unreadable: dict[int, str] = {}
-        for line in self._lines(mode):
-            if "unreadable" in line:  # a later run may have read it
-                unreadable[line["image_id"]] = line["unreadable"]
-            elif line["image_id"] in left:
-                left.discard(line["image_id"])
-                ids.append(line["image_id"])
-                detections += line["detections"]
-            if len(ids) == CHUNK:
-                scores.add(ids, detections)
-                ids, detections = [], []
-        scores.add([*ids, *sorted(left)], detections)
-        return {**scores.summary(mode), "unreadable": [unreadable[number] for number in sorted(left)]}
+        with self._file(mode).open("rb") as stream:
+            evaluated = EntriesOnDisk(stream)
+            for line, start, end in self._lines(mode):
+                if "unreadable" in line:  # a later run may have read it
+                    unreadable[line["image_id"]] = line["unreadable"]
+                elif line["image_id"] not in evaluated:
+                    evaluated.note(line["image_id"], start, end)
+            ids = sorted(self.image_ids)
+            for number in ids:
+                scores.add(number, evaluated[number][0]["detections"] if number in evaluated else [])
+        lost = [unreadable[number] for number in ids if number not in evaluated]
+        return {**scores.summary(mode), "unreadable": lost}
 
     def _done(self, mode: Mode) -> set[int]:
-        return {line["image_id"] for line in self._lines(mode) if "unreadable" not in line}
+        return {line["image_id"] for line, *_ in self._lines(mode) if "unreadable" not in line}
 
-    def _lines(self, mode: Mode) -> Iterator[dict[str, Any]]:
+    def _lines(self, mode: Mode) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """Each line with the place where it begins and the place after it."""
         if not self._file(mode).exists():
             return
-        with self._file(mode).open() as stream:
+        end = 0
+        with self._file(mode).open("rb") as stream:
             for line in stream:
-                if line.endswith("\n"):  # else: cut short when the run was stopped
-                    yield json.loads(line)
+                start, end = end, end + len(line)
+                if line.endswith(b"\n"):  # else: cut short when the run was stopped
+                    yield json.loads(line), start, end
 
     def _file(self, mode: Mode) -> Path:
         return self.folder / f"detections_{mode}.jsonl"

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import Outcome
@@ -12,11 +14,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d2zero.checkpoints.files import save_model
-from d2zero.data.coco import read_coco
+from d2zero.data import json_stream
+from d2zero.data.coco import open_coco, read_coco
 from d2zero.data.splits import COCO_48_17
-from d2zero.evaluation.metrics import harmonic_mean, score_detections
+from d2zero.evaluation.matching import IOU_THRESHOLDS
+from d2zero.evaluation.metrics import harmonic_mean, score, score_detections
+from d2zero.evaluation.result_entries import open_results
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
+from d2zero_bench.drawn_coco import write_drawn
+from d2zero_bench.plain_evaluation import evaluate
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 Command = Callable[..., Outcome]
@@ -236,3 +243,78 @@ def test_foreign_classes_are_refused(small_model: D2Zero, shared: Path, tmp_path
     truth = read_coco(shared / "reference/evaluation/eval_48_17_gzsi_gt.json")
     with pytest.raises(D2ZeroError, match="classes that the vocabulary lacks"):
         EvaluationRun(small_model, truth, shared / "data/coco_tiny/val2017", tmp_path, [Mode.GZSIS])
+
+
+def shuffled_results(tmp_path: Path, images: int, detections: int) -> tuple[Path, Path]:
+    """Drawn files with many equal scores, whose results are in no order."""
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    write_drawn(truth, found, COCO_48_17, images, detections)
+    entries = [{**entry, "score": round(entry["score"], 1)} for entry in json.loads(found.read_text())]
+    Random(0).shuffle(entries)
+    found.write_text(json.dumps(entries))
+    return truth, found
+
+
+def test_results_in_no_order_with_equal_scores_equal_pycocotools(tmp_path: Path, command: Command) -> None:
+    """Crowds, polygons, over 100 detections of a class, sizes that do not count, ids of images that do not rise."""
+    truth, found = shuffled_results(tmp_path, 12, 150)
+    entries = json.loads(found.read_text())
+    crowd = next(entry for entry in json.loads(truth.read_text())["annotations"] if entry["iscrowd"])
+    some = next(entry for entry in entries if entry["image_id"] == crowd["image_id"])
+    for place in range(130):
+        entries.append({**some, "category_id": crowd["category_id"], "score": place % 7 / 10})
+    for entry in entries[::17]:
+        entry["bbox"][2] *= -1
+    found.write_text(json.dumps(entries))
+    outcome = command(
+        "eval", "--detections", found, "--split", "coco-48-17", "--annotations", truth, "--json", tmp_path / "out.json"
+    )
+    assert outcome.code == 0, outcome.err
+    ours = json.loads((tmp_path / "out.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground = COCO(str(truth))
+        for kind in ("segm", "bbox"):
+            plain = evaluate(ground, ground.loadRes(str(found)), kind, list(IOU_THRESHOLDS))
+            rows = ours[kind]["per_class"]
+            assert rows.keys() == plain.keys() and len(rows) > 10
+            for name, row in plain.items():
+                assert {key: rows[name][key] for key in row} == pytest.approx(row, abs=1e-9), name
+    whole = score_detections(read_coco(truth), entries, COCO_48_17.seen, Mode.GZSIS)
+    assert json.loads(json.dumps(whole)) == ours
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "BLOCK", 1 << 14)
+    sizes, peaks = [], []
+    for images in (10, 40):
+        truth, found = shuffled_results(tmp_path, images, 100)
+        sizes.append(truth.stat().st_size + found.stat().st_size)
+        tracemalloc.start()
+        with open_coco(truth) as annotations, open_results(found, annotations) as entries:
+            score(annotations, entries, COCO_48_17.seen, Mode.GZSIS)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 0.3 * (sizes[1] - sizes[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "found.json is not JSON or is cut short"),
+        (lambda text: "{" + text[1:], "found.json is not JSON"),
+        (lambda _: '{"annotations": []}', "found.json must be a list of COCO results, got a dict"),
+        (lambda _: "", "is not JSON or is cut short: Expecting value at byte 0"),
+        (lambda text: text.replace('"score"', '"scores"', 1), "detection number 0 lacks score"),
+        (lambda text: text.replace('"counts": "', '"counts": "é', 1), "needs a compressed RLE mask"),
+    ],
+)
+def test_damaged_files_of_detections(
+    change: Callable[[str], str], message: str, tmp_path: Path, command: Command
+) -> None:
+    truth, found = shuffled_results(tmp_path, 2, 10)
+    found.write_text(change(found.read_text()))
+    for path in (found, tmp_path / "none.json", tmp_path):
+        outcome = command("eval", "--detections", path, "--split", "coco-48-17", "--annotations", truth)
+        assert outcome.code == 2 and outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+        expected = {"found.json": message, "none.json": "does not exist"}.get(path.name, "is a folder")
+        assert expected in outcome.err

@@ -1,0 +1,208 @@
+"""JSON files too large to hold: their lists entry by entry, and entries by key, read again from disk.
+
+The standard library parses each value. Text is first decoded a byte a character (Latin-1), so that places in it
+are places in the file: all that JSON itself is made of is ASCII. Values with other letters are decoded again.
+"""
+
+import json
+import re
+import shutil
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+from d2zero_runtime import D2ZeroError
+
+BLOCK = 1 << 20  # bytes read at a time
+_SPACES = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+Entries = list[dict[str, Any]]
+
+
+@contextmanager
+def open_seekable(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read more than once; what comes through a pipe is copied to disk first.
+
+    Raises:
+        D2ZeroError: it is absent or a folder.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError as error:
+        raise D2ZeroError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise D2ZeroError(f"{path} is a folder, expected a JSON file") from error
+    with stream:
+        if stream.seekable():
+            yield stream
+            return
+        with TemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy)
+            copy.seek(0)
+            yield copy
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON whole, with an error that a person can act on.
+
+    Raises:
+        D2ZeroError: the file is absent or no JSON.
+    """
+    with open_seekable(path) as stream:
+        try:
+            return json.loads(stream.read())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise D2ZeroError(f"{path} is not JSON or is cut short: {error}") from error
+
+
+class JsonStream:
+    """Reads one JSON text from its beginning to its end.
+
+    Args:
+        stream: of bytes, at the beginning.
+        path: for messages.
+    """
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        self._stream, self._path = stream, path
+        self._text, self._at = "", 0
+        self._start = stream.tell()  # place of the text's first character
+
+    @property
+    def position(self) -> int:
+        """The byte that is read next."""
+        return self._start + self._at
+
+    def next(self) -> str:
+        """The next character that is no space, not taken yet; nothing at the end."""
+        while True:
+            spaces = _SPACES.match(self._text, self._at)
+            self._at = spaces.end() if spaces else self._at
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def value(self) -> Any:
+        """Take a whole value.
+
+        Raises:
+            D2ZeroError: there is none, or it is cut short.
+        """
+        self.next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise self._error(error.msg, self._start + error.pos) from error
+                continue
+            if end + 2 >= len(self._text) and self._more():  # a number may go on, as 1e-
+                continue
+            if not self._text.isascii():
+                value = self._in_utf8(end)
+            self._at = end
+            return value
+
+    def elements(self) -> Iterator[tuple[Any, int, int]]:
+        """Take a list: each element with the place where it begins and the place after its end.
+
+        Raises:
+            D2ZeroError: it is no list, or cut short.
+        """
+        for _ in self._separated("[", "]"):
+            start = self.position
+            yield self.value(), start, self.position
+
+    def members(self) -> Iterator[str]:
+        """Take an object: each key, whose value has to be taken before the next key is asked for.
+
+        Raises:
+            D2ZeroError: it is no object, or cut short.
+        """
+        for _ in self._separated("{", "}"):
+            key = self.value()
+            self._take(":")
+            yield str(key)
+
+    def end(self) -> None:
+        """Nothing but space follows.
+
+        Raises:
+            D2ZeroError: something does.
+        """
+        if self.next():
+            raise self._error("Extra data", self.position)
+
+    def _separated(self, opening: str, closing: str) -> Iterator[None]:
+        self._take(opening)
+        if self.next() != closing:
+            yield None
+            while self.next() == ",":
+                self._at += 1
+                yield None
+        self._take(closing)
+
+    def _take(self, mark: str) -> None:
+        if self.next() != mark:
+            raise self._error(f"Expecting {mark!r}", self.position)
+        self._at += 1
+
+    def _in_utf8(self, end: int) -> Any:
+        try:
+            return json.loads(self._text[self._at : end].encode("latin-1").decode())
+        except UnicodeDecodeError as error:
+            raise self._error(f"no UTF-8 ({error.reason})", self.position + error.start) from error
+
+    def _more(self) -> bool:
+        """Read on, as much again as waits already: a long value is parsed anew a few times, not often."""
+        waiting = self._text[self._at :]
+        block = self._stream.read(max(BLOCK, len(waiting)))
+        if block:
+            self._start += self._at
+            self._text, self._at = waiting + block.decode("latin-1"), 0
+        return bool(block)
+
+    def _error(self, problem: str, place: int) -> D2ZeroError:
+        return D2ZeroError(f"{self._path} is not JSON or is cut short: {problem} at byte {place}")
+
+
+class EntriesOnDisk(Mapping[int, Entries]):
+    """Entries of a JSON file by a key, parsed again each time they are asked for.
+
+    In memory are two numbers for each stretch of entries of one key, which commas part; in whatever order they are.
+
+    Args:
+        stream: of the file, open for as long as this is used.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._places: dict[int, array[int]] = {}  # begin, end, begin, end …
+        self._last: int | None = None
+
+    def note(self, key: int, start: int, end: int) -> None:
+        """The file's next entry: its key and its place."""
+        if key == self._last:
+            self._places[key][-1] = end
+            return
+        self._last = key
+        self._places.setdefault(key, array("q")).extend((start, end))
+
+    def __getitem__(self, key: int) -> Entries:
+        places, found = self._places[key], []
+        for start, end in zip(places[::2], places[1::2], strict=True):
+            self._stream.seek(start)
+            found += json.loads(b"[" + self._stream.read(end - start) + b"]")
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

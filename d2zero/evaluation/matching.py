@@ -1,0 +1,81 @@
+"""Which detections of one class in one image are true, at each IoU threshold.
+
+Overlaps and matching are pycocotools', asked only where there is something to match: most classes that are
+detected in an image have no annotation there, and most detections of those that have lie elsewhere.
+"""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.cocoeval import COCOeval
+
+IOU_TYPES = ("segm", "bbox")
+IOU_THRESHOLDS = np.concatenate([[0.4], np.linspace(0.5, 0.95, 10)])
+MAX_DETECTIONS = 100  # of a class in an image
+SIZES = [0, 1e10]  # pixels; detections of other sizes are ignored where they match nothing
+LEVELS = np.uint16(1) << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)  # a bit a threshold
+ALL_LEVELS = int(LEVELS.sum())
+
+Entries = list[dict[str, Any]]
+
+
+class Flags(NamedTuple):
+    """A bit a threshold, of n detections: matches an annotation; does not count."""
+
+    hits: NDArray[np.uint16]
+    ignored: NDArray[np.uint16]
+
+
+def unmatched(detections: Entries) -> Flags:
+    """Flags of detections that match nothing."""
+    sizes = [entry["bbox"][2] * entry["bbox"][3] for entry in detections]
+    ignored = [0 if SIZES[0] <= size <= SIZES[1] else ALL_LEVELS for size in sizes]
+    return Flags(np.zeros(len(sizes), np.uint16), np.array(ignored, np.uint16))
+
+
+class Matcher:
+    """Matches masks (`segm`) or boxes (`bbox`)."""
+
+    def __init__(self, kind: str) -> None:
+        self._evaluation = COCOeval(iouType=kind)
+        self._evaluation.params.iouThrs = IOU_THRESHOLDS
+        self._evaluation.params.maxDets = [MAX_DETECTIONS]
+
+    def match(self, truth: Entries, detections: Entries) -> Flags:
+        """Flags of at most `MAX_DETECTIONS` detections, best first, against annotations of their class and image.
+
+        Both have `bbox` and compressed `segmentation`; annotations also `area` and `iscrowd`.
+        """
+        flags = unmatched(detections)
+        overlaps = self._overlaps(truth, detections)
+        near = np.flatnonzero((overlaps >= IOU_THRESHOLDS[0]).any(axis=1))
+        if len(near):
+            result = self._matched(truth, [detections[place] for place in near], overlaps[near])
+            flags.hits[near] = LEVELS @ (result["dtMatches"] > 0)
+            flags.ignored[near] = LEVELS @ result["dtIgnore"]
+        return flags
+
+    def _overlaps(self, truth: Entries, detections: Entries) -> NDArray[np.float64]:
+        self._hold(truth, detections)
+        overlaps: NDArray[np.float64] = self._evaluation.computeIoU(0, 0)
+        return overlaps
+
+    def _matched(self, truth: Entries, detections: Entries, overlaps: NDArray[np.float64]) -> dict[str, Any]:
+        """Ids are counted: pycocotools takes an id of 0 for "no match", and ids given twice for one annotation."""
+        self._hold(
+            [{**entry, "id": number, "ignore": entry["iscrowd"]} for number, entry in enumerate(truth, 1)],
+            [
+                {"id": number, "score": entry["score"], "area": entry["bbox"][2] * entry["bbox"][3]}
+                for number, entry in enumerate(detections, 1)
+            ],
+        )
+        self._evaluation.ious = {(0, 0): overlaps}
+        result: dict[str, Any] = self._evaluation.evaluateImg(0, 0, SIZES, MAX_DETECTIONS)
+        return result
+
+    def _hold(self, truth: Entries, detections: Entries) -> None:
+        """As of the only image and class."""
+        self._evaluation._gts = defaultdict(list, {(0, 0): truth})
+        self._evaluation._dts = defaultdict(list, {(0, 0): detections})
