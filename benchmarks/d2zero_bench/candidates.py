@@ -21,7 +21,6 @@ from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, Raw, RawOutput
 
-
 TORCH_FREE = (".onnx", ".engine")
 
 

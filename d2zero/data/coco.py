@@ -234,6 +234,8 @@ def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArr
     Raises:
         D2ZeroError: the segmentation cannot be read or has another size.
     """
+    from pycocotools import mask as coco_mask
+
     encoded = encode_mask(annotation, height, width)
     try:
         mask: NDArray[np.bool_] = coco_mask.decode(encoded).astype(bool)
