@@ -107,7 +107,7 @@ def test_islands_of_float32(demo_model: D2Zero) -> None:
     assert {p.dtype for p in copied.classifier.parameters()} == {torch.float32}
     assert {p.dtype for p in copied.decoder.parameters()} == {torch.float16}
     assert {p.dtype for p in demo_model.parameters()} == {torch.float32} == {before}  # the original is as it was
-    with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, got 'int4'"):
+    with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, bfloat16, got 'int4'"):
         lowered(demo_model, "int4")
 
 
@@ -378,7 +378,7 @@ def test_a_file_that_differs_is_not_written(
         (["m.safetensors", "-o", "m.engine", "--format", "tensorrt", "--max", "4x800"], "such as 1x800x1216x80"),
         (["m.safetensors", "-o", "m.onnx", "--max", "4x800x800x8"], "are for --format tensorrt"),
         (["m.onnx", "-o", "n.onnx"], "exported already"),
-        (["m.safetensors", "-o", "m.onnx", "--precision", "int8"], "float32, float16, got 'int8'"),
+        (["m.safetensors", "-o", "m.onnx", "--precision", "int8"], "float32, float16, bfloat16, got 'int8'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "big"], "HEIGHTxWIDTH such as 800x1216, got 'big'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "800x1210"], "size must be multiples of 32, got 800x1210"),
         (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, plugin, got 'magic'"),

@@ -94,7 +94,7 @@ def test_kinds_of_masks_agree() -> None:
     ids = {name: number for number, name in enumerate(WORDS.names)}
     assert bitmap.to_coco(1, ids) == rle.to_coco(1, ids)
     np.testing.assert_array_equal(bitmap[:2].bitmaps(), rle[:2].bitmaps())
-    with pytest.raises(D2ZeroError, match="masks must be one of rle, bitmap, none, got 'polygon'"):
+    with pytest.raises(D2ZeroError, match="masks must be one of rle, bitmap, packed, none, got 'polygon'"):
         model(image, masks="polygon")
 
 
