@@ -331,7 +331,7 @@ def test_bad_models_and_providers(exported: Path, tmp_path: Path, command: Comma
         (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:size])
         with pytest.raises(D2ZeroError, match=r"damaged, cut short|is empty|no d2zero contract"):
             load(tmp_path / "cut.onnx")
-    with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx or \.engine\)"):
+    with pytest.raises(D2ZeroError, match=r"expected an exported model \(\.onnx or \.engine or \.pt2\)"):
         load(packaged_checkpoint())
     with pytest.raises(D2ZeroError, match="does not exist"):
         load(tmp_path / "none.onnx")
@@ -355,7 +355,7 @@ def test_a_file_that_differs_is_not_written(
     demo_model: D2Zero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path
 ) -> None:
     """Verification is the last stage; here the graph is that of a model with other weights."""
-    monkeypatch.setattr(onnx_export, "_trace", lambda model, config: None)
+    monkeypatch.setattr(onnx_export, "trace", lambda model, config: None)
     proto = onnx.load(exported)
     tensor = next(t for t in proto.graph.initializer if t.name.endswith("background_projection.weight"))
     tensor.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(tensor), tensor.name))
