@@ -82,6 +82,8 @@ def _show(report: EvaluationReport, json_file: Path | None) -> None:
     """What was measured, if only a part."""
     if report.samples:
         console().print(table(report))
+        if not report.complete:
+            print("stopped before the end: this is what was measured")
         if json_file:
             report.write(json_file)
             print(f"all figures: {json_file}")
@@ -133,6 +135,7 @@ def measure(plan: EvaluationPlan, report: EvaluationReport) -> None:
             if number == 0:
                 report.equality[images] = _largest_difference(figures)
             report.samples += samples
+    report.complete = True
 
 
 def _run(candidate: str, files: tuple[Path, Path], images: int) -> tuple[Sample, Figures]:
