@@ -61,17 +61,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             CANDIDATES if given.defaults else (OURS, PLAIN),
             given.seed,
         )
-        report = measure(plan, words)
-        console().print(table(report))
-        if given.json:
-            report.write(given.json)
-            print(f"all figures: {given.json}")
+        report = EvaluationReport(
+            environment(words, None, "python -m d2zero_bench.evaluation"),
+            {"detections an image": plan.detections, "repeats": plan.repeats, "seed": plan.seed},
+            baseline=PLAIN,
+        )
+        try:
+            measure(plan, report)
+        finally:
+            _show(report, given.json)
     except (D2ZeroError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _show(report: EvaluationReport, json_file: Path | None) -> None:
+    """What was measured, if only a part."""
+    if report.samples:
+        console().print(table(report))
+        if not report.complete:
+            print("stopped before the end: this is what was measured")
+        if json_file:
+            report.write(json_file)
+            print(f"all figures: {json_file}")
 
 
 def _one(flag: str, text: str) -> int:
@@ -100,34 +115,31 @@ class EvaluationPlan:
     seed: int = 0
 
 
-def measure(plan: EvaluationPlan, words: Sequence[str]) -> EvaluationReport:
-    """Draw, compare and measure, in a folder that is removed.
+def measure(plan: EvaluationPlan, report: EvaluationReport) -> None:
+    """Draw, compare and measure, in a folder that is removed; whole rounds go into the report.
 
     Raises:
         D2ZeroError: a candidate fails, or figures differ.
     """
-    report = EvaluationReport(
-        environment(words, None, "python -m d2zero_bench.evaluation"),
-        {"detections an image": plan.detections, "repeats": plan.repeats, "seed": plan.seed},
-        baseline=PLAIN,
-    )
     with TemporaryDirectory() as folder:
         steps = list(product(plan.images, range(plan.repeats)))
         for images, number in tracked(iter(steps), len(steps), "rounds"):
             annotations, detections = (Path(folder, f"{part}-{images}.json") for part in ("annotations", "detections"))
             if number == 0:
                 write_drawn(annotations, detections, COCO_48_17, images, plan.detections, plan.seed)
-            figures = {
-                name: _run(report, name, (annotations, detections), images)
-                for name in Random(f"{plan.seed} {images} {number}").sample(plan.candidates, len(plan.candidates))
-            }
+            samples: list[Sample] = []
+            figures: dict[str, Figures] = {}
+            for name in Random(f"{plan.seed} {images} {number}").sample(plan.candidates, len(plan.candidates)):
+                sample, figures[name] = _run(name, (annotations, detections), images)
+                samples.append(sample)
             if number == 0:
                 report.equality[images] = _largest_difference(figures)
-    return report
+            report.samples += samples
+    report.complete = True
 
 
-def _run(report: EvaluationReport, candidate: str, files: tuple[Path, Path], images: int) -> Figures:
-    """One run, noted in the report; what it found."""
+def _run(candidate: str, files: tuple[Path, Path], images: int) -> tuple[Sample, Figures]:
+    """One run: what it took, and what it found."""
     output = files[0].with_name("figures.json")
     done = subprocess.run(
         [sys.executable, launch.__file__, *_command(candidate, *files, output)], capture_output=True, text=True
@@ -136,8 +148,7 @@ def _run(report: EvaluationReport, candidate: str, files: tuple[Path, Path], ima
     if answer["code"]:
         lines = done.stderr.splitlines() or ["it printed nothing"]
         raise D2ZeroError(f"{candidate} failed on {images} images with code {answer['code']}: {lines[-1]}")
-    report.samples.append(Sample(candidate, images, **answer["taken"]))
-    return _seen_and_unseen(json.loads(output.read_text()))
+    return Sample(candidate, images, **answer["taken"]), _seen_and_unseen(json.loads(output.read_text()))
 
 
 def _command(candidate: str, annotations: Path, detections: Path, output: Path) -> list[str]:

@@ -47,6 +47,7 @@ class EvaluationReport:
         baseline: the candidate that others are compared with.
         samples: in order; those of a round are paired.
         equality: largest difference to the baseline in percentage points, by number of images.
+        complete: whether all that was asked for was measured.
     """
 
     environment: dict[str, Any]
@@ -54,6 +55,7 @@ class EvaluationReport:
     baseline: str
     samples: list[Sample] = field(default_factory=list)
     equality: dict[int, float] = field(default_factory=dict)
+    complete: bool = False
 
     @property
     def candidates(self) -> list[str]:

@@ -1,10 +1,9 @@
 """Which detections of one class in one image are true, at each IoU threshold.
 
 Overlaps and matching are pycocotools', asked only where there is something to match: most classes that are
-detected in an image have no annotation there, and most detections of those that have lie elsewhere.
+detected in an image have no annotation there.
 """
 
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,36 +45,16 @@ class Matcher:
     def match(self, truth: Entries, detections: Entries) -> Flags:
         """Flags of at most `MAX_DETECTIONS` detections, best first, against annotations of their class and image.
 
-        Both have `bbox` and compressed `segmentation`; annotations also `area` and `iscrowd`.
+        Both have `bbox` and compressed `segmentation`; annotations also `area` and `iscrowd`. There is at least one
+        of each. Ids are counted: pycocotools takes an id of 0 for "no match", and ids given twice for one annotation.
         """
-        flags = unmatched(detections)
-        overlaps = self._overlaps(truth, detections)
-        near = np.flatnonzero((overlaps >= IOU_THRESHOLDS[0]).any(axis=1))
-        if len(near):
-            result = self._matched(truth, [detections[place] for place in near], overlaps[near])
-            flags.hits[near] = LEVELS @ (result["dtMatches"] > 0)
-            flags.ignored[near] = LEVELS @ result["dtIgnore"]
-        return flags
-
-    def _overlaps(self, truth: Entries, detections: Entries) -> NDArray[np.float64]:
-        self._hold(truth, detections)
-        overlaps: NDArray[np.float64] = self._evaluation.computeIoU(0, 0)
-        return overlaps
-
-    def _matched(self, truth: Entries, detections: Entries, overlaps: NDArray[np.float64]) -> dict[str, Any]:
-        """Ids are counted: pycocotools takes an id of 0 for "no match", and ids given twice for one annotation."""
-        self._hold(
-            [{**entry, "id": number, "ignore": entry["iscrowd"]} for number, entry in enumerate(truth, 1)],
-            [
-                {"id": number, "score": entry["score"], "area": entry["bbox"][2] * entry["bbox"][3]}
-                for number, entry in enumerate(detections, 1)
-            ],
-        )
-        self._evaluation.ious = {(0, 0): overlaps}
-        result: dict[str, Any] = self._evaluation.evaluateImg(0, 0, SIZES, MAX_DETECTIONS)
-        return result
-
-    def _hold(self, truth: Entries, detections: Entries) -> None:
-        """As of the only image and class."""
-        self._evaluation._gts = defaultdict(list, {(0, 0): truth})
-        self._evaluation._dts = defaultdict(list, {(0, 0): detections})
+        key = (0, 0)  # the only image and class
+        ours = [{**entry, "id": number, "ignore": entry["iscrowd"]} for number, entry in enumerate(truth, 1)]
+        theirs = [
+            {**entry, "id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
+            for number, entry in enumerate(detections, 1)
+        ]
+        self._evaluation._gts, self._evaluation._dts = {key: ours}, {key: theirs}
+        self._evaluation.ious = {key: self._evaluation.computeIoU(*key)}
+        result = self._evaluation.evaluateImg(*key, SIZES, MAX_DETECTIONS)
+        return Flags(LEVELS @ (result["dtMatches"] > 0), LEVELS @ result["dtIgnore"])

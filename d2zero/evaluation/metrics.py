@@ -110,9 +110,8 @@ class ZeroShotScores:
     def _add(self, category: int, truth: Entries, detections: Entries) -> None:
         record = self.records[category]
         record.scores.extend(entry["score"] for entry in detections)
-        nothing = unmatched(detections)
         for kind, matcher in self._matchers.items():
-            record.extend(kind, matcher.match(truth, detections) if truth else nothing)
+            record.extend(kind, matcher.match(truth, detections) if truth else unmatched(detections))
 
     def _complete(self, entries: Iterable[dict[str, Any]]) -> Entries:
         """Annotations with all that matching needs; box and area from the mask where they are missing."""

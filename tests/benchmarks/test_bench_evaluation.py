@@ -51,7 +51,7 @@ def test_both_sides_agree_and_the_report_has_all(tmp_path: Path, capsys: pytest.
     assert content["environment"]["command"].startswith("python -m d2zero_bench.evaluation --images 12,3")
     assert "pycocotools" in content["environment"]["versions"]
     assert content["equality"].keys() == {"3", "12"} and max(content["equality"].values()) < 1e-9
-    assert len(content["samples"]) == 6
+    assert len(content["samples"]) == 6 and content["complete"]
     for sample in content["samples"]:
         assert sample["wall_s"] > 0.1 and sample["cpu_s"] > 0.1 and 20 < sample["peak_mb"] < 500
     figures = content["figures"]["d2zero"]
@@ -89,6 +89,23 @@ def test_a_candidate_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(evaluation.sys, "executable", "/bin/false")
     assert main(["--images", "1", "--detections", "1"]) == 2
     assert "failed on 1 images with code 1" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_a_failure_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(candidate: str, _files: object, images: int) -> tuple[Sample, dict]:
+        if images == 2 and candidate == "d2zero":
+            raise D2ZeroError("d2zero failed")
+        return Sample(candidate, images, 1.0, 1.0, 50.0), {("segm", "ap50", "cat"): 5.0}
+
+    monkeypatch.setattr(evaluation, "_run", run)
+    words = ["--images", "1,2", "--detections", "1", "--repeats", "2", "--json", str(tmp_path / "cpu.json")]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "stopped before the end" in captured.out and captured.err.endswith("error: d2zero failed\n")
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert {sample["images"] for sample in content["samples"]} == {1} and not content["complete"]
 
 
 def test_growth_and_ratios() -> None:
