@@ -79,7 +79,11 @@ def background_embedding(mask_features_BCHW: Tensor, mask_logits_BQHW: Tensor) -
     images of a batch influence each other; here each image decides for itself (equal at batch 1).
     """
     with torch.no_grad():
-        background_BHW = ~(mask_logits_BQHW > 0).any(dim=1)
-        background_BHW = background_BHW | ~background_BHW.flatten(1).any(dim=1)[:, None, None]
-        features = mask_features_BCHW.float() * background_BHW[:, None]
+        features = mask_features_BCHW.float() * background(mask_logits_BQHW)[:, None]
         return F.normalize(features.mean(dim=(2, 3)), dim=-1, eps=NORM_FLOOR)
+
+
+def background(mask_logits_BQHW: Tensor) -> Tensor:
+    """Pixels that no query claims, (B, H, W) bool; all pixels of an image that has none."""
+    background_BHW = ~(mask_logits_BQHW > 0).any(dim=1)
+    return background_BHW | ~background_BHW.flatten(1).any(dim=1)[:, None, None]

@@ -33,26 +33,38 @@ def grid_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     Returns:
         (B, R, M·N).
     """
-    batch, _, heads, width = values_BSMN.shape
-    queries = locations.shape[1]
-    levels = values_BSMN.to(locations.dtype).split([height * width_ for height, width_ in sizes], dim=1)
-    # Queries innermost: what follows the sampling then runs along memory, not over P = 4 numbers at a time.
-    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # L, B·M, P, R, 2
-    shares = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None]  # L, B·M, 1, P, R
-    sampled = [
-        F.grid_sample(
-            level.flatten(2).transpose(1, 2).reshape(batch * heads, width, *size),
-            grid,
-            mode="bilinear",
-            padding_mode="zeros",
-            align_corners=False,
-        )
-        for level, size, grid in zip(levels, sizes, grids, strict=True)
-    ]  # each (B·M, N, P, R)
+    batch, total, heads, width = values_BSMN.shape
+    values_GNS = values_BSMN.permute(0, 2, 3, 1).reshape(batch * heads, width, total).to(locations.dtype)
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+    out_GNR = sample_levels(values_GNS, sizes, grids, weights.permute(3, 0, 2, 4, 1).flatten(1, 2))
+    out: Tensor = out_GNR.view(batch, heads * width, -1).transpose(1, 2)
+    return out
+
+
+def sample_levels(values_GNS: Tensor, sizes: LevelSizes, grids_LGPR2: Tensor, weights_LGPR: Tensor) -> Tensor:
+    """Sample and add up with the queries innermost: what follows the sampling runs along memory, not over P = 4.
+
+    Args:
+        values_GNS: values of all levels; G = B·M.
+        sizes: (H, W) of each level.
+        grids_LGPR2: x and y in -1..1 of each level's map.
+        weights_LGPR: weights of the samples.
+
+    Returns:
+        (G, N, R).
+    """
+    maps = values_GNS.split([height * width for height, width in sizes], dim=2)
+    out: Tensor | None = None
     # Weighted level by level: joined first, the samples of all levels would be written once more.
-    parts = [(level * share).sum(2) for level, share in zip(sampled, shares, strict=True)]
-    out: Tensor = sum(parts[1:], parts[0])
-    return out.view(batch, heads * width, queries).transpose(1, 2)
+    for level, size, grid, weight in zip(maps, sizes, grids_LGPR2, weights_LGPR, strict=True):
+        # `reshape` copies: a level's maps lie S apart, and grid_sample wants them whole.
+        sampled = F.grid_sample(
+            level.reshape(*level.shape[:2], *size), grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        part = (sampled * weight[:, None]).sum(2)
+        out = part if out is None else out + part
+    assert out is not None, "at least one level"
+    return out
 
 
 def gather(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -125,15 +137,61 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
         """Attend from `query_BSC` to points of `source_BSC` around `reference_S2` (x, y in 0..1)."""
-        # In lower precision, where to look and how much stay float32: halves lose 1/8 pixel beyond 128.
+        if self.form is grid_sample:
+            sampled = self._grid_sampled(query_BSC, source_BSC, reference_S2, sizes)
+        else:
+            values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
+            sampled = self.form(values, sizes, *self._samples(query_BSC, reference_S2, sizes))
+        output: Tensor = self.output_proj(sampled.to(source_BSC.dtype))
+        return output
+
+    # In lower precision, where to look and how much stay float32: halves lose 1/8 pixel beyond 128.
+
+    def _samples(self, query_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> tuple[Tensor, Tensor]:
+        """Locations (B, R, M, L, P, 2) and weights (B, R, M, L, P), float32."""
         batch, length, _ = query_BSC.shape
-        values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
         offsets = self.sampling_offsets(query_BSC).float()
         offsets = offsets.view(batch, length, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query_BSC).float().view(batch, length, self.heads, -1).softmax(-1)
         weights = weights.view(batch, length, self.heads, self.levels, self.points)
-        extent = torch.tensor([[w, h] for h, w in sizes], device=query_BSC.device, dtype=reference_S2.dtype)
-        locations = reference_S2[:, None, None, None] + offsets / extent[:, None]
-        sampled = self.form(values, sizes, locations, weights).to(values.dtype)
-        output: Tensor = self.output_proj(sampled)
-        return output
+        return reference_S2[:, None, None, None] + offsets / _extents(sizes, reference_S2)[:, None], weights
+
+    def _grid_sampled(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
+        """The form `grid_sample` with the queries innermost from the projections on: (B, R, C).
+
+        Numbers that are handled two or four at a time cost more than what is computed with them (docs/LOG.md:
+        1.4 times faster in ONNX Runtime, 1.5 to 1.9 times in eager torch). So the rows of the projections are put in
+        the order (L, xy, M, P), and the step from pixels to grids is in their weights.
+        """
+        batch, heads, levels = query_BSC.shape[0], self.heads, self.levels
+        query_BCR = query_BSC.transpose(1, 2)
+        steps_L2 = 2 / _extents(sizes, reference_S2)
+        offsets = self.sampling_offsets
+        weight = offsets.weight.unflatten(0, (heads, levels, -1, 2)).permute(1, 3, 0, 2, 4)
+        weight = (weight * steps_L2[:, :, None, None, None]).flatten(0, 3).to(query_BSC.dtype)
+        bias = offsets.bias.unflatten(0, (heads, levels, -1, 2)).permute(1, 3, 0, 2)
+        bias = bias.float() * steps_L2[:, :, None, None]
+        reach = (weight @ query_BCR).float() + bias.reshape(-1, 1)
+        reach = reach.unflatten(1, (levels, 2, -1)) + (2 * reference_S2 - 1).T[:, None]  # B, L, 2, M·P, R
+        grids = reach.unflatten(3, (heads, -1)).permute(1, 0, 3, 4, 5, 2).flatten(1, 2)
+        weights = self._weights_innermost(query_BCR).transpose(0, 1).flatten(1, 2)
+        values_BCS = self.value_proj.weight @ source_BSC.transpose(1, 2) + self.value_proj.bias[:, None]
+        values_GNS = values_BCS.float().unflatten(1, (heads, -1)).flatten(0, 1)
+        sampled_GNR = sample_levels(values_GNS, sizes, grids, weights)
+        return sampled_GNR.view(batch, source_BSC.shape[2], -1).transpose(1, 2)
+
+    def _weights_innermost(self, query_BCR: Tensor) -> Tensor:
+        """Attention weights (B, L, M, P, R), float32: softmax over levels and points."""
+        project, groups = self.attention_weights, (self.heads, self.levels, -1)
+        weight = project.weight.unflatten(0, groups).transpose(0, 1).flatten(0, 2)
+        bias = project.bias.unflatten(0, groups).transpose(0, 1).reshape(-1, 1)
+        scores = (weight @ query_BCR + bias).float().unflatten(1, (self.levels, self.heads, -1))
+        # By hand: a softmax over other than the last numbers is turned over and back by ONNX Runtime.
+        powers = (scores - scores.amax((1, 3), keepdim=True).detach()).exp()
+        weights: Tensor = powers / powers.sum((1, 3), keepdim=True)
+        return weights
+
+
+def _extents(sizes: LevelSizes, like: Tensor) -> Tensor:
+    """(W, H) of each level, (L, 2)."""
+    return torch.tensor([[width, height] for height, width in sizes], device=like.device, dtype=like.dtype)

@@ -103,7 +103,12 @@ class PixelDecoder(nn.Module):
             return self.decode([feature.float() for feature in features])
 
     def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same in the precision of its inputs, for export."""
+        """The same in the precision of its inputs."""
+        fused, memory = self.fused(features)
+        return self.mask_features(fused), memory
+
+    def fused(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What `mask_features` reads, (B, C, H/4, W/4), in place of mask features; and the memory."""
         levels = [
             project(feature) for project, feature in zip(self.input_projections, reversed(features[1:]), strict=True)
         ]
@@ -125,8 +130,7 @@ class PixelDecoder(nn.Module):
             for part, size in zip(source_BSC.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
         ]
         upsampled = F.interpolate(memory[-1], features[0].shape[2:], mode="bilinear", align_corners=False)
-        fused = self.fuse(self.lateral(features[0]) + upsampled)
-        return self.mask_features(fused), memory
+        return self.fuse(self.lateral(features[0]) + upsampled), memory
 
 
 def zero_bias(module: nn.Conv2d) -> None:

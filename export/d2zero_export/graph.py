@@ -4,6 +4,8 @@ Exact accelerations (equal in real arithmetic; DESIGN §5):
 - the classifier runs at the last head alone;
 - attention masks come from mask features that are resized once a level: resizing and the product with a
   query's mask embedding commute, so masks at full resolution are formed once, at the end;
+- the last convolution of the pixel decoder, 1×1, is not run over all pixels: it commutes with resizing and with
+  averaging, and is applied to the queries' mask embeddings and to the background's average instead;
 - keys and values of a level are projected once for all layers that read it;
 - the first head's mask embedding depends on no input and becomes a constant.
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2zero.model import D2Zero
-from d2zero.model.classifier import background_embedding
+from d2zero.model.classifier import NORM_FLOOR, background
 from d2zero.model.decoder import LEVELS, DecoderLayer
 from d2zero.model.positions import sine_positions
 
@@ -53,14 +55,14 @@ class InferenceGraph(nn.Module):
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
         """
-        mask_features, memory = self._features(images)
-        queries, _ = self._decode(mask_features, memory)
+        fused, memory = self._features(images)
+        queries, _ = self._decode(fused, memory)
         text_KE = self.text_KE
         if text_KE is None:
             text_KE = self._projected(self.model.class_embeddings if class_embeddings is None else class_embeddings)
-        mask_logits = self._mask_embeddings(queries) @ mask_features.flatten(2)
-        mask_logits = mask_logits.unflatten(2, mask_features.shape[2:]).float()
-        return self._classify(queries, mask_logits, mask_features, text_KE), mask_logits
+        mask_logits = self._mask_logits(queries, fused.flatten(2))
+        mask_logits = mask_logits.unflatten(2, fused.shape[2:]).float()
+        return self._classify(queries, mask_logits, fused, text_KE), mask_logits
 
     def attention_masks(self, images: Tensor) -> list[Tensor]:
         """Where each decoder layer must not look: (B, Q, N) bool, N pixels of the layer's level."""
@@ -69,26 +71,42 @@ class InferenceGraph(nn.Module):
     def _features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         backbone, pixel_decoder, decoder = self.model.backbone, self.model.pixel_decoder, self.model.decoder
         features = backbone(*_to(backbone, [images]))
-        mask_features, memory = pixel_decoder.decode(_to(pixel_decoder, features))
-        mask_features, *memory = _to(decoder.layers, [mask_features, *memory])
-        return mask_features, memory
+        fused, memory = pixel_decoder.fused(_to(pixel_decoder, features))
+        fused, *memory = _to(decoder.layers, [fused, *memory])
+        return fused, memory
 
     def _projected(self, class_embeddings: Tensor) -> Tensor:
         classifier = self.model.classifier
         projected: Tensor = classifier.text_projection(*_to(classifier, [class_embeddings]))
         return projected
 
-    def _mask_embeddings(self, normalised_BQC: Tensor) -> Tensor:
+    def _mask_logits(self, normalised_BQC: Tensor, fused_BCN: Tensor) -> Tensor:
+        """Mask logits (B, Q, N): the product with mask features, their convolution moved to the queries' side."""
         mask_mlp = self.model.decoder.mask_mlp
-        embeddings: Tensor = mask_mlp(*_to(mask_mlp, [normalised_BQC])).to(normalised_BQC.dtype)
-        return embeddings
+        embeddings_BQC = mask_mlp(*_to(mask_mlp, [normalised_BQC]))
+        weight_CC, bias_C = self._mask_convolution(embeddings_BQC.dtype)
+        moved = (embeddings_BQC @ weight_CC).to(fused_BCN.dtype)
+        logits: Tensor = moved @ fused_BCN + (embeddings_BQC @ bias_C[:, None]).to(fused_BCN.dtype)
+        return logits
 
-    def _decode(self, mask_features: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _mask_convolution(self, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (C, C) and bias (C,) of the 1×1 convolution that makes mask features."""
+        convolution = self.model.pixel_decoder.mask_features
+        assert convolution.bias is not None
+        return convolution.weight.flatten(1).to(precision), convolution.bias.to(precision)
+
+    def _background(self, fused: Tensor, mask_logits: Tensor) -> Tensor:
+        """The mean mask feature of what no query claims, (B, C) float32, not normalised."""
+        pixels = background(mask_logits).float()[:, None]
+        weight_CC, bias_C = self._mask_convolution(torch.float32)
+        return (fused.float() * pixels).mean(dim=(2, 3)) @ weight_CC.T + bias_C * pixels.mean(dim=(2, 3))
+
+    def _decode(self, fused: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         decoder = self.model.decoder
         layers: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
         keys: list[list[Tensor]] = []
         values: list[list[Tensor]] = []
-        small_features: list[Tensor] = []  # mask features at each level's size, (B, C, N)
+        small: list[Tensor] = []  # `fused` at each level's size, (B, C, N)
         for level, (features, embedding) in enumerate(zip(memory, decoder.level_embedding, strict=True)):
             size = features.shape[2:]
             value_BNC = features.flatten(2).transpose(1, 2) + embedding
@@ -96,13 +114,13 @@ class InferenceGraph(nn.Module):
             readers = [layer.cross_attention for layer in layers[level::LEVELS]]
             keys.append(_projected(value_BNC + position.flatten(1).T, readers, 1))
             values.append(_projected(value_BNC, readers, 2))
-            resized = F.interpolate(mask_features, size, mode="bilinear", align_corners=False)
-            small_features.append(resized.flatten(2))
+            resized = F.interpolate(fused, size, mode="bilinear", align_corners=False)
+            small.append(resized.flatten(2))
         masks: list[Tensor] = []
-        queries = decoder.query_features.expand(mask_features.shape[0], -1, -1)
+        queries = decoder.query_features.expand(fused.shape[0], -1, -1)
         for index, layer in enumerate(layers):
             level, visit = index % LEVELS, index // LEVELS
-            blocked = self._mask_embeddings(decoder.norm(queries)) @ small_features[level] < 0
+            blocked = self._mask_logits(decoder.norm(queries), small[level]) < 0
             blocked = blocked & ~blocked.all(dim=2, keepdim=True)
             masks.append(blocked)
             cross, own = layer.cross_attention, layer.self_attention
@@ -115,11 +133,12 @@ class InferenceGraph(nn.Module):
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
         return decoder.norm(queries), masks
 
-    def _classify(self, queries: Tensor, mask_logits: Tensor, mask_features: Tensor, text_KE: Tensor) -> Tensor:
+    def _classify(self, queries: Tensor, mask_logits: Tensor, fused: Tensor, text_KE: Tensor) -> Tensor:
         classifier = self.model.classifier
         precision = _precision(classifier)
         queries_BQE = F.normalize(classifier.query_projection(queries.to(precision)), dim=-1)
-        background = classifier.background_projection(background_embedding(mask_features, mask_logits).to(precision))
+        background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR).to(precision)
+        background = classifier.background_projection(background)
         text = torch.cat([text_KE.expand(queries.shape[0], -1, -1), background[:, None]], dim=1)
         text = F.normalize(text, dim=-1)
         if classifier.adaptation is not None:
