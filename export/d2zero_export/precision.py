@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}  # int8: `quantize`, later
 ISLANDS = ("classifier", "decoder.mask_mlp")  # parts that stay float32 in a float16 graph
 
 
@@ -24,7 +24,7 @@ def lowered(model: D2Zero, precision: str, islands: Iterable[str] = ISLANDS) -> 
 
     Args:
         model: in evaluation mode; not changed.
-        precision: `float32` or `float16`.
+        precision: `float32`, `float16`, or `int8`, which begins as float32.
         islands: names of parts that stay float32.
 
     Raises:

@@ -44,7 +44,7 @@ class Limits:
 
 # Single logits of a low-precision graph may differ much where a bit of an attention mask flips; their mean may not.
 _LOW = Limits(logits=math.inf, relative=0.05, points=0.5)
-LIMITS = {"float32": Limits(), "float16": _LOW, "bfloat16": replace(_LOW, relative=0.1)}
+LIMITS = {"float32": Limits(), "float16": _LOW, "bfloat16": replace(_LOW, relative=0.1), "int8": replace(_LOW, relative=1.0)}
 
 
 @dataclass(frozen=True)
