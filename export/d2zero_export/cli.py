@@ -217,6 +217,7 @@ def verify(
     truth = read_coco(annotations) if annotations else None
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
+    given["hm_points"] = max_points
     changed = {name: value for name, value in given.items() if value is not None}
     result = compare(load_model(checkpoint), model, files, truth, images, changed, provider)
     _show_verification(result, len(files))

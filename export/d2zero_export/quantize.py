@@ -4,7 +4,7 @@ Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuse
 uint8, ranges from photos; weights int8 a channel, of seven bits: without VNNI, processors add products of uint8
 and int8 in sixteen bits, and those of eight bits would saturate.
 
-Chosen by measurement (docs/decisions/0007): the backbone with its additions, the pixel decoder's convolutions, the
+Chosen by measurement (docs/LOG.md, "INT8"): the backbone with its additions, the pixel decoder's convolutions, the
 linear layers that run over all pixels, and the decoder's feed-forward layers. All else stays float32: where
 deformable attention looks, attention itself, mask embeddings and masks, and the classifier.
 """
