@@ -9,7 +9,6 @@ from d2zero_bench.cases import Case
 from d2zero_bench.report import CandidateInfo, Equality
 from d2zero_runtime.segmenter import Raw
 
-
 _NARROWEST_FIRST = ("float32", "float16", "bfloat16", "int8")
 
 

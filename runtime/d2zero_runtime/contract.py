@@ -95,7 +95,9 @@ class ModelContract:
             preprocessing = Preprocessing.from_dict(values["preprocessing"])
         except D2ZeroError as error:
             raise D2ZeroError(f"{where}: {error}") from error
-        return cls(**{**{name: values[name] for name in names if name in values}, **flags, "preprocessing": preprocessing})
+        return cls(
+            **{**{name: values[name] for name in names if name in values}, **flags, "preprocessing": preprocessing}
+        )
 
     def vocabulary(self, embeddings: NDArray[np.float32]) -> Vocabulary:
         """The default vocabulary, with the embeddings that the file holds."""
