@@ -110,8 +110,8 @@ def _refuse_int8(model: Path, precision: str) -> None:
 
     if precision == "int8" or (model.suffix == ".onnx" and read_contract(model)[0].precision == "int8"):
         raise D2ZeroError(
-            "--precision int8 is for --format onnx, run by ONNX Runtime or OpenVINO on a CPU; an engine takes float32 or"
-            " float16"
+            "--precision int8 is for --format onnx, run by ONNX Runtime or OpenVINO on a CPU; an engine takes float32"
+            " or float16"
         )
 
 

@@ -92,8 +92,8 @@ class ExportConfig:
             raise D2ZeroError(f"calibration-images must be at least 1, got {self.calibration_images}")
         if self.deform_attn == "plugin":
             raise D2ZeroError(
-                "--precision int8 is for ONNX Runtime and OpenVINO, which do not run --deform-attn plugin; use gridsample"
-                " or gather"
+                "--precision int8 is for ONNX Runtime and OpenVINO, which do not run --deform-attn plugin; use"
+                " gridsample or gather"
             )
 
 

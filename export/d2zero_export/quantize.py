@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2zero.model import D2Zero
+from d2zero.model.decoder import DecoderLayer
+from d2zero.model.pixel_decoder import EncoderLayer
 from d2zero_export.graph import level_projections
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
@@ -130,9 +132,10 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
 
 def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     """Weights of the linear layers that are quantized, as torch has them; exporters' names say nothing of them."""
-    for layer in model.pixel_decoder.layers:
-        yield from (layer.attention.output_proj.weight, layer.linear1.weight, layer.linear2.weight)
-    for layer in model.decoder.layers:
+    encoder: list[EncoderLayer] = list(model.pixel_decoder.layers)  # type: ignore[arg-type]
+    decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
+    yield from (layer.attention.output_proj.weight for layer in encoder)
+    for layer in (*encoder, *decoder):
         yield from (layer.linear1.weight, layer.linear2.weight)
     yield from level_projections(model.decoder)
 
@@ -158,7 +161,7 @@ def _before_pixel_decoder(proto: onnx.ModelProto) -> set[str]:
 def _reader(photos: Photos, embeddings_KD: NDArray[np.float32] | None) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         batches = photos.batches()
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
