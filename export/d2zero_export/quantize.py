@@ -135,7 +135,8 @@ def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     encoder: list[EncoderLayer] = list(model.pixel_decoder.layers)  # type: ignore[arg-type]
     decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
     yield from (layer.attention.output_proj.weight for layer in encoder)
-    for layer in (*encoder, *decoder):
+    layers: list[EncoderLayer | DecoderLayer] = [*encoder, *decoder]
+    for layer in layers:
         yield from (layer.linear1.weight, layer.linear2.weight)
     yield from level_projections(model.decoder)
 
