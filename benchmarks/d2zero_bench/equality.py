@@ -9,6 +9,8 @@ from d2zero_bench.cases import Case
 from d2zero_bench.report import CandidateInfo, Equality
 from d2zero_runtime.segmenter import Raw
 
+_NARROWEST_FIRST = ("float32", "float16", "bfloat16", "int8")
+
 
 def compare(info: CandidateInfo, case: Case, theirs: Raw, ours: Raw, precision: str) -> Equality:
     """Compare with the baseline.
@@ -46,4 +48,4 @@ def _failures(case: str, figures: list[float], precision: str) -> list[str]:
 
 def lower_precision(one: str, other: str) -> str:
     """Of two, the one with the wider limits."""
-    return one if one != "float32" else other
+    return max(one, other, key=_NARROWEST_FIRST.index)

@@ -35,8 +35,15 @@ def export(
         ),
     ] = "onnx",
     precision: Annotated[
-        str, typer.Option("--precision", help="float32; float16 for GPUs; bfloat16 for --format pt2.")
+        str, typer.Option("--precision", help="float32; float16 for GPUs; bfloat16 for --format pt2; int8 for CPUs.")
     ] = "float32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="int8: a folder of photos such as the model will see (no annotations)."),
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option("--calibration-images", min=1, help="int8: at most so many of them.")
+    ] = 32,
     deform_attn: Annotated[
         str | None,
         typer.Option(
@@ -78,6 +85,7 @@ def export(
         raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}")
     engine = None
     if target == "tensorrt":
+        _refuse_int8(model, precision)
         engine = _engine_config(smallest, best, largest, timing_cache, device)
     elif any((smallest, best, largest, timing_cache, device)):
         raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
@@ -88,16 +96,19 @@ def export(
     if model.suffix == ".onnx":
         if engine is None:
             raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
-        if deform_attn or size or batch or bake or precision != "float32":
+        if deform_attn or size or batch or bake or calibration or precision != "float32":
             raise D2ZeroError(
-                "--precision, --deform-attn, --size, --batch and --bake are choices of the ONNX file; export it anew"
+                "--precision, --calibration, --deform-attn, --size, --batch and --bake are choices of the ONNX file;"
+                " export it anew"
             )
         _build(model, output, engine, verify, max_logits)
         return
     from d2zero_export.onnx_export import ExportConfig
 
     form = deform_attn or ("gather" if engine else "gridsample")
-    config = ExportConfig(precision, form, _size(size), batch, bake, verify, max_logits)
+    config = ExportConfig(
+        precision, form, _size(size), batch, bake, verify, max_logits, calibration, calibration_images
+    )
     if target == "pt2":
         _export_pt2(model, output, config, compile_for)
         return
@@ -105,6 +116,17 @@ def export(
     _export_onnx(model, file, config)
     if engine:
         _build(file, output, engine, verify, max_logits, model)
+
+
+def _refuse_int8(model: Path, precision: str) -> None:
+    """TensorRT takes signed, symmetric activations alone; ours are for CPUs."""
+    from d2zero_runtime.onnx_file import read_contract
+
+    if precision == "int8" or (model.suffix == ".onnx" and read_contract(model)[0].precision == "int8"):
+        raise D2ZeroError(
+            "--precision int8 is for --format onnx, run by ONNX Runtime or OpenVINO on a CPU; an engine takes float32"
+            " or float16"
+        )
 
 
 def _engine_config(
@@ -224,6 +246,7 @@ def verify(
     truth = read_coco(annotations) if annotations else None
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
+    given["hm_points"] = max_points
     changed = {name: value for name, value in given.items() if value is not None}
     result = compare(load_model(checkpoint), model, files, truth, images, changed, provider)
     _show_verification(result, len(files))

@@ -12,7 +12,7 @@ Exact accelerations (equal in real arithmetic; DESIGN §5):
 Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width, N pixels of a level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2zero.model import D2Zero
 from d2zero.model.classifier import NORM_FLOOR, background
-from d2zero.model.decoder import LEVELS, DecoderLayer
+from d2zero.model.decoder import LEVELS, DecoderLayer, MaskedDecoder
 from d2zero.model.positions import sine_positions
 
 ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a layer's number: where it must not look
@@ -111,7 +111,7 @@ class InferenceGraph(nn.Module):
             size = features.shape[2:]
             value_BNC = features.flatten(2).transpose(1, 2) + embedding
             position = sine_positions(size[0], size[1], features.shape[1], features.device).to(features.dtype)
-            readers = [layer.cross_attention for layer in layers[level::LEVELS]]
+            readers = _readers(decoder, level)
             keys.append(_projected(value_BNC + position.flatten(1).T, readers, 1))
             values.append(_projected(value_BNC, readers, 2))
             resized = F.interpolate(fused, size, mode="bilinear", align_corners=False)
@@ -183,9 +183,25 @@ def _projected(inputs: Tensor, readers: list[nn.MultiheadAttention], part: int) 
     """The key or value projections of several attentions in one product."""
     if not readers:
         return []
+    weight, bias = _together(readers, part)
+    return list(F.linear(inputs, weight, bias).chunk(len(readers), dim=-1))
+
+
+def _together(readers: list[nn.MultiheadAttention], part: int) -> tuple[Tensor, Tensor]:
     pairs = [_weights(reader, part) for reader in readers]
-    together = F.linear(inputs, torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs]))
-    return list(together.chunk(len(readers), dim=-1))
+    return torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs])
+
+
+def _readers(decoder: MaskedDecoder, level: int) -> list[nn.MultiheadAttention]:
+    """The attentions that read a level."""
+    layers: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
+    return [layer.cross_attention for layer in layers[level::LEVELS]]
+
+
+def level_projections(decoder: MaskedDecoder) -> Iterator[Tensor]:
+    """Weights of the products in the graph that make a level's keys and values for all that read it."""
+    for readers in (_readers(decoder, level) for level in range(LEVELS)):
+        yield from (_together(readers, part)[0] for part in (1, 2) if readers)
 
 
 def _attend(

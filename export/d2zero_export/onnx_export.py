@@ -1,4 +1,4 @@
-"""Checkpoint → ONNX, in named stages: precision, trace, rewrite, contract, check, verify.
+"""Checkpoint → ONNX, in named stages: precision, trace, rewrite, (for int8) quantize, contract, check, verify.
 
 The class embeddings become an input with a default (an overridable initializer): ONNX Runtime runs the file
 as it is, and takes other embeddings, of another number of classes, when they are fed. Baked, they are
@@ -26,6 +26,7 @@ from d2zero.model import D2Zero, deformable
 from d2zero_export import plugin
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.precision import PRECISIONS, lowered
+from d2zero_export.quantize import Photos, quantized
 from d2zero_export.verify import LIMITS, RawParity, open_exported, raw_parity
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
@@ -47,7 +48,7 @@ class ExportConfig:
     """How a model is exported.
 
     Args:
-        precision: `float32` or `float16`; of a `.pt2` also `bfloat16`.
+        precision: `float32`, `float16` or `int8`; of a `.pt2` also `bfloat16`.
         deform_attn: `gridsample` (fast in ONNX Runtime), `gather` (no operator that an engine gets wrong) or
             `plugin` (TensorRT's own operator; nothing else runs it).
         size: (height, width), multiples of 32: the one size that the graph takes; any if left out.
@@ -55,6 +56,8 @@ class ExportConfig:
         bake: make the class embeddings constants: a little faster, and the classes cannot be changed.
         verify: run the file and compare it with the checkpoint.
         max_logits: largest difference of class and mask logits that passes; by precision if left out.
+        calibration: of int8: a folder of photos, as the model will see them, for the ranges of activations.
+        calibration_images: at most so many of them.
     """
 
     precision: str = "float32"
@@ -64,6 +67,8 @@ class ExportConfig:
     bake: bool = False
     verify: bool = True
     max_logits: float | None = None
+    calibration: Path | None = None
+    calibration_images: int = 32
 
     def __post_init__(self) -> None:
         if self.deform_attn not in FORMS:
@@ -74,6 +79,22 @@ class ExportConfig:
             raise D2ZeroError(f"size must be multiples of 32, got {self.size[0]}x{self.size[1]}")
         if self.batch is not None and self.batch < 1:
             raise D2ZeroError(f"batch must be at least 1, got {self.batch}")
+        self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        if self.precision != "int8":
+            if self.calibration is not None:
+                raise D2ZeroError(f"--calibration is for --precision int8, got precision {self.precision}")
+            return
+        if self.calibration is None:
+            raise D2ZeroError("--precision int8 needs photos to calibrate on; give their folder with --calibration")
+        if self.calibration_images < 1:
+            raise D2ZeroError(f"calibration-images must be at least 1, got {self.calibration_images}")
+        if self.deform_attn == "plugin":
+            raise D2ZeroError(
+                "--precision int8 is for ONNX Runtime and OpenVINO, which do not run --deform-attn plugin; use"
+                " gridsample or gather"
+            )
 
 
 def export_onnx(
@@ -104,6 +125,7 @@ def export_onnx(
     if config.precision == "bfloat16":
         raise D2ZeroError("an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16")
     contract = contract_for(model, config, checkpoint_hash)  # refuses what does not fit before any work
+    photos = _photos(contract, config)
     stage("precision")
     prepared = lowered(model, config.precision)
     prepared.set_deformable(FORMS[config.deform_attn])
@@ -111,6 +133,10 @@ def export_onnx(
     program = trace(prepared, config)
     stage("rewrite")
     proto = _rewritten(_translate(program))
+    if photos:
+        stage("quantize")
+        proto = quantized(proto, prepared, photos)
+        contract = replace(contract, calibration=photos.recorded())
     stage("contract")
     _add_vocabulary(proto, model)
     proto.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
@@ -126,6 +152,12 @@ def export_onnx(
             parity = verified(model, candidate, config)
         candidate.replace(output)
     return parity
+
+
+def _photos(contract: ModelContract, config: ExportConfig) -> Photos | None:
+    if config.calibration is None:
+        return None
+    return Photos.read(config.calibration, config.calibration_images, contract.preprocessing, contract.batch)
 
 
 def trace(

@@ -15,7 +15,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,  # of what torch itself compiles
+    "int8": torch.float32,  # `quantize`, later
+}
 ISLANDS = ("classifier", "decoder.mask_mlp")  # parts that stay float32 in a graph of lower precision
 
 
@@ -24,7 +29,7 @@ def lowered(model: D2Zero, precision: str, islands: Iterable[str] = ISLANDS) -> 
 
     Args:
         model: in evaluation mode; not changed.
-        precision: `float32`, `float16` or `bfloat16`.
+        precision: `float32`, `float16`, `bfloat16`, or `int8`, which begins as float32.
         islands: names of parts that stay float32.
 
     Raises:

@@ -42,6 +42,8 @@ class Pt2Config:
             raise D2ZeroError(f"a .pt2 is compiled for one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise D2ZeroError("torch sees no CUDA device here; a .pt2 is compiled on the machine that it is for")
+        if self.export.precision == "int8":
+            raise D2ZeroError("a .pt2 is float32, float16 or bfloat16; int8 is for --format onnx")
         if self.device == "cpu" and self.export.precision == "float16":
             raise D2ZeroError("on a CPU a .pt2 is float32 or bfloat16; float16 is for GPUs")
 

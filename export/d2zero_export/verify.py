@@ -40,11 +40,23 @@ class Limits:
     relative: float = math.inf  # the same, mean difference as a share of the mean size
     matched: float = 0.99  # least share of instances found by both, and named alike
     points: float = 0.1  # AP and recall, in points of percent
+    hm_points: float = 0.1  # of their harmonic means over seen and unseen classes
+
+    def points_of(self, figure: str) -> float:
+        """The limit of one of `FIGURES`."""
+        return self.hm_points if figure.startswith("hm") else self.points
 
 
 # Single logits of a low-precision graph may differ much where a bit of an attention mask flips; their mean may not.
-_LOW = Limits(logits=math.inf, relative=0.05, points=0.5)
-LIMITS = {"float32": Limits(), "float16": _LOW, "bfloat16": replace(_LOW, relative=0.1)}
+_LOW = Limits(logits=math.inf, relative=0.05, points=0.5, hm_points=0.5)
+LIMITS = {
+    "float32": Limits(),
+    "float16": _LOW,
+    "bfloat16": replace(_LOW, relative=0.1),
+    # Measured on the demo's model, by calibration photos, method and library: logits 3 to 11 % on drawn images; 99.1 %
+    # matched; unseen AP50 within 0.8 points, harmonic means within 0.4.
+    "int8": replace(_LOW, relative=0.2, matched=0.98, points=1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -146,10 +158,10 @@ def verify(
         if value < limits.matched:
             failures.append(f"instances {what} {value:.4f} (limit {limits.matched})")
     failures += [
-        f"{mode} {figure} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limits.points})"
+        f"{mode} {figure} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limit})"
         for mode, figures in accuracy.items()
         for figure, (left, right) in figures.items()
-        if abs(left - right) > limits.points
+        if abs(left - right) > (limit := limits.points_of(figure.split()[1]))
     ]
     return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
 

@@ -14,6 +14,7 @@ from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
+_LATER = frozenset({"calibration"})  # added within version 1: files from before lack them, and need none
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 
 
@@ -33,6 +34,7 @@ class ModelContract:
         softmax_temperature: of the class probabilities.
         precision: of the graph, such as `float32`.
         deform_attn: the form of deformable attention in the graph.
+        calibration: of a quantized graph: how many images, and the method.
         batch: images a run, if the graph was made for one number only.
         baked: whether the class embeddings are constants of the graph, not an input.
         opset: of ONNX.
@@ -52,6 +54,7 @@ class ModelContract:
     softmax_temperature: float = SOFTMAX_TEMPERATURE
     precision: str = "float32"
     deform_attn: str = "gridsample"
+    calibration: dict[str, Any] = field(default_factory=dict)
     batch: int | None = None
     baked: bool = False
     opset: int = 18
@@ -84,7 +87,7 @@ class ModelContract:
                 f" {CONTRACT_VERSION}; upgrade d2zero"
             )
         names = [entry.name for entry in fields(cls)]
-        missing = [name for name in names if name not in values]
+        missing = [name for name in names if name not in values and name not in _LATER]
         if missing:
             raise D2ZeroError(f"{where}: the model contract lacks {listed(missing)}; export the model again")
         flags = {name: tuple(values[name]) for name in ("class_names", "seen", "active")}
@@ -92,7 +95,9 @@ class ModelContract:
             preprocessing = Preprocessing.from_dict(values["preprocessing"])
         except D2ZeroError as error:
             raise D2ZeroError(f"{where}: {error}") from error
-        return cls(**{**{name: values[name] for name in names}, **flags, "preprocessing": preprocessing})
+        return cls(
+            **{**{name: values[name] for name in names if name in values}, **flags, "preprocessing": preprocessing}
+        )
 
     def vocabulary(self, embeddings: NDArray[np.float32]) -> Vocabulary:
         """The default vocabulary, with the embeddings that the file holds."""

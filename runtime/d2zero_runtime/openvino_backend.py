@@ -1,4 +1,4 @@
-"""Running an exported `.onnx` with OpenVINO: CPUs, in float32 or bfloat16.
+"""Running an exported `.onnx` with OpenVINO: CPUs, in float32 or bfloat16, and what is eight bits in the file as such.
 
 bfloat16 pays on processors that compute in it (AVX512-BF16, AMX); elsewhere OpenVINO would compute in float32
 and say nothing, so it is refused there. What it does to a model's accuracy is for `d2zero verify` to say.
@@ -23,7 +23,7 @@ class OpenVinoBackend:
 
     Args:
         path: the `.onnx` file.
-        precision: `float32`, or `bfloat16` for the whole graph.
+        precision: `float32`, or `bfloat16` for the whole graph; of a float32 graph.
         threads: OpenVINO's choice if left out.
 
     Raises:
@@ -48,8 +48,8 @@ class OpenVinoBackend:
             raise D2ZeroError(f"openvino cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
         self._request = compiled.create_infer_request()
         self._default = None if contract.baked else vocabulary.embeddings
-        self.precision = precision
-        self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {precision})"
+        self.precision = precision if contract.precision == "float32" else contract.precision
+        self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {self.precision})"
 
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None

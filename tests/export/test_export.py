@@ -107,7 +107,7 @@ def test_islands_of_float32(demo_model: D2Zero) -> None:
     assert {p.dtype for p in copied.classifier.parameters()} == {torch.float32}
     assert {p.dtype for p in copied.decoder.parameters()} == {torch.float16}
     assert {p.dtype for p in demo_model.parameters()} == {torch.float32} == {before}  # the original is as it was
-    with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, bfloat16, got 'int4'"):
+    with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, bfloat16, int8, got 'int4'"):
         lowered(demo_model, "int4")
 
 

@@ -1,0 +1,198 @@
+"""Static quantization of an exported float32 graph to eight bits, by onnxruntime's own tools.
+
+Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuses them as it can. Activations are
+uint8, ranges from photos; weights int8 a channel, of seven bits: without VNNI, processors add products of uint8
+and int8 in sixteen bits, and those of eight bits would saturate.
+
+Chosen by measurement (docs/LOG.md, "INT8"): the backbone with its additions, the pixel decoder's convolutions, the
+linear layers that run over all pixels, and the decoder's feed-forward layers. All else stays float32: where
+deformable attention looks, attention itself, mask embeddings and masks, and the classifier.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2zero.model import D2Zero
+from d2zero.model.decoder import DecoderLayer
+from d2zero.model.pixel_decoder import EncoderLayer
+from d2zero_export.graph import level_projections
+from d2zero_runtime import D2ZeroError, read_image
+from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.segmenter import expand
+
+# Percentile was no better, and keeps every activation of every photo in memory; entropy, with the tools' own number of
+# bins, is the same as this.
+METHOD = "minmax"
+WEIGHTED = ("Conv", "MatMul")
+# In the backbone, so that convolutions pass on integers: no faster in ONNX Runtime, but OpenVINO loses less by it.
+BETWEEN = ("Add", "AveragePool", "MaxPool", "Relu")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """What activations are calibrated on.
+
+    Args:
+        images_HWC: uint8 RGB, at network size.
+        preprocessing: that of the exported model.
+        batch: the number of images a run, if the graph takes one number only.
+    """
+
+    images_HWC: tuple[NDArray[np.uint8], ...]
+    preprocessing: Preprocessing
+    batch: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path, count: int, preprocessing: Preprocessing, batch: int | None = None) -> "Photos":
+        """Read at most `count` of a folder's photos, evenly over their sorted names.
+
+        Raises:
+            D2ZeroError: there is no such folder, it holds no images, or one of them cannot be read.
+        """
+        if not folder.is_dir():
+            raise D2ZeroError(f"--calibration takes a folder of photos, {folder} is none")
+        files = [Path(str(entry)) for entry in expand(folder)]
+        places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
+        return cls(tuple(preprocessing.resize(read_image(files[place])) for place in places), preprocessing, batch)
+
+    def batches(self) -> Iterator[NDArray[np.float32]]:
+        """Network input, a photo each."""
+        for image in self.images_HWC:
+            yield self.preprocessing.batch([image] * (self.batch or 1), self.preprocessing.padded_size(image.shape[:2]))
+
+    def recorded(self) -> dict[str, Any]:
+        """For the contract."""
+        import onnxruntime
+
+        return {"images": len(self.images_HWC), "method": METHOD, "tool": f"onnxruntime {onnxruntime.__version__}"}
+
+
+def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.ModelProto:
+    """The graph with its chosen nodes in eight bits.
+
+    Args:
+        proto: float32; its class embeddings an input without a default, so that they cannot become a constant.
+        model: whose weights the graph has.
+        photos: to run it on.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
+
+    with TemporaryDirectory() as folder, _quietly():
+        plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
+        onnx.save(proto, plain)
+        quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds weights that are sliced and turned over
+        nodes = chosen(onnx.load(folded), model)
+        quantize_static(
+            folded,
+            output,
+            _reader(photos, None if len(proto.graph.input) == 1 else model.vocabulary.embeddings),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=[*WEIGHTED, *BETWEEN],
+            nodes_to_quantize=nodes,
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what reads them is float32
+            },
+        )
+        return _cleaned(onnx.load(output))
+
+
+def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
+    """Names of the nodes that are quantized.
+
+    Args:
+        proto: with its constants folded.
+        model: whose weights it has.
+    """
+    initializers = {entry.name: entry for entry in proto.graph.initializer}
+    weights = {_content(weight) for weight in _linear_weights(model)}
+    in_backbone = _before_pixel_decoder(proto)
+    found = []
+    for node in proto.graph.node:
+        weight = initializers.get(node.input[1]) if node.op_type in WEIGHTED else None
+        linear = node.op_type == "MatMul" and weight and onnx.numpy_helper.to_array(weight).tobytes() in weights
+        convolution = node.op_type == "Conv" and weight
+        if linear or convolution or (node.op_type in BETWEEN and node.name in in_backbone):
+            found.append(node.name)
+    return found
+
+
+def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
+    """Weights of the linear layers that are quantized, as torch has them; exporters' names say nothing of them."""
+    encoder: list[EncoderLayer] = list(model.pixel_decoder.layers)  # type: ignore[arg-type]
+    decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
+    yield from (layer.attention.output_proj.weight for layer in encoder)
+    layers: list[EncoderLayer | DecoderLayer] = [*encoder, *decoder]
+    for layer in layers:
+        yield from (layer.linear1.weight, layer.linear2.weight)
+    yield from level_projections(model.decoder)
+
+
+def _content(weight: Tensor) -> bytes:
+    return np.ascontiguousarray(weight.detach().numpy().T).tobytes()
+
+
+def _before_pixel_decoder(proto: onnx.ModelProto) -> set[str]:
+    """Names of the nodes that the backbone's last convolutions depend on."""
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    last = [node for node in proto.graph.node if node.op_type == "Conv" and ".backbone." not in node.input[1]]
+    waiting = [node.input[0] for node in last if "input_projections" in node.input[1]]
+    found: set[str] = set()
+    while waiting:
+        node = made_by.get(waiting.pop())
+        if node is not None and node.name not in found:
+            found.add(node.name)
+            waiting.extend(node.input)
+    return found
+
+
+def _reader(photos: Photos, embeddings_KD: NDArray[np.float32] | None) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        batches = photos.batches()
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            images = next(self.batches, None)
+            if images is None:
+                return None
+            fed = {} if embeddings_KD is None else {EMBEDDINGS_INPUT: np.asarray(embeddings_KD, np.float32)}
+            return {"images": images, **fed}
+
+    return Reader()
+
+
+def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the tools' marks, and without operator sets that no node is of."""
+    used = {node.domain for node in proto.graph.node}
+    kept: Sequence[Any] = [entry for entry in proto.opset_import if entry.domain in used]
+    del proto.opset_import[:], proto.metadata_props[:]
+    proto.opset_import.extend(kept)
+    return proto
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The tools recommend on the root logger what was done already."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

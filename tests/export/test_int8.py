@@ -1,0 +1,179 @@
+"""A model exported in eight bits: the chosen nodes alone are quantized, and it is the same model within limits."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Outcome
+
+import d2zero
+from d2zero.data.coco import read_coco
+from d2zero.data.shapes import ShapesConfig, write_dataset
+from d2zero.demo.run import packaged_checkpoint
+from d2zero.inference import segmenter_of
+from d2zero.model import D2Zero
+from d2zero_bench.equality import lower_precision
+from d2zero_export import onnx_export
+from d2zero_export.graph import ATTENTION_MASK
+from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
+from d2zero_export.quantize import Photos
+from d2zero_export.verify import LIMITS, raw_parity, verify
+from d2zero_runtime import D2ZeroError, load
+from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.onnx_file import read_contract
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def demo_model() -> D2Zero:
+    return d2zero.load(packaged_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages but the trace, which takes most of the time and is the same as for float32: from that file."""
+    path = tmp_path_factory.mktemp("int8") / "demo.onnx"
+    traced = onnx.load(exported)
+    kept = [tensor for tensor in traced.graph.initializer if tensor.name != EMBEDDINGS_INPUT]
+    del traced.graph.initializer[:], traced.metadata_props[:]
+    traced.graph.initializer.extend(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_trace", lambda model, config: None)
+        patch.setattr(onnx_export, "_translate", lambda program: traced)
+        export_onnx(demo_model, path, ExportConfig("int8", verify=False, calibration=shapes_data / "train"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def graph(eight_bits: Path) -> onnx.GraphProto:
+    return onnx.load(eight_bits).graph
+
+
+def test_chosen_nodes_are_quantized_and_no_others(graph: onnx.GraphProto, demo_model: D2Zero) -> None:
+    made_by = {output: node for node in graph.node for output in node.output}
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        sources = [made_by[name] for name in node.input if name in made_by]
+        weights = [stored[s.input[0]] for s in sources if s.op_type == "DequantizeLinear" and s.input[0] in stored]
+        matrices = [weight for weight in weights if weight.ndim > 1]
+        if matrices:
+            counts[node.op_type] += 1
+            assert sources[0].op_type == "DequantizeLinear"  # the activation too
+            assert matrices[0].dtype == np.int8 and np.abs(matrices[0].astype(int)).max() <= 64  # seven bits
+    layers, encoders = len(demo_model.decoder.layers), len(demo_model.pixel_decoder.layers)
+    linear = 3 * encoders + 2 * min(layers, 3) + 2 * layers  # encoder; keys and values a level; feed-forward
+    convolutions = sum(node.op_type == "Conv" for node in graph.node)
+    assert counts == {"Conv": convolutions, "MatMul": linear} and convolutions > 15
+
+
+def test_classifier_and_embeddings_are_not_quantized(graph: onnx.GraphProto) -> None:
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    readers = [node for node in graph.node if any("model.classifier." in name for name in node.input)]
+    assert len(readers) > 5
+    for node in readers:
+        assert "DequantizeLinear" not in {made_by.get(name) for name in node.input}
+        assert all(types.get(name, 1) == onnx.TensorProto.FLOAT for name in node.input)
+    assert [entry.name for entry in graph.input] == ["images", EMBEDDINGS_INPUT]
+    assert types[EMBEDDINGS_INPUT] == onnx.TensorProto.FLOAT
+    assert {node.op_type for node in graph.node if EMBEDDINGS_INPUT in node.input} == {"Gemm", "Shape"}
+
+
+def test_file_promises_what_exported_models_do(eight_bits: Path, demo_model: D2Zero) -> None:
+    proto = onnx.load(eight_bits)
+    onnx.checker.check_model(proto)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+    assert not FORBIDDEN & {node.op_type for node in proto.graph.node}
+    values = {name for node in proto.graph.node for name in node.output}
+    assert {f"{ATTENTION_MASK}{layer}" for layer in range(len(demo_model.decoder.layers))} <= values
+    contract, words = read_contract(eight_bits)
+    assert contract.precision == "int8" and contract.calibration["images"] == 32
+    assert contract.calibration["method"] == "minmax" and words.names == demo_model.vocabulary.names
+    before = {name: value for name, value in json.loads(contract.to_json()).items() if name != "calibration"}
+    assert ModelContract.from_json(json.dumps(before), "a file from before").calibration == {}
+
+
+def test_same_model_at_every_size_batch_and_class_count(
+    eight_bits: Path, exported: Path, demo_model: D2Zero, shapes_data: Path
+) -> None:
+    assert eight_bits.stat().st_size < 0.55 * exported.stat().st_size
+    parity = raw_parity(segmenter_of(demo_model), load(eight_bits))
+    assert len(parity.differences) == 10 and not parity.failures(LIMITS["int8"])
+    assert parity.failures(LIMITS["float32"])  # it is another precision
+    photos = sorted((shapes_data / "val").iterdir())[:12]
+    result = verify(demo_model, eight_bits, photos)
+    assert not result.failures and result.attention_flipped is not None and 0 < result.attention_flipped < 0.03
+
+
+def test_openvino_runs_it(eight_bits: Path, demo_model: D2Zero) -> None:
+    pytest.importorskip("openvino")
+    segmenter = load(eight_bits, "openvino")
+    assert segmenter.precision == "int8"
+    assert not raw_parity(segmenter_of(demo_model), segmenter).failures(LIMITS["int8"])
+
+
+@pytest.mark.slow
+def test_accuracy_of_what_the_command_makes(demo_model: D2Zero, tmp_path: Path, command: Command) -> None:
+    write_dataset(tmp_path, ShapesConfig(train_images=32, val_images=200))
+    eight_bits = tmp_path / "m.onnx"
+    outcome = command(
+        "export", packaged_checkpoint(), "-o", eight_bits, "--precision", "int8", "--calibration", tmp_path / "train"
+    )
+    assert outcome.code == 0 and "int8, 36 classes inside" in outcome.out and "quantize" in outcome.err
+    truth = read_coco(tmp_path / "annotations/instances_val_gzsi_shapes.json")
+    result = verify(demo_model, eight_bits, sorted((tmp_path / "val").iterdir())[:24], truth, tmp_path / "val")
+    ours, theirs = result.accuracy["gzsis"]["segm hm_ap50"]
+    assert ours > 50 and abs(ours - theirs) <= 0.5
+
+
+def test_photos_are_taken_evenly_and_as_the_model_sees_them(shapes_data: Path) -> None:
+    preprocessing = Preprocessing(shortest_edge=64, longest_edge=64)
+    photos = Photos.read(shapes_data / "train", 5, preprocessing, batch=2)
+    assert [batch.shape for batch in photos.batches()] == [(2, 3, 64, 64)] * 5
+    every = Photos.read(shapes_data / "train", 1000, preprocessing)
+    assert len(every.images_HWC) == 48
+    np.testing.assert_array_equal(photos.images_HWC[-1], every.images_HWC[-1])
+
+
+def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path, exported: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.png").write_bytes(b"no picture")
+    for folder, message in (
+        ("none", "takes a folder of photos"),
+        ("empty", "holds no images"),
+        ("broken", "not an image"),
+    ):
+        stages: list[str] = []
+        with pytest.raises(D2ZeroError, match=message):
+            export_onnx(
+                demo_model, tmp_path / "m.onnx", ExportConfig("int8", calibration=tmp_path / folder), "", stages.append
+            )
+        assert not stages
+    for changes, message in (
+        ({"calibration": None}, "give their folder with --calibration"),
+        ({"precision": "float16"}, "--calibration is for --precision int8, got precision float16"),
+        ({"deform_attn": "plugin"}, "use gridsample or gather"),
+        ({"calibration_images": 0}, "at least 1, got 0"),
+    ):
+        with pytest.raises(D2ZeroError, match=message):
+            replace(ExportConfig("int8", calibration=tmp_path), **changes)
+
+
+def test_no_engine_in_eight_bits(eight_bits: Path, tmp_path: Path, command: Command) -> None:
+    for arguments in ((packaged_checkpoint(), "--precision", "int8"), (eight_bits,)):
+        outcome = command("export", *arguments, "-o", tmp_path / "m.engine", "--format", "tensorrt")
+        assert outcome.code == 2 and "an engine takes float32 or float16" in outcome.err
+
+
+def test_benchmark_judges_by_the_wider_limits() -> None:
+    assert lower_precision("float32", "int8") == "int8" == lower_precision("int8", "float16")
+    assert lower_precision("float16", "float32") == "float16"
