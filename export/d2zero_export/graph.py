@@ -97,9 +97,11 @@ class InferenceGraph(nn.Module):
 
     def _background(self, fused: Tensor, mask_logits: Tensor) -> Tensor:
         """The mean mask feature of what no query claims, (B, C) float32, not normalised."""
-        pixels = background(mask_logits).float()[:, None]
+        pixels_BN1 = background(mask_logits).flatten(1).float()[:, :, None]
+        average_BC1 = (fused.float().flatten(2) @ pixels_BN1) / pixels_BN1.shape[1]
         weight_CC, bias_C = self._mask_convolution(torch.float32)
-        return (fused.float() * pixels).mean(dim=(2, 3)) @ weight_CC.T + bias_C * pixels.mean(dim=(2, 3))
+        # Not `average @ weight.T`: OpenVINO 2026.4 takes the weight as `_mask_logits` has it, not turned over.
+        return (weight_CC @ average_BC1).squeeze(2) + pixels_BN1.mean(dim=1) * bias_C
 
     def _decode(self, fused: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         decoder = self.model.decoder
