@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup bindings demo test check benchmark format clean
+.PHONY: setup bindings demo test check benchmark benchmark-gpu format clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,14 @@ check: setup
 RESULTS ?= runs/benchmark
 benchmark: setup
 	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
+
+# On a machine with a GPU: what must be right, then what it costs. PYTHON is one with torch for CUDA; nothing is installed.
+GPU_PATH := .:runtime:export:benchmarks
+benchmark-gpu:
+	mkdir -p $(RESULTS)/kernel $(RESULTS)/training
+	PYTHONPATH=$(GPU_PATH) $(PYTHON) benchmarks/gpu/deformable.py $(RESULTS)/kernel/gpu.json
+	PYTHONPATH=$(GPU_PATH) $(PYTHON) -m d2zero_bench.standard --gpu --output $(RESULTS)
+	PYTHONPATH=$(GPU_PATH) $(PYTHON) -m d2zero_bench.training --json $(RESULTS)/training/gpu.json
 
 format: setup
 	$(BIN)/ruff format .

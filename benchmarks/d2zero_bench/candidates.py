@@ -36,6 +36,8 @@ class Spec:
         providers: of an `.onnx`.
         device: of what torch runs.
         threads: of the network and of post-processing; each library's own choice if left out.
+        masks: kind of masks that post-processing makes, as of `d2zero_runtime.postprocess`; of the published variant
+            always `rle`.
         queries: of a peer.
         classes: of a peer.
     """
@@ -47,6 +49,7 @@ class Spec:
     providers: tuple[str, ...] | None = None
     device: str = "auto"
     threads: int | None = None
+    masks: str = "rle"
     queries: int = 100
     classes: int = 80
 
@@ -99,6 +102,8 @@ def open_model(spec: Spec) -> Segmenter:
     assert spec.path is not None
     if spec.path.suffix not in EXPORTED_SUFFIXES:
         return VARIANTS[spec.variant](spec.path, spec.device)
+    if spec.path.suffix == ".pt2":
+        import_module("d2zero.model.deformable_triton")  # the operator that it may call, installed or not
     return load(spec.path, spec.providers, threads=spec.threads)
 
 
@@ -108,6 +113,7 @@ class Model:
     def __init__(self, spec: Spec, gpu: GpuMemory) -> None:
         assert spec.path is not None
         self._segmenter, self._gpu = open_model(spec), gpu
+        self._masks = "rle" if spec.variant == "published" else spec.masks
         self._own = self._segmenter.vocabulary
         contract = self._segmenter.contract
         self.info = CandidateInfo(
@@ -143,7 +149,8 @@ class Model:
         class_logits, mask_logits = segmenter.backend.run(batch, self._embeddings(case))
         marks.append(perf_counter())
         sizes, outputs = ([(image.shape[0], image.shape[1]) for image in group] for group in (resized, images))
-        segmenter.postprocess(RawOutput(class_logits, mask_logits, tuple(padded)), sizes, outputs)
+        raw = RawOutput(class_logits, mask_logits, tuple(padded))
+        segmenter.postprocess(raw, sizes, outputs, masks=self._masks)
         marks.append(perf_counter())
         stages = ("decode", "preprocess", "network", "postprocess")
         return {name: 1000 * (end - start) for name, start, end in zip(stages, marks, marks[1:], strict=False)}

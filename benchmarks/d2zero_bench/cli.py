@@ -9,6 +9,7 @@ import typer
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.postprocess import MASK_KINDS
 
 if TYPE_CHECKING:
     from d2zero_bench.gates import Gate
@@ -26,7 +27,7 @@ def benchmark(
     ] = None,
     peers: Annotated[
         str | None,
-        typer.Option("--peers", help="Others' networks, random weights: mask2former, mask2former-compiled, or all."),
+        typer.Option("--peers", help="Others' networks, random weights: mask2former, -compiled, -float16, or all."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="The candidate to compare with, by name; the first by default.")
@@ -64,6 +65,9 @@ def benchmark(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where torch runs.")] = "auto",
+    masks: Annotated[
+        str, typer.Option("--masks", help="What post-processing makes: rle, bitmap, packed (fastest on a GPU) or none.")
+    ] = "rle",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all samples and figures.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots, one file.")] = None,
     max_p90: Annotated[
@@ -88,6 +92,8 @@ def benchmark(
         raise D2ZeroError("--annotations need the folder of their images: give --images")
     if min_hm and not annotations:
         raise D2ZeroError("--min-hm needs accuracy: give --annotations and --images")
+    if masks not in MASK_KINDS:
+        raise D2ZeroError(f"--masks must be one of {', '.join(MASK_KINDS)}, got {masks!r}")
     _require_files([*models, *([annotations] if annotations else [])])
     slowest = [Gate.parse("--max-p90", text) for text in max_p90 or ()]
     least = [Gate.parse("--min-hm", text) for text in min_hm or ()]
@@ -106,6 +112,7 @@ def benchmark(
         threads=threads,
         providers=tuple(part.strip() for part in providers.split(",")) if providers else None,
         device=device,
+        masks=masks,
         settings=Settings(rounds, warmup, seed),
     )
     session = Session(plan, sys.argv[2:])

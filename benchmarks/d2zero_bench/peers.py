@@ -4,6 +4,7 @@ Random weights made from a configuration: nothing is downloaded, and no accuracy
 is measured, on the same sizes and with as many queries.
 """
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,21 @@ from numpy.typing import NDArray
 
 from d2zero_runtime import D2ZeroError
 
-PEERS = {"mask2former": False, "mask2former-compiled": True}  # name -> by torch.compile
+
+@dataclass(frozen=True)
+class PeerForm:
+    """How a peer runs: eagerly or by torch.compile, in float32 or under torch's mixed precision in float16."""
+
+    compiled: bool = False
+    half: bool = False
+
+
+PEERS = {
+    "mask2former": PeerForm(),
+    "mask2former-compiled": PeerForm(compiled=True),
+    "mask2former-float16": PeerForm(half=True),  # for GPUs
+    "mask2former-float16-compiled": PeerForm(compiled=True, half=True),
+}
 
 
 class PeerNetwork:
@@ -20,11 +35,11 @@ class PeerNetwork:
 
     Args:
         config: a `Mask2FormerConfig`.
-        compiled: by `torch.compile`; each size is compiled at its first run.
+        form: how it runs; compiled, each size is compiled at its first run.
         device: auto, cpu or cuda:N.
     """
 
-    def __init__(self, config: Any, compiled: bool, device: str = "cpu") -> None:
+    def __init__(self, config: Any, form: PeerForm, device: str = "cpu") -> None:
         import torch
         from transformers import Mask2FormerForUniversalSegmentation
 
@@ -33,15 +48,16 @@ class PeerNetwork:
         torch.manual_seed(0)
         self._device = pick_device(device)
         network = Mask2FormerForUniversalSegmentation(config).eval().to(self._device)
-        self._network = torch.compile(network, dynamic=False) if compiled else network
-        how = ", compiled" if compiled else ""
+        self._network = torch.compile(network, dynamic=False) if form.compiled else network
+        self._half = form.half
+        how = f"{', float16' if form.half else ''}{', compiled' if form.compiled else ''}"
         self.name = f"transformers {_version()}, torch {torch.__version__} ({self._device}{how})"
 
     def run(self, images_B3HW: NDArray[np.float32]) -> None:
         """Run the network; outputs go to the host, as ours do."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=self._half):
             out = self._network(pixel_values=torch.from_numpy(images_B3HW).to(self._device))
             out.class_queries_logits.float().cpu(), out.masks_queries_logits.float().cpu()
 
@@ -63,12 +79,13 @@ def mask2former_config(queries: int, labels: int, **changes: Any) -> Any:
 
 
 def parse_peers(text: str) -> list[str]:
-    """Read `mask2former,mask2former-compiled`, or `all`.
+    """Read `mask2former,mask2former-compiled`, or `all` (those in float32, which run anywhere).
 
     Raises:
         D2ZeroError: there is no such peer, or transformers is not installed.
     """
-    chosen = list(PEERS) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+    everywhere = [name for name, form in PEERS.items() if not form.half]
+    chosen = everywhere if text.strip() == "all" else [name.strip() for name in text.split(",")]
     strangers = [name for name in chosen if name not in PEERS]
     if strangers:
         raise D2ZeroError(f"--peers must be all, or some of {', '.join(PEERS)}; got {strangers[0]!r}")

@@ -1,7 +1,7 @@
 """A benchmark from what was asked for to its report: candidates opened, measured, closed."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class Plan:
     threads: int | None = None
     providers: tuple[str, ...] | None = None
     device: str = "auto"
+    masks: str = "rle"
     settings: Settings = field(default_factory=Settings)
     title: str = "D2Zero benchmark"
 
@@ -61,7 +62,7 @@ class Plan:
         return found
 
     def _of(self, path: Path) -> list[Spec]:
-        common: dict[str, Any] = {"device": self.device, "threads": self.threads}
+        common: dict[str, Any] = {"device": self.device, "threads": self.threads, "masks": self.masks}
         if path.suffix == ".onnx" and self.providers:  # a candidate each
             many = len(self.providers) > 1
             return [
@@ -102,8 +103,11 @@ class Session:
         if self.baseline not in ours:
             raise D2ZeroError(f"--baseline must be one of {listed(ours, 20)}; got {self.baseline!r}")
 
-    def run(self) -> Report:
+    def run(self, facts: Mapping[str, Any] | None = None) -> Report:
         """Measure; `self.report` has what was found so far, at any moment.
+
+        Args:
+            facts: more for the report's settings, such as what the hardware needs at least.
 
         Raises:
             D2ZeroError: a candidate cannot be opened.
@@ -114,6 +118,7 @@ class Session:
             cases = self._cases()
             photos = Photos.of(folder, plan.images, cases)
             self.report = report = self._empty(cases, photos)
+            report.settings.update(facts or {})
             candidates = {process.info.name: process for process in self._opened(stack, report)}
             measurement = Measurement(candidates, photos, plan.settings, report, tracked)
             measurement.run(cases)
@@ -160,6 +165,7 @@ class Session:
             "warm-up runs": plan.settings.warmup,
             "seed": plan.settings.seed,
             "cases": len(cases),
+            "masks": plan.masks,
             "photos": f"{len(photos.given)} given" if photos.given else "drawn",
         }
         return Report(plan.title, environment(self._command, plan.threads), settings, self.baseline)

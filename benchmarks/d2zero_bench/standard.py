@@ -1,7 +1,8 @@
 """`make benchmark`: a table for this machine's processor in minutes, from what comes with the project.
 
 Two reports: the demo's model, with its accuracy; and the published architecture with random weights, whose speed
-is that of a trained one (but for post-processing, which depends on the masks).
+is that of a trained one (but for post-processing, which depends on the masks). With `--gpu`, one: the published
+architecture on this machine's GPU, in all precisions, beside its peers.
 
 Heavy imports are inside functions: a candidate's process imports this module anew, and its memory is measured.
 """
@@ -18,11 +19,13 @@ import numpy as np
 from d2zero.cli.terminal import tracked
 from d2zero_bench.cli import show
 from d2zero_bench.measure import Settings
+from d2zero_bench.peers import PEERS
 from d2zero_bench.session import Plan, Session
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 ACCURACY_IMAGES = 60
 CLASSES = 65
+GPU_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def providers() -> tuple[str, ...]:
@@ -39,11 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="the folder for JSON and HTML")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
+    parser.add_argument("--gpu", action="store_true", help="the published architecture on this machine's GPU")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 5 for the published architecture")
     given = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as folder:
-            for plan, name in _plans(Path(folder), given.only):
+            chosen = [gpu_plan(Path(folder))] if given.gpu else _plans(Path(folder), given.only)
+            for plan, name in chosen:
                 settings = replace(plan.settings, rounds=given.rounds or plan.settings.rounds)
                 _run(replace(plan, threads=given.threads, settings=settings), given.output / name)
     except D2ZeroError as error:
@@ -57,16 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
     found = []
     if only != "published":
-        found.append((_demo(folder), "demo-cpu"))
+        found.append(_demo(folder))
     if only != "demo":
-        found.append((_published(folder), "published-800x1216-cpu"))
+        found.append(_published(folder))
     return found
 
 
 def _run(plan: Plan, output: Path) -> None:
     session = Session(plan, ["(make benchmark)"])
     try:
-        session.run()
+        session.run(_floors(plan))
     finally:
         if session.report is not None and session.report.cases:
             show(session.report, output.with_suffix(".json"), output.with_suffix(".html"))
@@ -74,7 +79,7 @@ def _run(plan: Plan, output: Path) -> None:
         raise D2ZeroError("; ".join(session.report.failures.values()))
 
 
-def _demo(folder: Path) -> Plan:
+def _demo(folder: Path) -> tuple[Plan, str]:
     """The demo's checkpoint, published form and ONNX file, at the demo's size, with accuracy."""
     from d2zero.checkpoints.files import load_model
     from d2zero.data.shapes import ShapesConfig, write_dataset
@@ -85,7 +90,7 @@ def _demo(folder: Path) -> Plan:
     checkpoint = packaged_checkpoint()
     exported = folder / "shapes.onnx"
     export_onnx(load_model(checkpoint), exported, ExportConfig())
-    return Plan(
+    plan = Plan(
         models=(checkpoint, exported),
         variants=("published", "model"),
         providers=providers(),
@@ -95,23 +100,46 @@ def _demo(folder: Path) -> Plan:
         settings=Settings(rounds=20),
         title="The demo's model",
     )
+    return plan, "demo-cpu"
 
 
-def _published(folder: Path) -> Plan:
-    """The published architecture, random weights, at 800x1216; a few rounds."""
+def _floors(plan: Plan) -> dict[str, str]:
+    """What the hardware needs at least, for each case of the first checkpoint: lines for the report's settings."""
+    from d2zero_bench.cases import make_cases
+    from d2zero_bench.roofline import described, measured_rates, work_of
+
+    on_gpu = plan.device.startswith("cuda")
+    found = {}
+    for precision in ("float32", "float16") if on_gpu else ("float32",):
+        rates = measured_rates("cuda", precision, 8192) if on_gpu else measured_rates("cpu", precision, 2048, 256)
+        for case in make_cases(plan.sizes, plan.batches, plan.classes):
+            found[f"floor, {precision}, {case}"] = described(work_of(plan.models[0], case, precision), rates)
+    return found
+
+
+def _random_checkpoint(folder: Path) -> Path:
+    """The published architecture with random weights."""
     import torch
 
-    from d2zero.checkpoints.files import load_model, save_model
+    from d2zero.checkpoints.files import save_model
     from d2zero.model import ModelConfig, build
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
 
     torch.manual_seed(0)
     rows = np.random.default_rng(0).standard_normal((CLASSES, 300)).astype(np.float32)
     words = Vocabulary(tuple(f"class {n}" for n in range(CLASSES)), rows, seen=np.arange(CLASSES) % 4 != 3)
-    checkpoint, exported = folder / "resnet50.safetensors", folder / "resnet50.onnx"
+    checkpoint = folder / "resnet50.safetensors"
     save_model(build(ModelConfig(), words).eval(), checkpoint)
+    return checkpoint
+
+
+def _published(folder: Path) -> tuple[Plan, str]:
+    """The published architecture, random weights, at 800x1216; a few rounds."""
+    from d2zero.checkpoints.files import load_model
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
+
+    checkpoint, exported = _random_checkpoint(folder), folder / "resnet50.onnx"
     export_onnx(load_model(checkpoint), exported, ExportConfig(verify=False))
-    return Plan(
+    plan = Plan(
         models=(checkpoint, exported),
         variants=("published", "model"),
         providers=providers(),
@@ -120,6 +148,50 @@ def _published(folder: Path) -> Plan:
         settings=Settings(rounds=5, warmup=1),
         title="The published architecture, random weights",
     )
+    return plan, "published-800x1216-cpu"
+
+
+def gpu_plan(folder: Path) -> tuple[Plan, str]:
+    """The published architecture on a GPU: as published, compiled in three precisions, ONNX Runtime, and peers.
+
+    Raises:
+        D2ZeroError: there is no GPU.
+    """
+    from d2zero.checkpoints.files import load_model
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
+    from d2zero_export.pt2_export import Pt2Config, export_pt2
+
+    compiled = [Pt2Config("cuda", ExportConfig(precision, verify=False)) for precision in GPU_PRECISIONS]
+    checkpoint, models = _random_checkpoint(folder), []
+    for config in compiled:
+        models.append(folder / f"{config.export.precision}.pt2")
+        export_pt2(load_model(checkpoint), models[-1], config)
+    with_onnx = "CUDAExecutionProvider" in _onnx_providers()
+    for precision in ("float32", "float16") if with_onnx else ():
+        models.append(folder / f"{precision}.onnx")
+        export_onnx(load_model(checkpoint), models[-1], ExportConfig(precision, verify=False))
+    plan = Plan(
+        models=(checkpoint, *models),
+        variants=("published", "model"),
+        providers=("cuda",) if with_onnx else None,
+        peers=",".join(PEERS),
+        sizes=((800, 1216),),
+        batches=(1, 8),
+        device="cuda",
+        masks="packed",
+        settings=Settings(rounds=30, warmup=3),
+        title="The published architecture, random weights, on a GPU",
+    )
+    return plan, "published-800x1216-gpu"
+
+
+def _onnx_providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    found: list[str] = onnxruntime.get_available_providers()
+    return found
 
 
 if __name__ == "__main__":

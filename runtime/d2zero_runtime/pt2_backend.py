@@ -55,7 +55,7 @@ class Pt2Backend:
         self._device = torch.device("cuda", device) if on_gpu else torch.device("cpu")
         if threads:
             torch.set_num_threads(threads)
-        _load_operators(description.operators)
+        _load_operators(description.operators, torch)
         network = _loaded(path, torch, device if on_gpu else -1)
         self._network = GraphedNetwork(network, torch) if on_gpu and cuda_graphs else network
         self._baked, self._default = description.contract.baked, description.embeddings
@@ -167,10 +167,13 @@ def _require_fit(path: Path, description: Pt2Description, torch: Any) -> None:
             raise D2ZeroError(f"{path} was compiled for {description.hardware}, this is {found}; export it again here")
 
 
-def _load_operators(names: tuple[str, ...]) -> None:
+def _load_operators(names: tuple[str, ...], torch: Any) -> None:
     """Import the modules that register operators; d2zero itself is no dependency of the runtime."""
     known = {entry.name: entry for entry in entry_points(group=OPERATORS)}
     for name in names:
+        space, _, operator = name.partition("::")
+        if hasattr(getattr(torch.ops, space), operator):
+            continue
         if name not in known:
             raise D2ZeroError(
                 f"the model calls the operator {name}, which nothing here brings: pip install 'd2zero[train]'"

@@ -293,3 +293,35 @@ def test_each_provider_is_a_candidate_of_its_own() -> None:
         ("c.safetensors", None),
     ]
     assert [spec.name for spec in Plan(models=(Path("m.onnx"),), providers=("cpu",)).specs()] == ["m.onnx"]
+
+
+def test_work_is_counted_without_computing() -> None:
+    import torch
+
+    from d2zero_bench.roofline import Rates, Work, count, described
+
+    linear = torch.nn.Linear(30, 20).requires_grad_(False)
+
+    def sampled(x: torch.Tensor) -> torch.Tensor:
+        grid = torch.zeros(len(x), 5, 6, 2)
+        return torch.nn.functional.grid_sample(linear(x)[:, None, :, :].relu(), grid, align_corners=False)
+
+    work = count(sampled, lambda: (torch.empty(4, 7, 30),))
+    assert work.operations == 2 * 4 * 7 * 30 * 20 + 8 * 4 * 5 * 6
+    product = 4 * (4 * 7 * 30 + 30 * 20 + 20 + 4 * 7 * 20)
+    assert work.bytes == product + 4 * (4 * 7 * 20 + 4 * 5 * 6 * 2 + 4 * 5 * 6)
+    rates = Rates(operations=1e12, bytes=1e11)
+    assert rates.floors(Work(10**9, 10**8)) == (1.0, 1.0)
+    assert "1.0 billion operations and 0.10 GB" in described(Work(10**9, 10**8), rates)
+
+
+def test_the_gpu_plan_needs_a_gpu(tmp_path: Path) -> None:
+    import torch
+
+    from d2zero_bench.standard import gpu_plan
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(D2ZeroError, match="torch sees no CUDA device here"):
+        gpu_plan(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,150 @@
+"""How much work a network is, and how long the hardware needs for it at least.
+
+Counted on tensors without content (torch's `FakeTensorMode`): floating-point operations of products, convolutions and
+attention, as torch's own counter has them, and of deformable attention; and the bytes that those operators read and
+write once each, everything between them being taken as fused away. The floor is the larger of two times: operations
+at the rate of a large product on this device, bytes at the rate of a large copy. What is measured is above it by
+what is not fused, by small operators that do not fill the device, and by waiting.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2zero_bench.cases import Case
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAMPLING_FLOPS = 8  # of a sample's channel: four corners, each a product and a sum
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a network does for one batch.
+
+    Args:
+        operations: floating-point operations; a multiplication with its addition counts two.
+        bytes: read and written by the operators that count.
+    """
+
+    operations: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, the best of several tries.
+
+    Args:
+        operations: of a large product, floating-point operations.
+        bytes: of a large copy, read and written.
+    """
+
+    operations: float
+    bytes: float
+
+    def floors(self, work: Work) -> tuple[float, float]:
+        """Milliseconds that the operations and the bytes need at least."""
+        return 1000 * work.operations / self.operations, 1000 * work.bytes / self.bytes
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up inputs and outputs of the operators that have operations to count."""
+
+    def __init__(self, counted: Any) -> None:
+        super().__init__()
+        self._counted, self.bytes, self.sampling = counted, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        samples = func._overloadpacket is torch.ops.aten.grid_sampler_2d
+        if samples:
+            self.sampling += SAMPLING_FLOPS * out.numel()
+        if samples or func._overloadpacket in self._counted:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+def count(network: Callable[..., Any], make_inputs: Callable[[], tuple[Tensor, ...]]) -> Work:
+    """Count a network's work.
+
+    Args:
+        network: on the CPU; nothing is computed.
+        make_inputs: makes its inputs; called where tensors have no content.
+    """
+    counter = FlopCounterMode(display=False)
+    traffic = _Traffic(counter.flop_registry)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter, traffic:
+        network(*make_inputs())
+    return Work(counter.get_total_flops() + traffic.sampling, traffic.bytes)
+
+
+def work_of(checkpoint: Path, case: Case, precision: str = "float32") -> Work:
+    """The work of a checkpoint's exported graph at a case's size.
+
+    Args:
+        checkpoint: `.safetensors`.
+        case: size, batch, number of classes.
+        precision: of the graph.
+    """
+    from d2zero.checkpoints.files import load_model
+    from d2zero_export.graph import InferenceGraph
+    from d2zero_export.precision import lowered
+
+    model = load_model(checkpoint)
+    graph: nn.Module = InferenceGraph(lowered(model, precision), fused=True).eval().requires_grad_(False)
+    height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
+    classes = case.classes or len(model.vocabulary)
+
+    def inputs() -> tuple[Tensor, ...]:
+        return torch.empty(case.batch, 3, height, width), torch.empty(classes, model.config.text_dim)
+
+    return count(graph, inputs)
+
+
+def measured_rates(device: str, precision: str = "float32", side: int = 4096, megabytes: int = 512) -> Rates:
+    """Measure a device.
+
+    Args:
+        device: `cpu` or `cuda`.
+        precision: of the product.
+        side: of its square matrices.
+        megabytes: of the copy.
+    """
+    matrix = torch.randn(side, side, device=device).to(TYPES[precision])
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = _best(lambda: matrix @ matrix, device)
+    copy = _best(lambda: target.copy_(source), device)
+    return Rates(2 * side**3 / product, 2 * source.numel() / copy)
+
+
+def _best(run: Callable[[], object], device: str, times: int = 6) -> float:
+    """Seconds of the fastest call."""
+    spans = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spans.append(time.perf_counter() - begin)
+    return min(spans)
+
+
+def described(work: Work, rates: Rates) -> str:
+    """A line for the report."""
+    by_operations, by_bytes = rates.floors(work)
+    return (
+        f"{work.operations / 1e9:.1f} billion operations and {work.bytes / 1e9:.2f} GB a batch; at"
+        f" {rates.operations / 1e12:.3g} trillion operations and {rates.bytes / 1e9:.3g} GB a second, both measured, at"
+        f" least {by_operations:.3g} and {by_bytes:.3g} ms"
+    )
