@@ -378,7 +378,7 @@ def test_a_file_that_differs_is_not_written(
         (["m.safetensors", "-o", "m.engine", "--format", "tensorrt", "--max", "4x800"], "such as 1x800x1216x80"),
         (["m.safetensors", "-o", "m.onnx", "--max", "4x800x800x8"], "are for --format tensorrt"),
         (["m.onnx", "-o", "n.onnx"], "exported already"),
-        (["m.safetensors", "-o", "m.onnx", "--precision", "int8"], "float32, float16, bfloat16, got 'int8'"),
+        (["m.safetensors", "-o", "m.onnx", "--precision", "int4"], "float32, float16, bfloat16, int8, got 'int4'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "big"], "HEIGHTxWIDTH such as 800x1216, got 'big'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "800x1210"], "size must be multiples of 32, got 800x1210"),
         (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, plugin, got 'magic'"),

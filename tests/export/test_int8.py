@@ -45,7 +45,7 @@ def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_f
     del traced.graph.initializer[:], traced.metadata_props[:]
     traced.graph.initializer.extend(kept)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "_trace", lambda model, config: None)
+        patch.setattr(onnx_export, "trace", lambda model, config: None)
         patch.setattr(onnx_export, "_translate", lambda program: traced)
         export_onnx(demo_model, path, ExportConfig("int8", verify=False, calibration=shapes_data / "train"))
     return path

@@ -1,5 +1,6 @@
 """`.pt2`: compiled by torch, described like every exported model, run by the runtime."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import CLASSES, WIDTH, contract, embeddings
+from tiny_network import tiny
 from torch import Tensor, nn
 
-from d2zero.model import ModelConfig, build
 from d2zero_export.graph import InferenceGraph
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_export.pt2_export import Pt2Config, export_pt2, hardware
@@ -129,28 +130,6 @@ def test_what_cannot_be_compiled_here_is_refused_before_any_work(tmp_path: Path)
             Pt2Config("cuda")
 
 
-def tiny() -> nn.Module:
-    torch.manual_seed(0)
-    words = Vocabulary(tuple("abc"), np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32))
-    config = ModelConfig(
-        backbone="test_resnet",
-        frozen_backbone_norm=True,
-        hidden_dim=32,
-        num_heads=2,
-        encoder_layers=1,
-        encoder_points=2,
-        encoder_ffn_dim=32,
-        num_queries=5,
-        decoder_layers=1,
-        decoder_ffn_dim=32,
-        text_dim=WIDTH,
-        semantic_dim=32,
-        adaptation_heads=2,
-        adaptation_ffn_dim=32,
-    )
-    return build(config, words).eval()
-
-
 def test_fused_attention_is_the_same_attention() -> None:
     model, images = tiny(), torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
@@ -168,6 +147,20 @@ def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     assert read_exported(path)[0].deform_attn == "gridsample"
     found = load(path)(np.zeros((50, 70, 3), np.uint8))
     assert found.image_size == (50, 70)
+
+
+@pytest.mark.slow
+def test_a_model_calls_the_triton_forms_operator(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folder = Path(__file__).parent
+    paths = [str(folder), str(folder.parent), *filter(None, sys.path)]
+    done = subprocess.run(
+        [sys.executable, folder / "interpreted_pt2.py", tmp_path],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 class FakeCuda:

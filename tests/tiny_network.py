@@ -1,0 +1,30 @@
+"""A D2Zero network with all its parts and next to no weights."""
+
+import numpy as np
+import torch
+from tiny_model import WIDTH
+
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero_runtime import Vocabulary
+
+
+def tiny() -> D2Zero:
+    torch.manual_seed(0)
+    words = Vocabulary(tuple("abc"), np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32))
+    config = ModelConfig(
+        backbone="test_resnet",
+        frozen_backbone_norm=True,
+        hidden_dim=32,
+        num_heads=2,
+        encoder_layers=1,
+        encoder_points=2,
+        encoder_ffn_dim=32,
+        num_queries=5,
+        decoder_layers=1,
+        decoder_ffn_dim=32,
+        text_dim=WIDTH,
+        semantic_dim=32,
+        adaptation_heads=2,
+        adaptation_ffn_dim=32,
+    )
+    return build(config, words).eval()
