@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from tiny_network import tiny
 
+from d2zero.inference import segmenter_of
 from d2zero.model.deformable_triton import triton_form
 from d2zero_export import pt2_export
+from d2zero_export.onnx_export import ExportConfig
 from d2zero_runtime import load
 from d2zero_runtime.pt2_file import Pt2Description
 
@@ -21,12 +23,14 @@ def main(folder: Path) -> None:
     path = folder / "triton.pt2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pt2_export, "best_form", lambda device: triton_form)
-        parity = pt2_export.export_pt2(tiny(), path)
-    assert parity is not None and all(entry.class_logits < 1e-3 for entry in parity.differences)
+        pt2_export.export_pt2(tiny(), path, pt2_export.Pt2Config(export=ExportConfig(verify=False)))
     description = Pt2Description.read(path)
     assert description.operators == ("d2zero::deformable_attention",)
     assert description.contract.deform_attn == "triton"
-    assert load(path)(np.zeros((50, 70, 3), np.uint8)).image_size == (50, 70)
+    image = np.random.default_rng(0).integers(0, 256, (32, 64, 3)).astype(np.uint8)  # small: the interpreter is slow
+    ours, theirs = segmenter_of(tiny()).predict_raw([image]), load(path).predict_raw([image])
+    np.testing.assert_allclose(ours.class_logits, theirs.class_logits, atol=1e-3)
+    np.testing.assert_allclose(ours.mask_logits, theirs.mask_logits, atol=1e-3)
 
 
 if __name__ == "__main__":
