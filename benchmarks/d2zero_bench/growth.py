@@ -131,20 +131,18 @@ def _curves(model: Path, work: Work, only: Sequence[str], folder: Path, publishe
 
 
 def _run(given: argparse.Namespace, model: Path, curves: Iterator[Curve], words: Sequence[str], work: Work) -> None:
-    """Print curves as they come; what was measured is written, however it ends."""
+    """Print and write curves as they come: whatever ends the run, the curves before it are there."""
     found: list[Curve] = []
     where = environment(["(python -m d2zero_bench.growth)", *words], None)
-    try:
-        for curve in curves:
-            found.append(curve)
-            console().print(terminal_table(curve))
-            for growth in curve.growths:
-                if growth.worse and growth.why:
-                    print(f"{growth.quantity}: {growth.why}")
-    finally:
-        if found:
-            settings = {"model": model.name, "rounds": work.rounds, "provider": "cpu"}
-            _write(given.output / f"{model.stem}-cpu", where, settings, found)
+    settings = {"model": model.name, "rounds": work.rounds, "provider": "cpu"}
+    for curve in curves:
+        found.append(curve)
+        console().print(terminal_table(curve))
+        for growth in curve.growths:
+            if growth.worse and growth.why:
+                print(f"{growth.quantity}: {growth.why}")
+        _write(given.output / f"{model.stem}-cpu", where, settings, found)
+    print(f"written: {given.output / model.stem}-cpu.json and .html")
 
 
 def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: Sequence[Curve]) -> None:
@@ -155,7 +153,6 @@ def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: 
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     for suffix, whole in ((".json", text), (".html", page(title, where, settings, curves))):
         path.with_suffix(suffix).write_text(whole, encoding="utf-8")
-        print(f"written: {path.with_suffix(suffix)}")
 
 
 def _exported(folder: Path, published: bool, queries: int | None) -> Path:

@@ -107,9 +107,9 @@ def _tradeoff(report: Report) -> str:
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
         spread = result.spread(END_TO_END) if result else None
-        figure = measured.figures.get("hm_ap50") if measured else None
-        if figure is not None and spread is not None:
-            points.append(svg.Point(spread.p50, figure, name))
+        value = measured.figures.get("hm_ap50") if measured else None
+        if value is not None and spread is not None:
+            points.append(svg.Point(spread.p50, value, name))
     if not points:
         return ""
     plot = svg.scatter(points, "milliseconds, end to end, median", "HM AP50, %")
