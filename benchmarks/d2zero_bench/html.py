@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from d2zero_bench import svg
 from d2zero_bench.cases import Case
@@ -30,30 +31,34 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def page(report: Report) -> str:
-    """The page as text; well-formed XML after its first line."""
+    """The page as text."""
     sections = [
-        _section("Latency by stage", _latency(report)),
-        _section("Latency against accuracy", _tradeoff(report)),
-        _section("Cost against image size", _sweep(report, "size")),
-        _section("Cost against batch", _sweep(report, "batch")),
-        _section("Cost against number of classes", _sweep(report, "classes")),
-        _section("All figures", "".join(_figures(report, case) for case in report.cases)),
-        _section("Accuracy", _accuracy(report)),
-        _section("Equality of outputs", _equality(report)),
-        _section("Left out", _failures(report)),
-        _section("How it was measured", _environment(report)),
+        section("Latency by stage", _latency(report)),
+        section("Latency against accuracy", _tradeoff(report)),
+        section("Cost against image size", _sweep(report, "size")),
+        section("Cost against batch", _sweep(report, "batch")),
+        section("Cost against number of classes", _sweep(report, "classes")),
+        section("All figures", "".join(_figures(report, case) for case in report.cases)),
+        section("Accuracy", _accuracy(report)),
+        section("Equality of outputs", _equality(report)),
+        section("Left out", _failures(report)),
+        section("How it was measured", _environment(report)),
     ]
+    return document(report.title, report.environment, report.complete, sections)
+
+
+def document(title: str, where: dict[str, Any], complete: bool, sections: Sequence[str]) -> str:
+    """A page of sections under a header of title and environment; well-formed XML after its first line."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<meta name="color-scheme" content="light dark"/>'
-        f"<title>{escape(report.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body>{_header(report)}<main>{''.join(sections)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body>{_header(title, where, complete)}<main>{''.join(sections)}</main></body></html>\n"
     )
 
 
-def _header(report: Report) -> str:
-    where = report.environment
+def _header(title: str, where: dict[str, Any], complete: bool) -> str:
     facts = [
         where.get("processor"),
         f"{where['cores']} cores" if where.get("cores") else None,
@@ -61,11 +66,12 @@ def _header(report: Report) -> str:
         where.get("date"),
     ]
     line = " · ".join(escape(str(fact)) for fact in facts if fact)
-    stopped = "" if report.complete else '<p class="warning">Stopped before the end: this is what was measured.</p>'
-    return f"<header><h1>{escape(report.title)}</h1><p>{line}</p>{stopped}</header>"
+    stopped = "" if complete else '<p class="warning">Stopped before the end: this is what was measured.</p>'
+    return f"<header><h1>{escape(title)}</h1><p>{line}</p>{stopped}</header>"
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A card of the page; nothing without content."""
     return f"<section><h2>{title}</h2>{content}</section>" if content else ""
 
 
@@ -78,7 +84,7 @@ def _latency(report: Report) -> str:
     legend = "".join(
         f'<span><i class="swatch {stage}"></i>{STAGE_NAMES[stage]}</span>' for stage in STAGES if stage in used
     )
-    first = _figure(f"{plots[0][0]}: milliseconds a batch, medians; thin line to p90", plots[0][1])
+    first = figure(f"{plots[0][0]}: milliseconds a batch, medians; thin line to p90", plots[0][1])
     others = "".join(f"<details><summary>{case}</summary><figure>{plot}</figure></details>" for case, plot in plots[1:])
     return f'<p class="legend">{legend}</p>{first}{others}'
 
@@ -101,13 +107,13 @@ def _tradeoff(report: Report) -> str:
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
         spread = result.spread(END_TO_END) if result else None
-        figure = measured.figures.get("hm_ap50") if measured else None
-        if figure is not None and spread is not None:
-            points.append(svg.Point(spread.p50, figure, name))
+        value = measured.figures.get("hm_ap50") if measured else None
+        if value is not None and spread is not None:
+            points.append(svg.Point(spread.p50, value, name))
     if not points:
         return ""
     plot = svg.scatter(points, "milliseconds, end to end, median", "HM AP50, %")
-    return _figure(f"{report.cases[0]}; accuracy at the model's own size. Up and left is better.", plot)
+    return figure(f"{report.cases[0]}; accuracy at the model's own size. Up and left is better.", plot)
 
 
 _Key = Callable[[Case], object]
@@ -134,10 +140,11 @@ def _sweep(report: Report, what: str) -> str:
     ]
     plot = svg.lines(drawn, [_label(case, what) for case in chosen], _UNITS[what], "milliseconds an image")
     shown = [(line.colour, names(report)[line.colour]) for line in drawn]
-    return _legend(report, shown) + _figure("Medians of the total; broad strokes from p10 to p90.", plot)
+    return _legend(report, shown) + figure("Medians of the total; broad strokes from p10 to p90.", plot)
 
 
-def _figure(caption: str, plot: str) -> str:
+def figure(caption: str, plot: str) -> str:
+    """A plot under its caption."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{plot}</figure>"
 
 
@@ -174,7 +181,7 @@ def _figures(report: Report, case: Case) -> str:
     rows = [_row(report, result, gpu) for result in results]
     rounds = max(len(result.samples) for result in results)
     caption = f"{case}: milliseconds a batch, medians of {rounds} rounds"
-    return f"<h3>{caption}</h3>{_table([*head, *(['GPU MB'] if gpu else [])], rows)}"
+    return f"<h3>{caption}</h3>{table([*head, *(['GPU MB'] if gpu else [])], rows)}"
 
 
 def _row(report: Report, result: Result, gpu: bool) -> list[str]:
@@ -203,7 +210,7 @@ def _accuracy(report: Report) -> str:
         for entry in report.accuracy
     ]
     note = "<p>Masks, GZSIS, percent; IoU 0.5 but for AP, which is over 0.5 to 0.95.</p>"
-    return note + _table(["candidate", "images", *ACCURACY_COLUMNS], rows)
+    return note + table(["candidate", "images", *ACCURACY_COLUMNS], rows)
 
 
 def _percent(value: float | None) -> str:
@@ -225,25 +232,26 @@ def _equality(report: Report) -> str:
         return ""
     head = ["candidate", "case", "class logits", "mask logits", ""]
     note = f"<p>Largest |Δ| of raw outputs against <b>{escape(report.baseline)}</b>, on the same photos.</p>"
-    return f"{note}{_table(head, rows)}"
+    return f"{note}{table(head, rows)}"
 
 
 def _failures(report: Report) -> str:
     rows = [[escape(name), escape(why)] for name, why in report.failures.items()]
-    return _table(["candidate", "why"], rows) if rows else ""
+    return table(["candidate", "why"], rows) if rows else ""
 
 
 def _environment(report: Report) -> str:
-    where = dict(report.environment)
+    candidates = {info.name: _about(info.backend, info.precision, info.megabytes) for info in report.candidates}
+    return conditions(NOTES, report.environment, {**report.settings, **candidates})
+
+
+def conditions(notes: Sequence[str], environment: dict[str, Any], settings: dict[str, Any]) -> str:
+    """How it was measured: notes (HTML), then what decides the figures."""
+    where = dict(environment)
     versions = ", ".join(f"{name} {number}" for name, number in where.pop("versions", {}).items())
-    facts = {
-        **where,
-        "versions": versions,
-        **report.settings,
-        **{info.name: _about(info.backend, info.precision, info.megabytes) for info in report.candidates},
-    }
+    facts = {**where, "versions": versions, **settings}
     rows = "".join(f"<dt>{escape(_title(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
-    return f"<ul>{''.join(f'<li>{note}</li>' for note in NOTES)}</ul><dl>{rows}</dl>"
+    return f"<ul>{''.join(f'<li>{note}</li>' for note in notes)}</ul><dl>{rows}</dl>"
 
 
 def _title(name: str) -> str:
@@ -255,7 +263,7 @@ def _about(backend: str, precision: str, megabytes: float | None) -> str:
     return f"{backend}, {precision}{size}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that scrolls sideways where it is too wide; cells are HTML."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)

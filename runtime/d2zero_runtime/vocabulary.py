@@ -11,6 +11,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,18 +112,20 @@ class Vocabulary:
     def select(self, names: Sequence[str]) -> "Vocabulary":
         """Keep `names` alone, in that order: a smaller context, which changes every score."""
         self._require(names)
-        rows = [self.names.index(name) for name in names]
+        row_of, kept = {name: row for row, name in enumerate(self.names)}, set(names)
+        rows = [row_of[name] for name in names]
         return replace(
             self,
             names=tuple(names),
             embeddings=self.embeddings[rows],
             seen=self.seen[rows],
             active=self.active[rows],
-            synonyms={word: name for word, name in self.synonyms.items() if word in names and name in names},
+            synonyms={word: name for word, name in self.synonyms.items() if {word, name} <= kept},
         )
 
     def _require(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.names]
+        known = set(self.names)
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
 
@@ -211,7 +214,7 @@ def _check_names(names: tuple[str, ...]) -> None:
         raise D2ZeroError("a vocabulary needs at least one class name, got none")
     if any(not name.strip() for name in names):
         raise D2ZeroError(f"class names must not be empty; number {[n.strip() for n in names].index('')} is")
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise D2ZeroError(f"class names must be distinct, {listed(repeated)} given more than once")
 
@@ -221,10 +224,10 @@ def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -
         raise D2ZeroError(
             f"embeddings must have shape (K={len(names)}, D), one row a class name, got {embeddings.shape}"
         )
-    broken = [name for name, row in zip(names, embeddings, strict=True) if not np.isfinite(row).all()]
+    broken = [names[row] for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
     if broken:
         raise D2ZeroError(f"embeddings hold NaN or infinity for {listed(broken)}; make them anew")
-    empty = [name for name, row in zip(names, embeddings, strict=True) if not row.any()]
+    empty = [names[row] for row in np.flatnonzero(~embeddings.any(axis=1))]
     if empty:
         raise D2ZeroError(f"embeddings are all zero for {listed(empty)}; the encoder did not know these names")
 
