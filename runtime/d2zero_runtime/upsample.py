@@ -1,14 +1,13 @@
 """From a query's mask logits to its mask at the output size: run lengths, box, and mean score.
 
-Two bilinear resizes (to the padded input, and after cropping to the output) are linear and separable: they
-are one matrix a side, with few numbers other than zero in a row. A mask is worked on only where it can be
-positive, since interpolation of negative logits is never positive; in strips of columns that stay in the
-processor's cache; and column by column, as run lengths count.
+Two bilinear resizes (to the padded input, and after cropping to the output) are linear and separable: on each
+side an output is a sum of two or three neighbouring sources. A mask is worked on only where it can be positive,
+since interpolation of negative logits is never positive; in strips of columns that stay in the processor's cache;
+and column by column, as run lengths count. No matrix products: BLAS would start threads of its own in each of ours.
 
 Letters: h and w the logits' sides, H and W those of the window worked on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime import rle
 
-STRIP = 1 << 16  # pixels worked on at a time
-BLOCK = 64  # outputs of one small product
+STRIP = 1 << 18  # pixels worked on at a time; with fewer, threads wait for each other between the steps
 _EMPTY = np.zeros((0, 0), bool)
 
 
@@ -41,34 +39,50 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One side's resize as a matrix (outputs, sources), and where its numbers are.
+    """One side's resize: output n is the sum over t of `shares[t, n]` times source `sources[t, n]`.
 
     Args:
-        matrix: float32, rows sum to 1.
-        first: of each output, the first source that it reads.
-        last: and the last one.
+        sources: (T, outputs) int64.
+        shares: (T, outputs) float32; an output's shares sum to 1.
         reached_from: of each source, the first output that reads it.
         reached_to: and the last one.
     """
 
-    matrix: NDArray[np.float32]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    shares: NDArray[np.float32]
     reached_from: NDArray[np.int64]
     reached_to: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return self.shares.shape[1]
 
     def reach(self, sources: NDArray[np.int64]) -> tuple[int, int]:
         """The range of outputs that read any of the sources."""
         return int(self.reached_from[sources].min()), int(self.reached_to[sources].max()) + 1
 
-    def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[slice, slice]]:
-        """Outputs from start to stop in parts, each with the sources that it reads."""
-        for low in range(start, stop, size):
-            high = min(low + size, stop)
-            yield slice(low, high), slice(int(self.first[low:high].min()), int(self.last[low:high].max()) + 1)
+    def resize(
+        self,
+        lines_SN: NDArray[np.float32],
+        start: int,
+        stop: int,
+        out_WN: NDArray[np.float32],
+        spare_WN: NDArray[np.float32],
+    ) -> None:
+        """Resize the first axis, for the outputs from start to stop.
+
+        Args:
+            lines_SN: a line each source.
+            start: the first output.
+            stop: the one after the last.
+            out_WN: filled with a line each output.
+            spare_WN: of the same shape; overwritten.
+        """
+        for number, (sources, shares) in enumerate(zip(self.sources, self.shares, strict=True)):
+            part = spare_WN if number else out_WN
+            np.take(lines_SN, sources[start:stop], axis=0, out=part, mode="clip")  # "raise" would copy once more
+            part *= shares[start:stop, None]
+            if number:
+                out_WN += part
 
 
 @lru_cache(maxsize=64)
@@ -77,16 +91,21 @@ def resize_axis(source: int, padded: int, cropped: int, output: int) -> Axis:
 
     Bilinear as torch's `interpolate(align_corners=False)`: pixel centres, no antialiasing.
     """
-    matrix = np.asarray(_bilinear(cropped, output) @ _bilinear(source, padded)[:cropped], np.float32)
-    matrix.setflags(write=False)
-    used = matrix > 0
-    return Axis(
-        matrix,
-        first=used.argmax(axis=1),
-        last=source - 1 - used[:, ::-1].argmax(axis=1),
-        reached_from=used.argmax(axis=0),  # a source that nothing reads counts for output 0, which does no harm
-        reached_to=np.where(used.any(axis=0), output - 1 - used[::-1].argmax(axis=0), 0),
-    )
+    (inner, inner_shares), (outer, outer_shares) = _bilinear(source, padded), _bilinear(cropped, output)
+    read = inner[:, outer].reshape(4, output)
+    parts = (inner_shares[:, outer] * outer_shares).reshape(4, output)
+    used = parts > 0
+    first = np.where(used, read, source).min(axis=0)
+    place = np.where(used, read - first, 0)
+    outputs = np.broadcast_to(np.arange(output), place.shape)
+    shares = np.zeros((int(place.max()) + 1, output))
+    np.add.at(shares, (place, outputs), parts)
+    reached_from, reached_to = np.full(source, output), np.zeros(source, np.int64)
+    np.minimum.at(reached_from, read[used], outputs[used])
+    np.maximum.at(reached_to, read[used], outputs[used])
+    reached_from[reached_from == output] = 0  # a source that nothing reads counts for output 0, which does no harm
+    sources = np.minimum(first + np.arange(len(shares))[:, None], source - 1)  # past the end with share 0 alone
+    return Axis(sources, shares.astype(np.float32), reached_from, reached_to)
 
 
 def upsampled_mask(logits_hw: NDArray[np.float32], rows: Axis, columns: Axis, encode: bool = True) -> Mask:
@@ -109,10 +128,13 @@ def upsampled_mask(logits_hw: NDArray[np.float32], rows: Axis, columns: Axis, en
     # A zero under each column keeps the runs of neighbouring columns apart.
     inside_WH = np.zeros((right - left, bottom - top + 1), bool)
     count, total = 0, 0.0
-    strip = max(1, STRIP // (bottom - top))
-    for outputs, sources in columns.blocks(left, right, strip):
-        values = columns.matrix[outputs, sources] @ tall_wH[sources]
-        inside = np.greater(values, 0, out=inside_WH[outputs.start - left : outputs.stop - left, :-1])
+    strip = min(right - left, max(1, STRIP // (bottom - top)))
+    room_WH, spare_WH = np.empty((2, strip, bottom - top), np.float32)
+    for start in range(left, right, strip):
+        stop = min(start + strip, right)
+        values = room_WH[: stop - start]
+        columns.resize(tall_wH, start, stop, values, spare_WH[: stop - start])
+        inside = np.greater(values, 0, out=inside_WH[start - left : stop - left, :-1])
         chosen = values[inside]
         count += len(chosen)
         total += _sum_of_sigmoids(chosen)
@@ -133,15 +155,9 @@ def _empty(size: tuple[int, int], encode: bool) -> Mask:
 
 def _resized_rows(logits_hw: NDArray[np.float32], rows: Axis, top: int, bottom: int) -> NDArray[np.float32]:
     """The rows from top to bottom at the output's height, laid out (w, H)."""
-    turned_wh = np.ascontiguousarray(logits_hw.T)
-    tall_wH = np.empty((len(turned_wh), bottom - top), np.float32)
-    for outputs, sources in rows.blocks(top, bottom, BLOCK):
-        np.matmul(
-            turned_wh[:, sources],
-            rows.matrix[outputs, sources].T,
-            out=tall_wH[:, outputs.start - top : outputs.stop - top],
-        )
-    return tall_wH
+    tall_Hw, spare_Hw = np.empty((2, bottom - top, logits_hw.shape[1]), np.float32)
+    rows.resize(logits_hw, top, bottom, tall_Hw, spare_Hw)
+    return np.ascontiguousarray(tall_Hw.T)
 
 
 def _sum_of_sigmoids(values: NDArray[np.float32]) -> float:
@@ -153,12 +169,10 @@ def _sum_of_sigmoids(values: NDArray[np.float32]) -> float:
     return float(values.sum())
 
 
-def _bilinear(source: int, target: int) -> NDArray[np.float64]:
+def _bilinear(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The two sources that each target reads, and their shares: (2, target) each."""
     position = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
     lower = np.minimum(position.astype(np.int64), source - 1)
     upper = np.minimum(lower + 1, source - 1)
     fraction = position - lower
-    matrix = np.zeros((target, source))
-    matrix[np.arange(target), lower] += 1 - fraction
-    matrix[np.arange(target), upper] += fraction
-    return matrix
+    return np.stack([lower, upper]), np.stack([1 - fraction, fraction])
