@@ -16,7 +16,8 @@ from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
-from d2zero.model.deformable import DeformableAttention, DeformableForm
+from d2zero.model.deformable import DeformableForm
+from d2zero.model.deformable_attention import DeformableAttention
 from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.images import PADDING_LOGIT, Size, as_image
@@ -194,8 +195,12 @@ class D2Zero(nn.Module):
         output_sizes = [(image.shape[0], image.shape[1]) for image in images]
         return self.postprocess(out, input_sizes, output_sizes, mode, **options)
 
-    def set_deformable(self, form: DeformableForm) -> None:
-        """Choose how deformable attention is computed (`d2zero.model.deformable`); results are equal."""
+    def set_deformable(self, form: DeformableForm | None) -> None:
+        """Choose how deformable attention is computed (`d2zero.model.deformable`); results are equal.
+
+        Args:
+            form: the fastest where the tensors are if None.
+        """
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.form = form

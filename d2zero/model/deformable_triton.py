@@ -15,14 +15,13 @@ Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, R que
 
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
+from d2zero.model.deformable import LevelSizes
 from d2zero_runtime import D2ZeroError
 
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,11 +49,6 @@ def triton_form(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     flat_sizes = [side for size in sizes for side in size]
     out: Tensor = deformable_attention(values_BSMN, flat_sizes, locations, weights)
     return out
-
-
-def best_form(device: torch.device | str) -> DeformableForm:
-    """Return `triton_form` for CUDA devices where Triton is installed, `grid_sample` elsewhere."""
-    return triton_form if torch.device(device).type == "cuda" and find_spec("triton") else grid_sample
 
 
 @torch.library.custom_op("d2zero::deformable_attention", mutates_args=())

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2zero.model.deformable import DeformableAttention, DeformableForm, LevelSizes, grid_sample
+from d2zero.model.deformable import DeformableForm, LevelSizes
+from d2zero.model.deformable_attention import DeformableAttention
 from d2zero.model.positions import pixel_centres, sine_positions
 
 LEVELS = 3
@@ -23,7 +24,7 @@ NORM_GROUPS = 32
 class EncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward, each followed by layer norm."""
 
-    def __init__(self, dim: int, heads: int, points: int, ffn_dim: int, form: DeformableForm) -> None:
+    def __init__(self, dim: int, heads: int, points: int, ffn_dim: int, form: DeformableForm | None) -> None:
         super().__init__()
         self.attention = DeformableAttention(dim, heads, LEVELS, points, form)
         self.norm1 = nn.LayerNorm(dim)
@@ -50,7 +51,7 @@ class PixelDecoder(nn.Module):
         layers: encoder layers.
         points: samples a head, level and query.
         ffn_dim: width of the feed-forward layers.
-        form: how deformable attention is computed.
+        form: how deformable attention is computed; see `DeformableAttention`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class PixelDecoder(nn.Module):
         layers: int = 6,
         points: int = 4,
         ffn_dim: int = 1024,
-        form: DeformableForm = grid_sample,
+        form: DeformableForm | None = None,
     ) -> None:
         super().__init__()
         self.input_projections = nn.ModuleList(

@@ -17,7 +17,7 @@ from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
 from d2zero.model import D2Zero, HeadOutput
 from d2zero.model.deformable import DeformableForm, gather, grid_sample
-from d2zero.model.deformable_triton import best_form, triton_form
+from d2zero.model.deformable_triton import triton_form
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import build_optimizer, lr_factor, set_lr
@@ -46,7 +46,7 @@ class TrainingStep:
         self.precision = precision_on(config.precision, device)
         model.to(device)
         model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-        model.set_deformable(form_on(config.deformable, device))
+        model.set_deformable(form_named(config.deformable))
         self.optimizer = build_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         vocabulary = model.vocabulary
@@ -143,9 +143,9 @@ class TrainingStep:
         return dict(zip(losses, values.unbind(), strict=True))
 
 
-def form_on(name: str, device: torch.device) -> DeformableForm:
-    """How deformable attention is computed; `auto` takes the fastest form that the device has."""
-    return best_form(device) if name == "auto" else FORMS[name]
+def form_named(name: str) -> DeformableForm | None:
+    """How deformable attention is computed; `auto`, None, takes the fastest form where the tensors are."""
+    return None if name == "auto" else FORMS[name]
 
 
 def precision_on(name: str, device: torch.device) -> torch.dtype | None:

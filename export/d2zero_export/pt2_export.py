@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from d2zero.model import D2Zero
-from d2zero.model.deformable_triton import best_form
+from d2zero.model.deformable import best_form
 from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verified
 from d2zero_export.precision import lowered
 from d2zero_export.verify import RawParity
@@ -73,8 +73,8 @@ def export_pt2(
     config = config or Pt2Config()
     if output.suffix != ".pt2":
         raise D2ZeroError(f"the compiled model must end in .pt2, got {output.name!r}")
-    form = best_form(config.device)
-    name = "triton" if form.__name__ == "triton_form" else "gridsample"
+    form = best_form(config.device, gradients=False)
+    name = form.__name__.removesuffix("_form")
     contract = replace(contract_for(model, config.export, checkpoint_hash), deform_attn=name)
     stage("precision")
     prepared = lowered(model, config.export.precision).to(config.device)

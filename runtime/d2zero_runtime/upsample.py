@@ -54,7 +54,7 @@ class Axis:
     reached_to: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return self.shares.shape[1]
+        return len(self.shares[0])
 
     def reach(self, sources: NDArray[np.int64]) -> tuple[int, int]:
         """The range of outputs that read any of the sources."""

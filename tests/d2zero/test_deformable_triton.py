@@ -13,8 +13,9 @@ from deformable_cases import case
 from torch import Tensor, nn
 from torch.export import Dim
 
-from d2zero.model.deformable import DeformableAttention, grid_sample
-from d2zero.model.deformable_triton import best_form, triton_form
+from d2zero.model.deformable import best_form, embedding_bag, grid_sample
+from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.deformable_triton import triton_form
 from d2zero.model.positions import pixel_centres
 from d2zero_runtime import D2ZeroError
 
@@ -113,6 +114,6 @@ def test_says_what_to_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_best_form() -> None:
-    assert best_form("cpu") is grid_sample
+    assert best_form("cpu", gradients=False) is embedding_bag and best_form("cpu", gradients=True) is grid_sample
     if importlib.util.find_spec("triton"):
-        assert best_form(torch.device("cuda", 0)) is triton_form
+        assert best_form(torch.device("cuda", 0), gradients=True) is triton_form
