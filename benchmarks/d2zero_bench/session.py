@@ -42,6 +42,7 @@ class Plan:
     limit: int | None = None
     threads: int | None = None
     providers: tuple[str, ...] | None = None
+    providers_of: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)  # of single files, instead
     device: str = "auto"
     masks: str = "rle"
     settings: Settings = field(default_factory=Settings)
@@ -63,11 +64,12 @@ class Plan:
 
     def _of(self, path: Path) -> list[Spec]:
         common: dict[str, Any] = {"device": self.device, "threads": self.threads, "masks": self.masks}
-        if path.suffix == ".onnx" and self.providers:  # a candidate each
-            many = len(self.providers) > 1
+        providers = self.providers_of.get(path, self.providers)
+        if path.suffix == ".onnx" and providers:  # a candidate each
+            many = len(providers) > 1 or path in self.providers_of
             return [
                 Spec(f"{path.name}:{provider}" if many else path.name, path, providers=(provider,), **common)
-                for provider in self.providers
+                for provider in providers
             ]
         if path.suffix in EXPORTED_SUFFIXES:
             return [Spec(path.name, path, **common)]

@@ -1,18 +1,22 @@
 """`make benchmark`: a table for this machine's processor in minutes, from what comes with the project.
 
-Two reports: the demo's model, with its accuracy; and the published architecture with random weights, whose speed
-is that of a trained one (but for post-processing, which depends on the masks). With `--gpu`, one: the published
-architecture on this machine's GPU, in all precisions, beside its peers.
+Two reports: the demo's model, also in eight bits, with its accuracy; and the published architecture with random
+weights, whose speed is that of a trained one (but for post-processing, which depends on the masks), also with one
+size for good. With `--gpu`, one: the published architecture on this machine's GPU, in all precisions, beside its peers.
 
 Heavy imports are inside functions: a candidate's process imports this module anew, and its memory is measured.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,8 +27,13 @@ from d2zero_bench.peers import PEERS
 from d2zero_bench.session import Plan, Session
 from d2zero_runtime import D2ZeroError, Vocabulary
 
+if TYPE_CHECKING:
+    from d2zero_export.onnx_export import ExportConfig
+
 ACCURACY_IMAGES = 60
+CALIBRATION_IMAGES = 32
 CLASSES = 65
+SIZE = (800, 1216)
 GPU_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -43,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
     parser.add_argument("--gpu", action="store_true", help="the published architecture on this machine's GPU")
-    parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 5 for the published architecture")
+    parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 4 for the published architecture")
     given = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as folder:
@@ -60,12 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
+    """What to measure; all files are exported first, two at a time: that is one core's work each."""
     found = []
+    exports: list[Export] = []
     if only != "published":
-        found.append(_demo(folder))
+        found.append(_demo(folder, exports))
     if only != "demo":
-        found.append(_published(folder))
+        found.append(_published(folder, exports))
+    pool = ProcessPoolExecutor(2, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
+    with pool:
+        for _ in tracked(pool.map(_export, exports), len(exports), "exporting"):
+            pass
     return found
+
+
+Export = tuple[Path, Path, "ExportConfig"]  # checkpoint, file, how
+
+
+def _export(job: Export) -> int:
+    from d2zero.checkpoints.files import load_model
+    from d2zero_export.onnx_export import export_onnx
+
+    checkpoint, exported, config = job
+    export_onnx(load_model(checkpoint), exported, config)
+    return 1
 
 
 def _run(plan: Plan, output: Path) -> None:
@@ -79,21 +106,23 @@ def _run(plan: Plan, output: Path) -> None:
         raise D2ZeroError("; ".join(session.report.failures.values()))
 
 
-def _demo(folder: Path) -> tuple[Plan, str]:
-    """The demo's checkpoint, published form and ONNX file, at the demo's size, with accuracy."""
-    from d2zero.checkpoints.files import load_model
+def _demo(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
+    """The demo's checkpoint, published form and ONNX files, at the demo's size, with accuracy."""
     from d2zero.data.shapes import ShapesConfig, write_dataset
     from d2zero.demo.run import packaged_checkpoint
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
+    from d2zero_export.onnx_export import ExportConfig
 
-    write_dataset(folder / "data", ShapesConfig(train_images=0, val_images=ACCURACY_IMAGES), tracked)
+    drawn = ShapesConfig(train_images=CALIBRATION_IMAGES, val_images=ACCURACY_IMAGES)
+    write_dataset(folder / "data", drawn, tracked)
     checkpoint = packaged_checkpoint()
-    exported = folder / "shapes.onnx"
-    export_onnx(load_model(checkpoint), exported, ExportConfig())
+    exported, eight_bits = folder / "shapes.onnx", folder / "shapes-int8.onnx"
+    calibrated = ExportConfig("int8", verify=False, calibration=folder / "data/train")
+    exports += [(checkpoint, eight_bits, calibrated), (checkpoint, exported, ExportConfig(verify=False))]
     plan = Plan(
-        models=(checkpoint, exported),
+        models=(checkpoint, exported, eight_bits),
         variants=("published", "model"),
         providers=providers(),
+        providers_of={eight_bits: ("cpu", "openvino")},
         sizes=((96, 96),),
         images=folder / "data/val",
         annotations=folder / "data/annotations/instances_val_gzsi_shapes.json",
@@ -132,20 +161,21 @@ def _random_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
-def _published(folder: Path) -> tuple[Plan, str]:
+def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     """The published architecture, random weights, at 800x1216; a few rounds."""
-    from d2zero.checkpoints.files import load_model
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
+    from d2zero_export.onnx_export import ExportConfig
 
-    checkpoint, exported = _random_checkpoint(folder), folder / "resnet50.onnx"
-    export_onnx(load_model(checkpoint), exported, ExportConfig(verify=False))
+    checkpoint, exported, fixed = _random_checkpoint(folder), folder / "resnet50.onnx", folder / "resnet50-fixed.onnx"
+    one_size = ExportConfig(deform_attn="gather", size=SIZE, batch=1, verify=False)
+    exports += [(checkpoint, exported, ExportConfig(verify=False)), (checkpoint, fixed, one_size)]
     plan = Plan(
-        models=(checkpoint, exported),
+        models=(checkpoint, exported, fixed),
         variants=("published", "model"),
         providers=providers(),
+        providers_of={fixed: tuple(name for name in providers() if name != "cpu")},
         peers="mask2former",
-        sizes=((800, 1216),),
-        settings=Settings(rounds=5, warmup=1),
+        sizes=(SIZE,),
+        settings=Settings(rounds=4, warmup=1),
         title="The published architecture, random weights",
     )
     return plan, "published-800x1216-cpu"
@@ -175,7 +205,7 @@ def gpu_plan(folder: Path) -> tuple[Plan, str]:
         variants=("published", "model"),
         providers=("cuda",) if with_onnx else None,
         peers=",".join(PEERS),
-        sizes=((800, 1216),),
+        sizes=(SIZE,),
         batches=(1, 8),
         device="cuda",
         masks="packed",
