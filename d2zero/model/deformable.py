@@ -14,6 +14,7 @@ Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, R que
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def _gathered(table_TN: Tensor, rows: Sequence[Tensor], shares: Sequence[Tensor]
     parts = (
         share[:, None].to(table_TN.dtype) @ F.embedding(row, table_TN) for row, share in zip(rows, shares, strict=True)
     )
-    return sum(parts, start=table_TN.new_zeros(())).squeeze(1)
+    return reduce(torch.add, parts).squeeze(1)
 
 
 def _bagged(table_TN: Tensor, rows: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:

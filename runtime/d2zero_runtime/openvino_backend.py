@@ -7,6 +7,7 @@ bfloat16 pays on processors that compute in it (AVX512-BF16, AMX); elsewhere Ope
 and say nothing, so it is refused there. What it does to a model's accuracy is for `d2zero verify` to say.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +69,44 @@ class OpenVinoBackend:
 
 
 def join_row_sums(model: Any) -> int:
-    """Rewrite shares (X, 1, J) @ table[rows (X, J)] to EmbeddingBagPackedSum, where X is known: the same sums.
+    """Rewrite sums of shares (X, 1, J) @ table[rows (X, J)], X known, to EmbeddingBagPackedSum: the same sums.
 
     Returns:
-        how many were rewritten.
+        how many sums were rewritten, those of several products of one table counted once.
     """
-    from openvino import opset13 as operators
+    sums: dict[str, _RowSum] = {}  # by the name of the node that has it
+    for node in model.get_ordered_ops():
+        if _is_sum_of_rows(node):
+            table, rows, _ = node.input_value(1).get_node().input_values()
+            sums[node.get_name()] = _RowSum(node, table, [rows], [node.input_value(0)])
+        elif node.get_type_name() == "Add":
+            one, other = (sums.get(value.get_node().get_name()) for value in node.input_values())
+            if one and other and one.node.get_name() != other.node.get_name() and one.table == other.table:
+                del sums[one.node.get_name()], sums[other.node.get_name()]
+                sums[node.get_name()] = _RowSum(node, one.table, one.rows + other.rows, one.shares + other.shares)
+    for found in sums.values():
+        found.rewrite()
+    return len(sums)
 
-    joined = 0
-    for product in model.get_ordered_ops():
-        if not _is_sum_of_rows(product):
-            continue
-        shares, (table, rows, _) = product.input_value(0), product.input_value(1).get_node().input_values()
-        summed = operators.embedding_bag_packed_sum(
-            table, operators.convert(rows, "i32"), operators.squeeze(shares, operators.constant([1]))
-        )
-        row_of_sums = operators.unsqueeze(summed, operators.constant([1]))
-        for user in product.output(0).get_target_inputs():
-            user.replace_source_output(row_of_sums.output(0))
-        joined += 1
-    return joined
+
+@dataclass(frozen=True)
+class _RowSum:
+    """A node that is a weighted sum of a table's rows, (X, 1, N), and what it is made of."""
+
+    node: Any
+    table: Any
+    rows: list[Any]
+    shares: list[Any]
+
+    def rewrite(self) -> None:
+        from openvino import opset13 as operators
+
+        rows = operators.convert(operators.concat(self.rows, 1), "i32")
+        shares = operators.squeeze(operators.concat(self.shares, 2), operators.constant([1]))
+        summed = operators.embedding_bag_packed_sum(self.table, rows, shares)
+        result = operators.unsqueeze(summed, operators.constant([1]))
+        for user in self.node.output(0).get_target_inputs():
+            user.replace_source_output(result.output(0))
 
 
 def _is_sum_of_rows(product: Any) -> bool:
