@@ -27,9 +27,9 @@ $(VENV)/tensorrt-%/.installed: $(STAMP)
 demo: setup
 	$(BIN)/d2zero demo
 
-# -n 2: two tests at a time, a thread each.
+# Two tests at a time, a thread each; whoever is done takes from the other.
 test: setup bindings
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .

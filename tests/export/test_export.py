@@ -14,6 +14,7 @@ import pytest
 from conftest import Outcome, published_model, published_vocabulary
 from PIL import Image
 from recorded import require_recorded_detections
+from tiny_network import tiny
 
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
@@ -74,8 +75,8 @@ def test_operators(exported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gather_form_has_no_grid_sample_and_gives_the_same(demo_model: D2Zero, tmp_path: Path) -> None:
-    parity = export_onnx(demo_model, tmp_path / "g.onnx", ExportConfig(deform_attn="gather"))
+def test_gather_form_has_no_grid_sample_and_gives_the_same(tmp_path: Path) -> None:
+    parity = export_onnx(tiny(), tmp_path / "g.onnx", ExportConfig(deform_attn="gather"))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
 
@@ -133,13 +134,13 @@ def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(demo_model: D2Zero, tmp_path: Path) -> None:
-    path = tmp_path / "plugin.onnx"
-    parity = export_onnx(demo_model, path, ExportConfig(deform_attn="plugin"))
+def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(tmp_path: Path) -> None:
+    path, model = tmp_path / "plugin.onnx", tiny()
+    parity = export_onnx(model, path, ExportConfig(deform_attn="plugin"))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     proto = onnx.load(path)
     nodes = [node for node in proto.graph.node if node.op_type == OPERATOR]
-    assert len(nodes) == demo_model.config.encoder_layers and not proto.functions
+    assert len(nodes) == model.config.encoder_layers and not proto.functions
     assert {a.name: a.s for a in nodes[0].attribute} == {"plugin_version": b"2", "plugin_namespace": b""}
     assert "GridSample" not in {node.op_type for node in proto.graph.node}
     with pytest.raises(D2ZeroError, match="an operator that only TensorRT has"):

@@ -144,7 +144,7 @@ def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     parity = export_pt2(tiny(), path, stage=stages.append)
     assert stages == ["precision", "trace", "compile", "package", "verify"]
     assert parity is not None and all(entry.class_logits < 1e-3 for entry in parity.differences)
-    assert read_exported(path)[0].deform_attn == "gridsample"
+    assert read_exported(path)[0].deform_attn == "embedding_bag"
     found = load(path)(np.zeros((50, 70, 3), np.uint8))
     assert found.image_size == (50, 70)
 
