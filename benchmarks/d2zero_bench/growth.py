@@ -22,7 +22,7 @@ from d2zero_bench.growth_curves import Curve
 from d2zero_bench.growth_page import page, terminal_table
 from d2zero_bench.measure import Settings
 from d2zero_bench.session import Plan
-from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 from d2zero_runtime.segmenter import read_exported
 
@@ -161,11 +161,12 @@ def _exported(folder: Path, published: bool, queries: int | None) -> Path:
 
     from d2zero.checkpoints.files import load_model
     from d2zero.demo.run import packaged_checkpoint
-    from d2zero.model import ModelConfig, build
+    from d2zero.model import build
+    from d2zero_bench.standard import random_published
     from d2zero_export.onnx_export import ExportConfig, export_onnx
 
     torch.manual_seed(0)
-    model = build(ModelConfig(), _drawn_words()) if published else load_model(packaged_checkpoint())
+    model = random_published() if published else load_model(packaged_checkpoint())
     name = "published" if published else "demo"
     if queries is not None:
         model = build(replace(model.config, num_queries=queries), model.vocabulary)
@@ -173,16 +174,6 @@ def _exported(folder: Path, published: bool, queries: int | None) -> Path:
     print(f"exporting {name}", file=sys.stderr)
     export_onnx(model.eval(), folder / f"{name}.onnx", ExportConfig(verify=False))
     return folder / f"{name}.onnx"
-
-
-def _drawn_words() -> Vocabulary:
-    """Drawn classes of the published text width."""
-    import numpy as np
-
-    from d2zero_bench.candidates import drawn_vocabulary
-    from d2zero_bench.standard import CLASSES
-
-    return drawn_vocabulary(Vocabulary(("a class",), np.ones((1, 300), np.float32)), CLASSES)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from d2zero.cli.terminal import tracked
+from d2zero_bench.candidates import drawn_vocabulary
 from d2zero_bench.cli import show
 from d2zero_bench.measure import Settings
 from d2zero_bench.peers import PEERS
@@ -28,6 +29,7 @@ from d2zero_bench.session import Plan, Session
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 if TYPE_CHECKING:
+    from d2zero.model import D2Zero
     from d2zero_export.onnx_export import ExportConfig
 
 ACCURACY_IMAGES = 60
@@ -146,18 +148,22 @@ def _floors(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _random_checkpoint(folder: Path) -> Path:
-    """The published architecture with random weights."""
+def random_published() -> "D2Zero":
+    """The published architecture with random weights and drawn classes of the published text width."""
     import torch
 
-    from d2zero.checkpoints.files import save_model
     from d2zero.model import ModelConfig, build
 
     torch.manual_seed(0)
-    rows = np.random.default_rng(0).standard_normal((CLASSES, 300)).astype(np.float32)
-    words = Vocabulary(tuple(f"class {n}" for n in range(CLASSES)), rows, seen=np.arange(CLASSES) % 4 != 3)
+    width_of = Vocabulary(("a class",), np.ones((1, ModelConfig().text_dim), np.float32))
+    return build(ModelConfig(), drawn_vocabulary(width_of, CLASSES)).eval()
+
+
+def _random_checkpoint(folder: Path) -> Path:
+    from d2zero.checkpoints.files import save_model
+
     checkpoint = folder / "resnet50.safetensors"
-    save_model(build(ModelConfig(), words).eval(), checkpoint)
+    save_model(random_published(), checkpoint)
     return checkpoint
 
 

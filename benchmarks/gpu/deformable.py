@@ -31,11 +31,10 @@ if "--dry-run" in sys.argv:
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, LevelSizes, gather, grid_sample
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
+from d2zero.model.deformable_triton import FORMS
 from d2zero.model.positions import pixel_centres
 
-FORMS: dict[str, DeformableForm] = {"grid_sample": grid_sample, "gather": gather, "triton": triton_form}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES: dict[str, LevelSizes] = {
     "800x1216": [(25, 38), (50, 76), (100, 152)],

@@ -90,17 +90,24 @@ class Corners(NamedTuple):
     shares: tuple[Tensor, ...]
 
 
-def corners(sizes: LevelSizes, points: int, x: Tensor, y: Tensor, weights: Tensor) -> Corners:
+class SampleLevels(NamedTuple):
+    """Of each sample's level, the first row, H and W: (L·P) each."""
+
+    first: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def corners(levels: SampleLevels, x: Tensor, y: Tensor, weights: Tensor) -> Corners:
     """Find them.
 
     Args:
-        sizes: (H, W) of each level.
-        points: P.
+        levels: of the samples.
         x: (B, M, R, L·P), pixels from the first one's centre, in the map of the sample's level.
         y: the same.
         weights: of the samples, of the same shape.
     """
-    first, height, width = of_samples(sizes, points, x)
+    first, height, width = levels
     columns, shares_x = _two_pixels(x, width)
     lines, shares_y = _two_pixels(y, height)
     # Exact in float32 up to 16.7 million pixels. What is not a number becomes a row far below 0.
@@ -122,20 +129,18 @@ def _two_pixels(at: Tensor, extent: Tensor) -> tuple[list[Tensor], list[Tensor]]
     return kept, [(1 - part) * inside[0], part * inside[1]]
 
 
-def of_samples(sizes: LevelSizes, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each sample's level, the first row, H and W: (L·P) each."""
+def levels_of_samples(sizes: LevelSizes, points: int, like: Tensor) -> SampleLevels:
+    """Find them, for P samples a level, of the type and on the device of `like`."""
     starts = torch.tensor([0, *(height * width for height, width in sizes)][:-1], device=like.device).cumsum(0)
     heights, widths = torch.tensor([list(size) for size in sizes], device=like.device).unbind(1)
-    return tuple(  # type: ignore[return-value]
-        values.to(like.dtype)[:, None].expand(-1, points).reshape(-1) for values in (starts, heights, widths)
-    )
+    columns = (starts, heights, widths)
+    return SampleLevels(*(values.to(like.dtype)[:, None].expand(-1, points).reshape(-1) for values in columns))
 
 
 def _corners_at(sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Corners:
-    points = locations.shape[4]
-    _, height, width = of_samples(sizes, points, locations)
+    levels = levels_of_samples(sizes, locations.shape[4], locations)
     x, y, weights = (part.transpose(1, 2).flatten(3) for part in (*locations.unbind(-1), weights))
-    return corners(sizes, points, x * width - 0.5, y * height - 0.5, weights)
+    return corners(levels, x * levels.width - 0.5, y * levels.height - 0.5, weights)
 
 
 # Sums of rows of a table (T, N), by rows and shares (X, J) of four corners: (X, N).

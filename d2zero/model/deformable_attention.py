@@ -11,7 +11,7 @@ from d2zero.model.deformable import (
     best_form,
     corners,
     grid_sample,
-    of_samples,
+    levels_of_samples,
     sample_levels,
     sum_rows,
 )
@@ -106,17 +106,17 @@ class DeformableAttention(nn.Module):
         self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes, form: DeformableForm
     ) -> Tensor:
         """The forms that read rows, with x and y apart from the projection on: (B, R, C)."""
-        _, height, width = of_samples(sizes, self.points, reference_S2)
+        levels = levels_of_samples(sizes, self.points, reference_S2)
         offsets = self.sampling_offsets
         weight = offsets.weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)  # xy, M·L·P
         bias = offsets.bias.unflatten(0, (-1, 2)).T.flatten()
         x, y = F.linear(query_BSC, weight, bias).float().unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + (reference_S2[:, :1] * width - 0.5)
-        y = y + (reference_S2[:, 1:] * height - 0.5)
+        x = x + (reference_S2[:, :1] * levels.width - 0.5)
+        y = y + (reference_S2[:, 1:] * levels.height - 0.5)
         scores = self.attention_weights(query_BSC).float().unflatten(-1, (self.heads, -1))
         weights = scores.transpose(1, 2).softmax(-1)
         values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
-        return sum_rows(values, corners(sizes, self.points, x, y, weights), ROW_FORMS[form])
+        return sum_rows(values, corners(levels, x, y, weights), ROW_FORMS[form])
 
     def _weights_innermost(self, query_BCR: Tensor) -> Tensor:
         """Attention weights (B, L, M, P, R), float32: softmax over levels and points."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import LevelSizes
+from d2zero.model.deformable import DeformableForm, LevelSizes, gather, grid_sample
 from d2zero_runtime import D2ZeroError
 
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +49,10 @@ def triton_form(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     flat_sizes = [side for size in sizes for side in size]
     out: Tensor = deformable_attention(values_BSMN, flat_sizes, locations, weights)
     return out
+
+
+# What training may be told to use, and what is measured on a GPU, by name.
+FORMS: dict[str, DeformableForm] = {"grid_sample": grid_sample, "gather": gather, "triton": triton_form}
 
 
 @torch.library.custom_op("d2zero::deformable_attention", mutates_args=())

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
 from d2zero.model import D2Zero, HeadOutput
-from d2zero.model.deformable import DeformableForm, gather, grid_sample
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import DeformableForm
+from d2zero.model.deformable_triton import FORMS
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import build_optimizer, lr_factor, set_lr
@@ -25,7 +25,6 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
 PARTS = ("forward", "backward", "optimiser")  # what a step consists of, in order; forward has the losses in it
-FORMS: dict[str, DeformableForm] = {"grid_sample": grid_sample, "gather": gather, "triton": triton_form}
 
 
 class TrainingStep:

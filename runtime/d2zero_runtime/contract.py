@@ -1,5 +1,6 @@
 """What an exported model says about itself: JSON under `d2zero` in the file's metadata."""
 
+import base64
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -133,3 +134,16 @@ class ModelContract:
                 "the model was exported with --bake: its classes are constants, only names and flags can change;"
                 " export it without --bake for other classes"
             )
+
+
+def embeddings_to_json(embeddings_KD: NDArray[np.float32]) -> dict[str, Any]:
+    """Embeddings for a description in JSON: shape and little-endian float32 as base64."""
+    content = base64.b64encode(np.ascontiguousarray(embeddings_KD, "<f4").tobytes()).decode()
+    return {"shape": list(embeddings_KD.shape), "float32": content}
+
+
+def embeddings_from_json(values: dict[str, Any]) -> NDArray[np.float32]:
+    """What `embeddings_to_json` wrote; KeyError, TypeError or ValueError if it is damaged."""
+    content = base64.b64decode(values["float32"], validate=True)
+    rows, width = (int(side) for side in values["shape"])
+    return np.frombuffer(content, "<f4").reshape(rows, width)

@@ -5,8 +5,6 @@ the model's contract, the default vocabulary's embeddings, and what the code was
 without torch.
 """
 
-import base64
-import binascii
 import json
 import zipfile
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.vocabulary import Vocabulary
 
@@ -53,7 +51,6 @@ class Pt2Description:
 
     def to_json(self) -> str:
         """For the archive."""
-        content = base64.b64encode(np.ascontiguousarray(self.embeddings, "<f4").tobytes()).decode()
         return json.dumps(
             {
                 "version": self.version,
@@ -62,7 +59,7 @@ class Pt2Description:
                 "torch": self.torch,
                 "operators": list(self.operators),
                 "contract": json.loads(self.contract.to_json()),
-                "embeddings": {"shape": list(self.embeddings.shape), "float32": content},
+                "embeddings": embeddings_to_json(self.embeddings),
             }
         )
 
@@ -80,17 +77,15 @@ class Pt2Description:
                     f"{where} is described in version {values['version']}, this d2zero reads up to"
                     f" {DESCRIPTION_VERSION}; upgrade d2zero"
                 )
-            rows, width = (int(side) for side in values["embeddings"]["shape"])
-            content = base64.b64decode(values["embeddings"]["float32"], validate=True)
             return cls(
                 contract=ModelContract.from_json(json.dumps(values["contract"]), where),
-                embeddings=np.frombuffer(content, "<f4").reshape(rows, width),
+                embeddings=embeddings_from_json(values["embeddings"]),
                 operators=tuple(values["operators"]),
                 device=str(values["device"]),
                 hardware=str(values["hardware"]),
                 torch=str(values["torch"]),
             )
-        except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise D2ZeroError(f"{where} is damaged ({error!r}); export it again") from error
 
     @classmethod

@@ -5,8 +5,6 @@ A TensorRT plan has no room for a contract (a header inside breaks every other t
 what the plan was built from, with and for.
 """
 
-import base64
-import binascii
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.profile import Profile
 from d2zero_runtime.vocabulary import Vocabulary
@@ -62,7 +60,6 @@ class Sidecar:
 
     def to_json(self) -> str:
         """For the file."""
-        content = base64.b64encode(np.ascontiguousarray(self.embeddings, "<f4").tobytes()).decode()
         return json.dumps(
             {
                 "version": self.version,
@@ -71,7 +68,7 @@ class Sidecar:
                 "tf32": self.tf32,
                 "profile": self.profile.to_json(),
                 "contract": json.loads(self.contract.to_json()),
-                "embeddings": {"shape": list(self.embeddings.shape), "float32": content},
+                "embeddings": embeddings_to_json(self.embeddings),
             },
             indent=1,
         )
@@ -91,7 +88,7 @@ class Sidecar:
         try:
             return cls(
                 contract=ModelContract.from_json(json.dumps(values["contract"]), where),
-                embeddings=_embeddings(values["embeddings"]),
+                embeddings=embeddings_from_json(values["embeddings"]),
                 profile=Profile.from_json(values["profile"]),
                 **{name: str(values[name]) for name in _TEXTS},
                 plan_bytes=int(values["plan_bytes"]),
@@ -100,7 +97,7 @@ class Sidecar:
             )
         except D2ZeroError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise D2ZeroError(f"{where} is damaged ({error!r}); build the engine again") from error
 
     @classmethod
@@ -196,9 +193,3 @@ def _values(text: str, where: str) -> dict[str, Any]:
     if missing:
         raise D2ZeroError(f"{where} lacks {listed(missing)}; build the engine again")
     return values
-
-
-def _embeddings(values: dict[str, Any]) -> NDArray[np.float32]:
-    content = base64.b64decode(values["float32"], validate=True)
-    rows, width = (int(side) for side in values["shape"])
-    return np.frombuffer(content, "<f4").reshape(rows, width)
