@@ -2,12 +2,14 @@
 
 An exponent is the slope of log cost over log work by least squares: 1 doubles with the work, 2 is its square. A
 constant part hides growth at first and makes the slope smaller, so the last step alone is judged too: what grows
-with a square shows there. Of a time's samples the fastest counts (a busy machine only adds), of memory's the largest.
+with a square shows there. Points that were measured in turns drift alike, so each round has its own exponent and the
+median of them counts; of costs, too.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from d2zero_runtime import D2ZeroError
@@ -32,8 +34,8 @@ class Point:
     samples: dict[str, tuple[float, ...]]
 
     def cost(self, quantity: str) -> float:
-        """The fastest time, or the largest memory."""
-        return (max if quantity == MEMORY else min)(self.samples[quantity])
+        """The median of the rounds."""
+        return median(self.samples[quantity])
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Growth:
 
     Args:
         quantity: a stage, or `MEMORY`.
-        exponent: over all points.
-        last: between the last two points.
+        exponent: over all points, median of the rounds.
+        last: between the last two points, likewise.
         limit: what it should be at most.
         why: an explanation, where one is known; shown only if it grows worse.
     """
@@ -98,11 +100,11 @@ class Curve:
 
     def _growth(self, quantity: str) -> Growth:
         work = [point.work for point in self.points]
-        costs = [point.cost(quantity) for point in self.points]
+        rounds = list(zip(*(point.samples[quantity] for point in self.points), strict=False))
         return Growth(
             quantity,
-            exponent(work, costs),
-            exponent(work[-2:], costs[-2:]),
+            median(exponent(work, costs) for costs in rounds),
+            median(exponent(work[-2:], costs[-2:]) for costs in rounds),
             self.limits[quantity],
             self.reasons.get(quantity, ""),
         )

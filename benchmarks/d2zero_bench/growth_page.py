@@ -16,10 +16,11 @@ from d2zero_bench.table import milliseconds
 
 NAMES = {**STAGE_NAMES, MEMORY: "memory, MB"}
 NOTES = (
-    "Each curve is measured in a process of its own, from small to large; the fastest of the rounds counts, of memory"
-    " the highest mark of the process.",
+    "Each curve is measured in a process of its own, from small to large; folders and queries in turns, round by round."
+    " The median of the rounds counts; memory is the highest mark of the process.",
     "The exponent is the slope of log cost over log work by least squares: 1 doubles with the work, 2 is its square. A"
-    " constant part makes it smaller, so the last step (between the last two points) is judged too.",
+    " constant part makes it smaller, so the last step (between the last two points) is judged too. Each round has its"
+    " own; the median of them is shown.",
     f"Within: times at most {FIT_SLACK} (all points) and {STEP_SLACK} (last step) above what it should be, memory at"
     f" most {MEMORY_SLACK}.",
 )

@@ -102,18 +102,21 @@ def _stacked(report: Report, case: Case) -> str:
 
 
 def _tradeoff(report: Report) -> str:
-    points = []
+    points: list[svg.Point] = []
+    shown: list[tuple[int, str]] = []
     for name in names(report, ("d2zero",)):
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
         spread = result.spread(END_TO_END) if result else None
         value = measured.figures.get("hm_ap50") if measured else None
         if value is not None and spread is not None:
-            points.append(svg.Point(spread.p50, value, name))
+            shown.append((len(points), name))
+            points.append(svg.Point(spread.p50, value, f"{name}: {milliseconds(spread.p50)} ms, {value:.2f} %"))
     if not points:
         return ""
     plot = svg.scatter(points, "milliseconds, end to end, median", "HM AP50, %")
-    return figure(f"{report.cases[0]}; accuracy at the model's own size. Up and left is better.", plot)
+    note = f"{report.cases[0]}; accuracy at the model's own size. Up and left is better."
+    return _legend(report, shown) + figure(note, plot)
 
 
 _Key = Callable[[Case], object]

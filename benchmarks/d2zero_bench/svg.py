@@ -13,6 +13,7 @@ from itertools import pairwise
 COLOURS = 8  # of candidates, in the page's style
 LEFT, RIGHT = 10.0, 96.0  # percent, of the plotted area
 ROW = 46  # pixels of one bar with its label
+SPAN = 5.0  # of a scatter's upward scale at least: differences that mean nothing stay small
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Line:
     points: tuple[Point, ...]
 
 
-def ticks(highest: float, about: int = 5) -> list[float]:
-    """Round numbers from 0 to at least `highest`."""
-    if not highest > 0:
-        return [0.0, 1.0]
-    rough = highest / about
+def ticks(highest: float, about: int = 5, lowest: float = 0.0) -> list[float]:
+    """Round numbers from at most `lowest` to at least `highest`."""
+    if not highest > lowest:
+        return [lowest, lowest + 1.0]
+    rough = (highest - lowest) / about
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
-    return [step * number for number in range(math.ceil(highest / step - 1e-9) + 1)]
+    return [step * number for number in range(math.floor(lowest / step + 1e-9), math.ceil(highest / step - 1e-9) + 1)]
 
 
 def bars(rows: Sequence[Bar], unit: str) -> str:
@@ -98,34 +99,18 @@ def _vertical_grid(marks: Sequence[float], top: int, bottom: int, unit: str) -> 
 
 
 def scatter(points: Sequence[Point], x_unit: str, y_unit: str, height: int = 300) -> str:
-    """Named points; both scales from 0."""
+    """Points in the page's colours, in order; across from 0, upwards what the points need and `SPAN` at least."""
     across = ticks(1.15 * max(point.x for point in points))
-    up = ticks(1.1 * max(point.y for point in points))
+    low, high = min(point.y for point in points), max(point.y for point in points)
+    margin = max(SPAN - (high - low), 0.2 * (high - low)) / 2
+    up = ticks(high + margin, lowest=max(low - margin, 0.0))
     top, bottom = 24, height - 44
     out = [_horizontal_grid(up, top, bottom, y_unit)]
     out += [_tick(_along(mark, across[-1]), bottom + 17, _short(mark)) for mark in across]
     out.append(f'<text class="axis" text-anchor="end" x="{RIGHT}%" y="{bottom + 36}">{escape(x_unit)}</text>')
-    taken: list[tuple[float, float]] = []
     for number, point in enumerate(points):
-        x, y = _along(point.x, across[-1]), _height(point.y, up[-1], top, bottom)
-        label_y = _free(point.x / across[-1], y, taken)
-        left = point.x > 0.55 * across[-1]
-        out.append(f'<circle class="dot c{number % COLOURS}" cx="{x}" cy="{y:.1f}" r="6"/>')
-        out.append(
-            f'<text class="label" dx="{-11 if left else 11}" text-anchor="{"end" if left else "start"}" x="{x}"'
-            f' y="{label_y + 4:.1f}">{escape(point.label)}</text>'
-        )
+        out.append(_dot(number, _along(point.x, across[-1]), _height(point.y, up, top, bottom), 6, point.label))
     return _svg(height, out, f"{y_unit} against {x_unit}")
-
-
-def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
-    """A height for a label near `y` that no other label of that neighbourhood has."""
-    for shift in (0, 17, -17, 34, -34, 51, -51):
-        if all(abs(y + shift - other) > 15 or abs(x - place) > 0.45 for place, other in taken):
-            y += shift
-            break
-    taken.append((x, y))
-    return y
 
 
 def lines(drawn: Sequence[Line], labels: Sequence[str], x_unit: str, y_unit: str, height: int = 300) -> str:
@@ -135,30 +120,33 @@ def lines(drawn: Sequence[Line], labels: Sequence[str], x_unit: str, y_unit: str
     out = [_horizontal_grid(up, top, bottom, y_unit)]
     out += [_tick(_place(number, len(labels)), bottom + 17, label) for number, label in enumerate(labels)]
     out.append(f'<text class="axis" text-anchor="end" x="{RIGHT}%" y="{bottom + 36}">{escape(x_unit)}</text>')
-    out += [_line(line, len(labels), up[-1], top, bottom) for line in drawn]
+    out += [_line(line, len(labels), up, top, bottom) for line in drawn]
     return _svg(height, out, f"{y_unit} against {x_unit}")
 
 
-def _line(line: Line, count: int, highest: float, top: int, bottom: int) -> str:
+def _line(line: Line, count: int, marks: Sequence[float], top: int, bottom: int) -> str:
     colour, out = f"c{line.colour % COLOURS}", []
-    places = [(_place(point.x, count), _height(point.y, highest, top, bottom)) for point in line.points]
+    places = [(_place(point.x, count), _height(point.y, marks, top, bottom)) for point in line.points]
     for (x1, y1), (x2, y2) in pairwise(places):
         out.append(_stroke(f"line {colour}", x1, y1, x2, y2))
     for point, (x, y) in zip(line.points, places, strict=True):
         if point.low is not None and point.high is not None:
-            ends = (_height(end, highest, top, bottom) for end in (point.low, point.high))
+            ends = (_height(end, marks, top, bottom) for end in (point.low, point.high))
             out.append(_stroke(f"range {colour}", x, next(ends), x, next(ends)))
-        out.append(
-            f'<circle class="dot {colour}" cx="{x}" cy="{y:.1f}" r="4.5"><title>{escape(point.label)}</title></circle>'
-        )
+        out.append(_dot(line.colour, x, y, 4.5, point.label))
     shift = (7 * line.colour) % 36 - 14  # lines through the same places stay apart
     return f'<g transform="translate({shift} 0)">{"".join(out)}</g>'
+
+
+def _dot(colour: int, x: str, y: float, radius: float, title: str) -> str:
+    place = f'cx="{x}" cy="{y:.1f}" r="{radius}"'
+    return f'<circle class="dot c{colour % COLOURS}" {place}><title>{escape(title)}</title></circle>'
 
 
 def _horizontal_grid(marks: Sequence[float], top: int, bottom: int, unit: str) -> str:
     out = [f'<text class="axis" x="0.5%" y="12">{escape(unit)}</text>']
     for mark in marks:
-        y = _height(mark, marks[-1], top, bottom)
+        y = _height(mark, marks, top, bottom)
         out.append(_stroke("grid", f"{LEFT}%", y, f"{RIGHT}%", y))
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 1}%" y="{y + 4:.1f}">{_short(mark)}</text>')
     return "".join(out)
@@ -190,8 +178,8 @@ def _place(number: float, count: int) -> str:
     return _percent(LEFT + (RIGHT - LEFT) * share)
 
 
-def _height(value: float, highest: float, top: int, bottom: int) -> float:
-    return bottom - (bottom - top) * value / highest
+def _height(value: float, marks: Sequence[float], top: int, bottom: int) -> float:
+    return bottom - (bottom - top) * (value - marks[0]) / (marks[-1] - marks[0])
 
 
 def _percent(value: float) -> str:

@@ -231,6 +231,24 @@ def test_ticks_are_round_and_reach_the_top() -> None:
     for highest in (0.003, 1, 7.3, 250, 98765):
         marks = ticks(highest)
         assert marks[-1] >= highest and marks[-2] < highest and 3 <= len(marks) <= 8
+    assert ticks(72.3, lowest=67.9) == [67, 68, 69, 70, 71, 72, 73]
+
+
+def test_accuracies_are_drawn_apart_and_to_scale() -> None:
+    report = Report("t", {}, {}, "a")
+    for name, ms, hm in (("a", 50.0, 71.16), ("b", 20.0, 70.54), ("c", 21.0, 68.1)):
+        report.candidates.append(CandidateInfo(name, "d2zero", "x"))
+        report.results.append(Result(name, CASE, [sample(ms)]))
+        report.accuracy.append(Accuracy(name, "gzsis", 60, {"hm_ap50": hm}))
+    tree = ElementTree.fromstring(page(report).split("\n", 1)[1])
+    section = next(part for part in tree.iter("section") if part.find("h2").text == "Latency against accuracy")  # type: ignore[union-attr]
+    drawn = [element for element in section.iter() if element.tag.endswith("circle")]
+    heights = [float(dot.attrib["cy"]) for dot in drawn]
+    assert (heights[2] - heights[0]) / (heights[1] - heights[0]) == pytest.approx((71.16 - 68.1) / 0.62, rel=0.01)
+    assert heights[2] - heights[0] > 80 and all(24 < height < 256 for height in heights)
+    assert [span.find("i").attrib["class"] for span in section.iter("span")] == [  # type: ignore[union-attr]
+        f"swatch {dot.attrib['class'].split()[1]}" for dot in drawn
+    ]
 
 
 def test_cases_vary_one_thing_at_a_time_or_all() -> None:

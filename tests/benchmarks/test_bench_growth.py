@@ -68,9 +68,17 @@ def test_memory_that_creeps_is_worse_than_flat() -> None:
     assert not flat.worse and creeping.worse
 
 
-def test_the_fastest_time_and_the_largest_memory_count() -> None:
-    point = Point("1", 1.0, {"network": (5.0, 3.0, 9.0), MEMORY: (5.0, 3.0, 9.0)})
-    assert (point.cost("network"), point.cost(MEMORY)) == (3.0, 9.0)
+def test_the_median_counts() -> None:
+    point = Point("1", 1.0, {"network": (5.0, 3.0, 9.0), MEMORY: (6.0, 3.0, 9.0)})
+    assert (point.cost("network"), point.cost(MEMORY)) == (5.0, 6.0)
+
+
+def test_a_machine_that_slows_down_between_rounds_changes_no_exponent() -> None:
+    slowness = (1.0, 1.4, 0.9, 1.5, 1.2)
+    points = [Point(f"{work:g}", work, {"total": tuple(work * slow for slow in slowness)}) for work in (80.0, 160.0)]
+    points[0].samples["total"] = (80 * 0.75, *points[0].samples["total"][1:])  # and one lucky moment
+    (found,) = Curve("images", "images", "", tuple(points), {"total": 1.0}, {}).growths
+    assert found.last == pytest.approx(1.0) and not found.worse
 
 
 def test_what_was_not_measured_everywhere_has_no_verdict() -> None:
