@@ -1,5 +1,6 @@
 """What tests share: the reference data beside the checkout, the published model, a small model, the command."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from published import published_shapes, reference_weights
 
 from d2zero.checkpoints.files import load_model
@@ -22,6 +24,9 @@ from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import Vocabulary
 
 SHARED = Path(__file__).parents[2] / "shared"
+# A shell ignores interrupts for what it starts in the background, and so would each process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
 
 
@@ -73,10 +78,13 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model as ONNX, not verified; not to be changed."""
-    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
-    export_onnx(load_model(packaged_checkpoint()), path, ExportConfig(verify=False), checkpoint_hash="abc")
+def exported(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The demo's model as ONNX, not verified; not to be changed. Made once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "demo.onnx"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            export_onnx(load_model(packaged_checkpoint()), path, ExportConfig(verify=False), checkpoint_hash="abc")
     return path
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2zero.cli.terminal import console
 from d2zero_bench import growth_measure as measure
@@ -25,6 +25,9 @@ from d2zero_bench.session import Plan
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 from d2zero_runtime.segmenter import read_exported
+
+if TYPE_CHECKING:
+    from d2zero.model import D2Zero
 
 FORMAT_VERSION = 1
 CURVES = ("sizes", "classes", "batches", "queries", "images")
@@ -156,24 +159,29 @@ def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: 
 
 
 def _exported(folder: Path, published: bool, queries: int | None) -> Path:
-    """The model as an ONNX file; with a number of queries, of random weights."""
+    """The model as an ONNX file."""
+    from d2zero_export.onnx_export import ExportConfig, export_onnx
+
+    name = ("published" if published else "demo") + ("" if queries is None else f"-{queries}-queries")
+    print(f"exporting {name}", file=sys.stderr)
+    export_onnx(_model(published, queries), folder / f"{name}.onnx", ExportConfig(verify=False))
+    return folder / f"{name}.onnx"
+
+
+def _model(published: bool, queries: int | None) -> "D2Zero":
+    """The published architecture or the demo's model; with a number of queries, of random weights."""
     import torch
 
     from d2zero.checkpoints.files import load_model
     from d2zero.demo.run import packaged_checkpoint
     from d2zero.model import build
     from d2zero_bench.standard import random_published
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
 
     torch.manual_seed(0)
     model = random_published() if published else load_model(packaged_checkpoint())
-    name = "published" if published else "demo"
     if queries is not None:
         model = build(replace(model.config, num_queries=queries), model.vocabulary)
-        name = f"{name}-{queries}-queries"
-    print(f"exporting {name}", file=sys.stderr)
-    export_onnx(model.eval(), folder / f"{name}.onnx", ExportConfig(verify=False))
-    return folder / f"{name}.onnx"
+    return model.eval()
 
 
 if __name__ == "__main__":
