@@ -6,7 +6,6 @@ one that is given. `growth_measure` measures, `growth_page` shows.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from d2zero_bench.environment import environment
 from d2zero_bench.growth_curves import Curve
 from d2zero_bench.growth_page import page, terminal_table
 from d2zero_bench.measure import Settings
+from d2zero_bench.report import write_json
 from d2zero_bench.session import Plan
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
@@ -152,10 +152,8 @@ def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: 
     title = f"How cost grows: {settings['model']}"
     content = {"format_version": FORMAT_VERSION, "title": title, "environment": where, "settings": settings,
                "curves": [curve.to_dict() for curve in curves]}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    for suffix, whole in ((".json", text), (".html", page(title, where, settings, curves))):
-        path.with_suffix(suffix).write_text(whole, encoding="utf-8")
+    write_json(path.with_name(f"{path.name}.json"), content)
+    path.with_name(f"{path.name}.html").write_text(page(title, where, settings, curves), encoding="utf-8")
 
 
 def _exported(folder: Path, published: bool, queries: int | None) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from d2zero_bench.cases import Case
 from d2zero_bench.figures import Spread, ratios, throughput
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.files import whole_file
 
 FORMAT_VERSION = 1
 STAGES = ("decode", "preprocess", "network", "postprocess")
@@ -244,10 +245,8 @@ class Report:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write plain data, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:

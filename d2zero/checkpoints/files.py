@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from d2zero.checkpoints.published import load_exactly
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.files import whole_file
 
 FORMAT_VERSION = 1
 _KEY = "d2zero"  # of the JSON contract in the file's metadata
@@ -43,11 +44,9 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
         },
         "notes": notes or {},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     arrays = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
     return path
 
 

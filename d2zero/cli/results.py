@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from d2zero_runtime import Detections
+from d2zero_runtime.files import whole_file
 
 
 class CocoWriter:
@@ -21,7 +22,7 @@ class CocoWriter:
         self.path = path
         self.category_ids = {name: number for number, name in enumerate(names, 1)}
         self.images: list[dict[str, Any]] = []
-        self._rows: IO[str] = path.with_name(f".{path.name}.partial").open("w+", encoding="utf-8")
+        self._rows: IO[str] = path.with_name(f".{path.name}.rows").open("w+", encoding="utf-8")
         self._count = 0
 
     def __enter__(self) -> "CocoWriter":
@@ -41,12 +42,10 @@ class CocoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
-        finished = self.path.with_name(f".{self.path.name}.finished")
-        with self._rows, finished.open("w", encoding="utf-8") as out:
+        with self._rows, whole_file(self.path) as partial, partial.open("w", encoding="utf-8") as out:
             out.write(f'{{"images": {json.dumps(self.images)},\n"categories": {json.dumps(categories)},\n')
             out.write('"annotations": [\n')
             self._rows.seek(0)
             shutil.copyfileobj(self._rows, out)
             out.write("\n]}\n")
-        finished.replace(self.path)
         Path(self._rows.name).unlink()

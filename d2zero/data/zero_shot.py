@@ -13,6 +13,7 @@ from d2zero.data.coco import CocoFile
 from d2zero.data.splits import Split
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ def write_split(
         if not content["annotations"]:
             raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
         path = output / f"{stem}_{part}_{tail}.json"
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content))
         written.append(Part(path, len(content["images"]), len(content["annotations"])))
     return written
 

@@ -26,6 +26,7 @@ from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.files import whole_file
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model
@@ -98,12 +99,10 @@ class Run:
             "bad_files": self.bad_files,
             "pending": self.record.pending,
         }
-        partial = self.output / f".{STATE_FILE}.partial"
-        with partial.open("wb") as stream:
+        with whole_file(self.output / STATE_FILE) as partial, partial.open("wb") as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        partial.replace(self.output / STATE_FILE)
 
     def resume(self) -> None:
         """Take up the state of the last checkpoint.

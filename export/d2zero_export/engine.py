@@ -16,10 +16,11 @@ from typing import Any
 from d2zero_export.engine_config import EngineConfig, Inputs, dimensions, profile_for
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.files import whole_file
 from d2zero_runtime.gpu import Environment, collector, require_tensorrt
 from d2zero_runtime.onnx_file import graph_inputs, read_contract, without_default_embeddings
 from d2zero_runtime.profile import Profile, Shape
-from d2zero_runtime.sidecar import Sidecar, write_atomically
+from d2zero_runtime.sidecar import Sidecar
 
 __all__ = [
     "EngineConfig",
@@ -79,7 +80,8 @@ def build_engine(
     stage("build")
     plan = work.build(settings, progress)
     if config.timing_cache:
-        write_atomically(config.timing_cache, memoryview(settings.get_timing_cache().serialize()))
+        with whole_file(config.timing_cache) as partial:
+            partial.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     stage("contract")
     sidecar = Sidecar(
         contract=contract,
@@ -93,7 +95,8 @@ def build_engine(
         plan_bytes=plan.nbytes,
         tf32=config.tf32,
     )
-    write_atomically(output, plan)
+    with whole_file(output) as partial:
+        partial.write_bytes(plan)
     sidecar.write(output)
     return sidecar
 
@@ -196,8 +199,8 @@ class _Work:
         monitor = _monitor(self.tensorrt, progress)
         settings.progress_monitor = monitor
         with ThreadPoolExecutor(1) as pool:
-            building = pool.submit(self._build, settings)
             try:
+                building = pool.submit(self._build, settings)
                 while not building.done():  # waking up now and then: a signal may reach another thread first
                     wait([building], WAKE_UP)
                 plan = building.result()

@@ -16,6 +16,7 @@ import numpy as np
 
 from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.files import whole_file
 from d2zero_runtime.vocabulary import Vocabulary
 
 _GRAPH, _METADATA = 7, 14
@@ -77,8 +78,7 @@ def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         + _message(_NAME, EMBEDDINGS_INPUT.encode())
         + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
     )
-    partial = path.with_name(f".{path.name}.partial")
-    with _mapped(path) as buffer, partial.open("wb") as out:
+    with _mapped(path) as buffer, whole_file(path) as partial, partial.open("wb") as out:
         old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:
@@ -92,7 +92,6 @@ def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
                 out.write(_message(_METADATA, entry))
             else:
                 out.write(buffer[part.start : part.end])
-    partial.replace(path)
 
 
 def _mapped(path: Path) -> mmap.mmap:

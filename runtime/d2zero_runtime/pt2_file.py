@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.files import whole_file
 from d2zero_runtime.vocabulary import Vocabulary
 
 DESCRIPTION_VERSION = 1
@@ -122,15 +123,17 @@ def replace_pt2_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     contract = description.contract
     contract.require_fit(vocabulary, description.vocabulary)
     changed = replace(description, contract=contract.with_vocabulary(vocabulary), embeddings=vocabulary.embeddings)
-    partial = path.with_name(f".{path.name}.partial")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as new:
+    with (
+        whole_file(path) as partial,
+        zipfile.ZipFile(path) as old,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as new,
+    ):
         for entry in old.infolist():
             if not entry.filename.endswith(f"/{ENTRY}"):
                 with old.open(entry) as source, new.open(entry.filename, "w", force_zip64=True) as target:
                     while block := source.read(1 << 24):
                         target.write(block)
         new.writestr(f"{_root(old)}/{ENTRY}", changed.to_json())
-    partial.replace(path)
 
 
 def _root(archive: zipfile.ZipFile) -> str:

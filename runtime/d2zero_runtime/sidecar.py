@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.files import whole_file
 from d2zero_runtime.profile import Profile
 from d2zero_runtime.vocabulary import Vocabulary
 
@@ -121,7 +122,8 @@ class Sidecar:
     def write(self, engine: Path) -> Path:
         """Write the sidecar beside an engine, atomically, and return its path."""
         path = sidecar_path(engine)
-        write_atomically(path, self.to_json().encode())
+        with whole_file(path) as partial:
+            partial.write_bytes(self.to_json().encode())
         return path
 
     def require_plan(self, engine: Path) -> bytes:
@@ -165,14 +167,6 @@ def replace_engine_vocabulary(engine: Path, vocabulary: Vocabulary) -> None:
         )
     contract = sidecar.contract.with_vocabulary(vocabulary)
     replace(sidecar, contract=contract, embeddings=vocabulary.embeddings).write(engine)
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _values(text: str, where: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.files import whole_file
 
 FORMAT_VERSION = 1
 
@@ -134,9 +135,7 @@ class Vocabulary:
         path = Path(path)
         if path.suffix != ".npz":
             raise D2ZeroError(f"a vocabulary is saved as .npz, got {path.name!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as stream:
+        with whole_file(path) as partial, partial.open("wb") as stream:
             np.savez_compressed(
                 stream,
                 format_version=np.array(FORMAT_VERSION),
@@ -147,7 +146,6 @@ class Vocabulary:
                 source=np.array(json.dumps(self.source)),
                 synonyms=np.array(json.dumps(self.synonyms)),
             )
-        partial.replace(path)
         return path
 
     @classmethod

@@ -162,6 +162,7 @@ def test_interrupt_stops_the_build(setting: Setting, tmp_path: Path) -> None:
     steps = []
 
     def work(monitor: Any) -> None:
+        time.sleep(0.1)  # the other thread is past starting this one
         signal.raise_signal(signal.SIGINT)  # in the build's thread; the other one is to hear of it
         steps.append(stepping(monitor))
 

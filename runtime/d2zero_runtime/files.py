@@ -1,0 +1,22 @@
+"""Files that are whole or not there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what is to become `path`, in the same folder; folders are made.
+
+    When the block ends, the file there takes the place of `path` in one step. Where it fails, `path` stays what it was
+    and nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)

@@ -1,0 +1,28 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from d2zero_runtime.files import whole_file
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "m.onnx"
+    with whole_file(path) as partial:
+        partial.write_bytes(b"first")
+        assert partial.parent == path.parent and not path.exists()
+    with whole_file(path) as partial:
+        partial.write_bytes(b"second")
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"first")
+    with pytest.raises(type(error)), whole_file(path) as partial:
+        partial.write_bytes(b"half of the sec")
+        raise error
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
