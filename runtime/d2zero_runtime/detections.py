@@ -93,22 +93,26 @@ class Detections:
         For pictures: several queries often find the same object. Accuracy is measured without it.
         """
         regions = self.bitmaps() if self.masks is not None else None
+        areas = [self._shared(row, row, regions) for row in range(len(self))]
+
+        def overlap(one: int, other: int) -> float:
+            shared = self._shared(one, other, regions)
+            union = areas[one] + areas[other] - shared
+            return shared / union if union > 0 else 0.0
+
         kept: list[int] = []
-        for row in np.argsort(-self.scores, kind="stable"):
-            overlaps = (self._overlap(int(row), other, regions) for other in kept)
-            if all(overlap <= iou for overlap in overlaps):
-                kept.append(int(row))
+        for row in map(int, np.argsort(-self.scores, kind="stable")):
+            if all(overlap(row, other) <= iou for other in kept):
+                kept.append(row)
         return self[sorted(kept)]
 
-    def _overlap(self, one: int, other: int, regions: "NDArray[np.bool_] | None") -> float:
+    def _shared(self, one: int, other: int, regions: "NDArray[np.bool_] | None") -> float:
+        """The area that two masks share, or two boxes."""
         if regions is not None:
-            union = int((regions[one] | regions[other]).sum())
-            return int((regions[one] & regions[other]).sum()) / union if union else 0.0
+            return float(np.count_nonzero(regions[one] & regions[other]))
         low = np.maximum(self.boxes[one, :2], self.boxes[other, :2])
         high = np.minimum(self.boxes[one, 2:], self.boxes[other, 2:])
-        shared = float(np.prod(np.maximum(high - low, 0)))
-        areas = [float(np.prod(self.boxes[row, 2:] - self.boxes[row, :2])) for row in (one, other)]
-        return shared / (sum(areas) - shared) if sum(areas) > shared else 0.0
+        return float(np.prod(np.maximum(high - low, 0)))
 
     def bitmaps(self) -> NDArray[np.bool_]:
         """Masks as a (N, H, W) boolean array."""
