@@ -88,7 +88,7 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
 
-    with TemporaryDirectory() as folder, _quietly():
+    with TemporaryDirectory() as folder, _quietly(), reductions_early():
         plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
         onnx.save(proto, plain)
         quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds weights that are sliced and turned over
@@ -185,6 +185,31 @@ def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
     del proto.opset_import[:], proto.metadata_props[:]
     proto.opset_import.extend(kept)
     return proto
+
+
+@contextmanager
+def reductions_early() -> Iterator[None]:
+    """Calibration runs each node as soon as it can be run.
+
+    In onnxruntime's usual order the smallest and largest values are taken last, and all tensors wait for it: 2.9 GB
+    instead of 0.6 for the published architecture at 480×640. The tool takes no options for its session.
+    """
+    from onnxruntime import ExecutionOrder, GraphOptimizationLevel, InferenceSession, SessionOptions
+    from onnxruntime.quantization.calibrate import CalibraterBase
+
+    def create(calibrater: Any) -> None:
+        options = SessionOptions()
+        options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL  # as the tool has it
+        options.execution_order = ExecutionOrder.PRIORITY_BASED
+        path, providers = calibrater.augmented_model_path, calibrater.execution_providers
+        calibrater.infer_session = InferenceSession(path, options, providers=providers)
+
+    before = CalibraterBase.create_inference_session
+    CalibraterBase.create_inference_session = create
+    try:
+        yield
+    finally:
+        CalibraterBase.create_inference_session = before
 
 
 @contextmanager
