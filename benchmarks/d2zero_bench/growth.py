@@ -20,7 +20,7 @@ from d2zero_bench.environment import environment
 from d2zero_bench.growth_curves import Curve
 from d2zero_bench.growth_page import page, terminal_table
 from d2zero_bench.measure import Settings
-from d2zero_bench.report import write_json
+from d2zero_bench.report import write_json, write_text
 from d2zero_bench.session import Plan
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
@@ -153,7 +153,7 @@ def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: 
     content = {"format_version": FORMAT_VERSION, "title": title, "environment": where, "settings": settings,
                "curves": [curve.to_dict() for curve in curves]}  # fmt: skip
     write_json(path.with_name(f"{path.name}.json"), content)
-    path.with_name(f"{path.name}.html").write_text(page(title, where, settings, curves), encoding="utf-8")
+    write_text(path.with_name(f"{path.name}.html"), page(title, where, settings, curves))
 
 
 def _exported(folder: Path, published: bool, queries: int | None) -> Path:

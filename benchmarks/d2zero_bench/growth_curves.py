@@ -2,8 +2,9 @@
 
 An exponent is the slope of log cost over log work by least squares: 1 doubles with the work, 2 is its square. A
 constant part hides growth at first and makes the slope smaller, so the last step alone is judged too: what grows
-with a square shows there. Points that were measured in turns drift alike, so each round has its own exponent and the
-median of them counts; of costs, too.
+with a square shows there. Points that were measured in turns (folders, queries) drift alike, so each round has its own
+exponent and the median of them counts; of costs, too. Where points were measured one after another, a round is as good
+a draw of their times as any.
 """
 
 import math
@@ -100,7 +101,7 @@ class Curve:
 
     def _growth(self, quantity: str) -> Growth:
         work = [point.work for point in self.points]
-        rounds = list(zip(*(point.samples[quantity] for point in self.points), strict=False))
+        rounds = list(zip(*(point.samples[quantity] for point in self.points), strict=True))
         return Growth(
             quantity,
             median(exponent(work, costs) for costs in rounds),

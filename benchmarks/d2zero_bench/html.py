@@ -7,7 +7,7 @@ from typing import Any
 
 from d2zero_bench import svg
 from d2zero_bench.cases import Case
-from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names
+from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names, write_text
 from d2zero_bench.table import ACCURACY_COLUMNS, best_ratio, difference, milliseconds, ratio
 
 STYLE = Path(__file__).with_name("report.css")
@@ -26,8 +26,7 @@ NOTES = (
 
 def write_html(report: Report, path: Path) -> None:
     """Write the report's page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(report), encoding="utf-8")
+    write_text(path, page(report))
 
 
 def page(report: Report) -> str:

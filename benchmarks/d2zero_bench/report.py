@@ -245,8 +245,13 @@ class Report:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write plain data, atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, atomically."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:

@@ -66,7 +66,6 @@ def write_split(
     there = [path for stem, part, _ in parts if (path := output / f"{stem}_{part}_{tail}.json").exists()]
     if there and not replace:
         raise D2ZeroError(f"{listed(there)} exist already; replace them with --force, or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
     written = []
     for stem, part, content in parts:
         if not content["annotations"]:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from d2zero_runtime.files import whole_file
+
 
 class Record:
     """Losses by step, to the screen and to files.
@@ -47,7 +49,8 @@ class Record:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):  # a line that the kill cut short
                 continue
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        with whole_file(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
 
     def __enter__(self) -> "Record":
         self.started, self.first = time.perf_counter(), self.done

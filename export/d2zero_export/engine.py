@@ -205,7 +205,7 @@ class _Work:
                     wait([building], WAKE_UP)
                 plan = building.result()
             except KeyboardInterrupt:
-                monitor.cancelled = True  # the next step ends the build; leaving the block waits for it
+                monitor.cancelled = True  # the next step ends the build
                 raise
         if monitor.failure:
             raise monitor.failure

@@ -7,16 +7,16 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what is to become `path`, in the same folder; folders are made.
+    """Where to write what is to become `path`, in the same folder, which is made; for one writer at a time.
 
-    When the block ends, the file there takes the place of `path` in one step. Where it fails, `path` stays what it was
-    and nothing is left behind.
+    When the block ends, the file there takes the place of `path` in one step. Where anything fails, `path` stays what
+    it was and no file is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(path)

@@ -78,7 +78,7 @@ def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         + _message(_NAME, EMBEDDINGS_INPUT.encode())
         + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
     )
-    with _mapped(path) as buffer, whole_file(path) as partial, partial.open("wb") as out:
+    with whole_file(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
         old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:

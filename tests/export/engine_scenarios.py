@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,23 @@ def test_interrupt_stops_the_build(setting: Setting, tmp_path: Path) -> None:
         build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
     assert steps and steps[0] < 500
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_interrupt_while_the_build_starts_stops_it(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*arguments: Any) -> None:
+        submit(*arguments)
+        raise KeyboardInterrupt
+
+    setting.building(lambda monitor: steps.append(stepping(monitor)))
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
+    assert steps and steps[0] < 500
 
 
 def test_failing_progress_stops_the_build(setting: Setting, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import Outcome
 from onnxruntime import ExecutionOrder
 from onnxruntime.quantization import CalibrationDataReader, quant_pre_process
-from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.calibrate import MinMaxCalibrater, create_calibrator
 
 import d2zero
 from d2zero.data.coco import read_coco
@@ -48,10 +48,19 @@ def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_f
     kept = [tensor for tensor in traced.graph.initializer if tensor.name != EMBEDDINGS_INPUT]
     del traced.graph.initializer[:], traced.metadata_props[:]
     traced.graph.initializer.extend(kept)
+    orders = []
+    collect = MinMaxCalibrater.collect_data
+
+    def noting(calibrater: MinMaxCalibrater, reader: CalibrationDataReader) -> None:
+        orders.append(calibrater.infer_session.get_session_options().execution_order)
+        collect(calibrater, reader)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "trace", lambda model, config: None)
         patch.setattr(onnx_export, "_translate", lambda program: traced)
+        patch.setattr(MinMaxCalibrater, "collect_data", noting)
         export_onnx(demo_model, path, ExportConfig("int8", verify=False, calibration=shapes_data / "train"))
+    assert orders == [ExecutionOrder.PRIORITY_BASED]
     return path
 
 

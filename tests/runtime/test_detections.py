@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2zero_runtime import D2ZeroError, Detections, Vocabulary, rle
-from d2zero_runtime.draw import SheetRow, contact_sheet, overlay
+from d2zero_runtime.draw import SheetRow, class_colour, contact_sheet, overlay
 
 
 def two() -> Detections:
@@ -88,6 +88,28 @@ def test_supervision_and_pandas() -> None:
 def test_no_masks() -> None:
     with pytest.raises(D2ZeroError, match="carry no masks"):
         replace(two(), masks=None).bitmaps()
+
+
+def test_masks_are_tinted_and_outlined_by_kind() -> None:
+    image = np.full((240, 300, 3), 100, np.uint8)
+    mask = np.zeros((2, 240, 300), bool)
+    mask[0, 100:200, 20:120] = mask[1, 100:200, 160:260] = True
+    found = Detections(
+        boxes=np.array([[20, 100, 120, 200], [160, 100, 260, 200]], np.float32),
+        scores=np.array([0.9, 0.8], np.float32),
+        class_ids=np.array([0, 3]),
+        names=("a", "b"),
+        seen=np.array([True, False]),
+        masks=mask,
+        image_size=(240, 300),
+    )
+    picture = np.asarray(overlay(image, found)).astype(int)
+    for middle, class_id in ((70, 0), (210, 3)):
+        expected = 0.55 * 100 + 0.45 * np.array(class_colour(class_id))
+        np.testing.assert_allclose(picture[150, middle], expected, atol=2)
+    edge = [tuple(picture[150, column]) for column in (20, 21, 160, 161, 162)]
+    assert edge[0] == class_colour(0) and edge[1] != class_colour(0)  # thin, of its class
+    assert edge[2] == edge[3] == (255, 255, 255) != edge[4]  # thick and white
 
 
 def test_overlay_changes_what_is_inside_and_enlarges_small_images() -> None:

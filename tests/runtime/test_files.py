@@ -18,6 +18,13 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"second" and list(path.parent.iterdir()) == [path]
 
 
+def test_what_cannot_take_its_place_is_not_left(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(OSError), whole_file(tmp_path / "m.onnx") as partial:
+        partial.write_bytes(b"first")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
+
+
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
 def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "m.onnx"
