@@ -45,11 +45,12 @@ def page(title: str, environment: dict[str, Any], settings: dict[str, Any], curv
 
 
 def _curve(curve: Curve) -> str:
-    times = [name for name in curve.quantities if name != MEMORY]
+    colours = {name: number for number, name in enumerate(curve.quantities)}
     labels = [point.label for point in curve.points]
-    unit = f"{curve.name}, {curve.unit}"
-    cost = svg.lines([_line(curve, times.index(name), name) for name in times], labels, unit, "milliseconds")
-    drawn = [_line(curve, number, name, relative=True) for number, name in enumerate(curve.quantities)]
+    unit = curve.name if curve.name == curve.unit else f"{curve.name}, {curve.unit}"
+    times = [_line(curve, colour, name) for name, colour in colours.items() if name != MEMORY]
+    cost = svg.lines(times, labels, unit, "milliseconds")
+    drawn = [_line(curve, colour, name, relative=True) for name, colour in colours.items()]
     relative = svg.lines(drawn, labels, unit, "times the first")
     rows = [[escape(cell) for cell in _cells(curve, growth)[:-1]] + [_verdict(growth)] for growth in curve.growths]
     return (

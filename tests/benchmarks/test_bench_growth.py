@@ -99,6 +99,17 @@ def test_a_verdict_and_its_reason_are_shown() -> None:
     assert [str(cell) for cell in terminal_table(square).columns[-1]._cells] == ["grows worse than its work"]
 
 
+def test_lines_have_the_colours_of_the_legend() -> None:
+    samples = {"network": (1.0,), MEMORY: (2.0,), "vocabulary": (3.0,)}
+    points = tuple(Point(f"{work:g}", work, samples) for work in WORK)
+    text = page("growth", {}, {}, [Curve("classes", "classes", "", points, dict.fromkeys(samples, 1.0), {})])
+    tree = ElementTree.fromstring(text.partition("\n")[2])
+    legend = {span.find("i").attrib["class"].split()[1]: "".join(span.itertext()) for span in tree.iter("span")}  # type: ignore[union-attr]
+    dots = [entry for entry in tree.iter() if entry.tag.endswith("circle")]
+    drawn = {(dot.attrib["class"].split()[1], "".join(dot.itertext()).partition(":")[0]) for dot in dots}
+    assert drawn == set(legend.items()) and len(drawn) == 3
+
+
 def test_a_quick_run(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert growth.main(["--quick", "--model", str(exported), "--rounds", "1", "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / f"{exported.stem}-cpu.json").read_text(encoding="utf-8"))
