@@ -24,10 +24,10 @@ from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import Vocabulary
 
 SHARED = Path(__file__).parents[2] / "shared"
+SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
+
 # A shell ignores interrupts for what it starts in the background, and so would each process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
 
 
 @pytest.fixture(scope="session")

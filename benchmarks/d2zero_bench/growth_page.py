@@ -10,7 +10,7 @@ from rich.text import Text
 
 from d2zero_bench import svg
 from d2zero_bench.growth_curves import FIT_SLACK, MEMORY, MEMORY_SLACK, STEP_SLACK, Curve, Growth
-from d2zero_bench.html import conditions, document, figure, section, table
+from d2zero_bench.html import conditions, document, figure, legend, section, table
 from d2zero_bench.report import STAGE_NAMES
 from d2zero_bench.table import milliseconds
 
@@ -54,7 +54,7 @@ def _curve(curve: Curve) -> str:
     relative = svg.lines(drawn, labels, unit, "times the first")
     rows = [[escape(cell) for cell in _cells(curve, growth)[:-1]] + [_verdict(growth)] for growth in curve.growths]
     return (
-        _legend(curve)
+        legend((f"c{colour}", NAMES.get(name, name)) for name, colour in colours.items())
         + figure(f"Time: {curve.about}", cost)
         + figure("Cost over what it should be, 1 at the first point: a rising line grows worse.", relative)
         + table(_head(curve), rows)
@@ -70,14 +70,6 @@ def _line(curve: Curve, colour: int, quantity: str, relative: bool = False) -> s
     values = curve.relative(quantity) if relative else [point.cost(quantity) for point in curve.points]
     name = NAMES.get(quantity, quantity)
     return svg.Line(colour, tuple(svg.Point(at, value, f"{name}: {value:.3g}") for at, value in enumerate(values)))
-
-
-def _legend(curve: Curve) -> str:
-    spans = (
-        f'<span><i class="swatch c{number}"></i>{escape(NAMES.get(name, name))}</span>'
-        for number, name in enumerate(curve.quantities)
-    )
-    return f'<p class="legend">{"".join(spans)}</p>'
 
 
 def _head(curve: Curve) -> list[str]:

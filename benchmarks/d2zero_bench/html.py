@@ -1,6 +1,6 @@
 """A report as one HTML file: nothing is fetched; light and dark; wide and narrow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,10 @@ def _latency(report: Report) -> str:
     if not plots:
         return ""
     used = {stage for result in report.results if result.samples for stage in result.samples[0]}
-    legend = "".join(
-        f'<span><i class="swatch {stage}"></i>{STAGE_NAMES[stage]}</span>' for stage in STAGES if stage in used
-    )
+    shown = legend((stage, STAGE_NAMES[stage]) for stage in STAGES if stage in used)
     first = figure(f"{plots[0][0]}: milliseconds a batch, medians; thin line to p90", plots[0][1])
     others = "".join(f"<details><summary>{case}</summary><figure>{plot}</figure></details>" for case, plot in plots[1:])
-    return f'<p class="legend">{legend}</p>{first}{others}'
+    return f"{shown}{first}{others}"
 
 
 def _stacked(report: Report, case: Case) -> str:
@@ -101,21 +99,19 @@ def _stacked(report: Report, case: Case) -> str:
 
 
 def _tradeoff(report: Report) -> str:
-    points: list[svg.Point] = []
-    shown: list[tuple[int, str]] = []
+    points: dict[str, svg.Point] = {}
     for name in names(report, ("d2zero",)):
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
         spread = result.spread(END_TO_END) if result else None
         value = measured.figures.get("hm_ap50") if measured else None
         if value is not None and spread is not None:
-            shown.append((len(points), name))
-            points.append(svg.Point(spread.p50, value, f"{name}: {milliseconds(spread.p50)} ms, {value:.2f} %"))
+            points[name] = svg.Point(spread.p50, value, f"{name}: {milliseconds(spread.p50)} ms, {value:.2f} %")
     if not points:
         return ""
-    plot = svg.scatter(points, "milliseconds, end to end, median", "HM AP50, %")
+    plot = svg.scatter(list(points.values()), "milliseconds, end to end, median", "HM AP50, %")
     note = f"{report.cases[0]}; accuracy at the model's own size. Up and left is better."
-    return _legend(report, shown) + figure(note, plot)
+    return _legend(report, list(enumerate(points))) + figure(note, plot)
 
 
 _Key = Callable[[Case], object]
@@ -163,10 +159,13 @@ def _sweep_points(report: Report, name: str, cases: Sequence[Case]) -> tuple[svg
 
 def _legend(report: Report, shown: Sequence[tuple[int, str]]) -> str:
     peers = names(report, ("peer",))
-    spans = []
-    for colour, name in shown:
-        text = f"{name} (network alone)" if name in peers else name
-        spans.append(f'<span><i class="swatch c{colour % svg.COLOURS}"></i>{escape(text)}</span>')
+    texts = {name: f"{name} (network alone)" for name in peers}
+    return legend((f"c{colour % svg.COLOURS}", texts.get(name, name)) for colour, name in shown)
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """Swatches of colour classes with their texts."""
+    spans = (f'<span><i class="swatch {colour}"></i>{escape(text)}</span>' for colour, text in entries)
     return f'<p class="legend">{"".join(spans)}</p>'
 
 

@@ -176,7 +176,8 @@ def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
 
     checkpoint = _random_checkpoint(folder)
     exported, fixed, eight_bits = (folder / f"resnet50{name}.onnx" for name in ("", "-fixed", "-fixed-int8"))
-    photos = Photos.of(folder / "drawn", None, [Case(*SIZE)]).batch(Case(*SIZE), 0)[0].parent
+    case = Case(*SIZE)
+    photos = Photos.of(folder / "drawn", None, [case]).batch(case, 0)[0].parent
     one_size = ExportConfig(deform_attn="gather", size=SIZE, batch=1, verify=False)
     calibrated = replace(one_size, precision="int8", calibration=photos, calibration_images=CALIBRATION_DRAWN)
     exports += [(checkpoint, exported, ExportConfig(verify=False)), (checkpoint, fixed, one_size)]

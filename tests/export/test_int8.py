@@ -25,7 +25,7 @@ from d2zero_bench.equality import lower_precision
 from d2zero_export import onnx_export
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
-from d2zero_export.quantize import Photos, reductions_early
+from d2zero_export.quantize import Photos, _reader, reductions_early
 from d2zero_export.verify import LIMITS, raw_parity, verify
 from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
@@ -126,27 +126,22 @@ def test_same_model_at_every_size_batch_and_class_count(
     assert not result.failures and result.attention_flipped is not None and 0 < result.attention_flipped < 0.03
 
 
-def test_calibration_frees_tensors_as_it_goes_and_finds_the_same_ranges(exported: Path, tmp_path: Path) -> None:
-    images = np.random.default_rng(0).standard_normal((1, 3, 64, 96)).astype(np.float32)
+def test_calibration_frees_tensors_as_it_goes_and_finds_the_same_ranges(
+    exported: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    photos = Photos.read(shapes_data / "train", 1, Preprocessing(shortest_edge=64, longest_edge=64))
     plain, folded = tmp_path / "plain.onnx", tmp_path / "folded.onnx"
     proto = onnx.load(exported)
     del proto.metadata_props[:]
     onnx.save(proto, plain)
     quant_pre_process(plain, folded, skip_symbolic_shape=True)
 
-    class Reader(CalibrationDataReader):
-        given = iter([{"images": images}])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.given, None)
-
     orders, ranges = [], []
     for context in (nullcontext(), reductions_early()):
         with context:
             calibrater = create_calibrator(folded, ["Conv"], augmented_model_path=str(tmp_path / "augmented.onnx"))
         orders.append(calibrater.infer_session.get_session_options().execution_order)
-        calibrater.collect_data(Reader())
-        Reader.given = iter([{"images": images}])
+        calibrater.collect_data(_reader(photos, None))
         ranges.append({name: entry.range_value for name, entry in calibrater.compute_data().items()})
     assert orders == [ExecutionOrder.DEFAULT, ExecutionOrder.PRIORITY_BASED]
     assert len(ranges[0]) > 30 and str(ranges[0]) == str(ranges[1])
