@@ -35,6 +35,7 @@ from d2zero_runtime.segmenter import expand
 # bins, is the same as this.
 METHOD = "minmax"
 WEIGHTED = ("Conv", "MatMul")
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 # In the backbone, so that convolutions pass on integers: no faster in ONNX Runtime, but OpenVINO loses less by it.
 BETWEEN = ("Add", "AveragePool", "MaxPool", "Relu")
 
@@ -86,12 +87,12 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
         model: whose weights the graph has.
         photos: to run it on.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     with TemporaryDirectory() as folder, _quietly(), reductions_early():
         plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
         onnx.save(proto, plain)
-        quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds weights that are sliced and turned over
+        fold(plain, folded)
         nodes = chosen(onnx.load(folded), model)
         quantize_static(
             folded,
@@ -110,7 +111,22 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
                 "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what reads them is float32
             },
         )
-        return _cleaned(onnx.load(output))
+        return _cleaned(_floats_elsewhere(onnx.load(output), set(nodes)))
+
+
+def fold(plain: Path, folded: Path) -> None:
+    """Write a graph as the tools want it: weights that are sliced and turned over made constants, types inferred.
+
+    Not by the tools' own preparation: where sizes are known it makes a Gemm of a linear layer and its bias, and
+    the layer would stay float32.
+    """
+    from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    InferenceSession(plain, options, ["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"])
+    onnx.shape_inference.infer_shapes_path(folded, folded)
 
 
 def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
@@ -119,17 +135,27 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
     Args:
         proto: with its constants folded.
         model: whose weights it has.
+
+    Raises:
+        D2ZeroError: a linear layer is not in the graph as a product of its own, and would stay float32 unnoticed.
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     weights = {_content(weight) for weight in _linear_weights(model)}
     in_backbone = _before_pixel_decoder(proto)
     found = []
+    waiting = set(weights)
     for node in proto.graph.node:
         weight = initializers.get(node.input[1]) if node.op_type in WEIGHTED else None
-        linear = node.op_type == "MatMul" and weight and onnx.numpy_helper.to_array(weight).tobytes() in weights
+        content = onnx.numpy_helper.to_array(weight).tobytes() if weight and node.op_type == "MatMul" else b""
         convolution = node.op_type == "Conv" and weight
-        if linear or convolution or (node.op_type in BETWEEN and node.name in in_backbone):
+        if content in weights or convolution or (node.op_type in BETWEEN and node.name in in_backbone):
             found.append(node.name)
+        waiting.discard(content)
+    if waiting:
+        raise D2ZeroError(
+            f"{len(waiting)} of {len(weights)} linear layers to quantize are not products in the exported graph, as "
+            "they should be; this onnxruntime or torch changes it in a way that d2zero does not know"
+        )
     return found
 
 
@@ -176,6 +202,30 @@ def _reader(photos: Photos, embeddings_KD: NDArray[np.float32] | None) -> Any:
             return {"images": images, **fed}
 
     return Reader()
+
+
+def _floats_elsewhere(proto: onnx.ModelProto, quantized: set[str]) -> onnx.ModelProto:
+    """Nodes that are not quantized read floats: the tools let them read what was rounded for their neighbours."""
+    graph = proto.graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.name in quantized or node.op_type in QDQ:
+            continue
+        for place, name in enumerate(node.input):
+            rounded = made_by.get(name)
+            if rounded is not None and rounded.op_type == "DequantizeLinear":
+                node.input[place] = made_by[rounded.input[0]].input[0]
+    read = {name for node in graph.node for name in node.input if node.op_type != "DequantizeLinear"}
+    kept = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] in read}
+    unread = [
+        node
+        for node in graph.node
+        if (node.op_type == "DequantizeLinear" and node.output[0] not in read)
+        or (node.op_type == "QuantizeLinear" and node.output[0] not in kept)
+    ]
+    for node in unread:
+        graph.node.remove(node)
+    return proto
 
 
 def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from conftest import Outcome
+from onnx import helper
 from onnxruntime import ExecutionOrder
-from onnxruntime.quantization import CalibrationDataReader, quant_pre_process
+from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.calibrate import MinMaxCalibrater, create_calibrator
 
 import d2zero
@@ -25,7 +26,7 @@ from d2zero_bench.equality import lower_precision
 from d2zero_export import onnx_export
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
-from d2zero_export.quantize import Photos, _reader, reductions_early
+from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
 from d2zero_export.verify import LIMITS, raw_parity, verify
 from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
@@ -81,10 +82,33 @@ def test_chosen_nodes_are_quantized_and_no_others(graph: onnx.GraphProto, demo_m
             counts[node.op_type] += 1
             assert sources[0].op_type == "DequantizeLinear"  # the activation too
             assert matrices[0].dtype == np.int8 and np.abs(matrices[0].astype(int)).max() <= 64  # seven bits
+        elif node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Add", "AveragePool", "MaxPool", "Relu"):
+            assert all(source.op_type != "DequantizeLinear" for source in sources), node.name  # it reads floats
     layers, encoders = len(demo_model.decoder.layers), len(demo_model.pixel_decoder.layers)
     linear = 3 * encoders + 2 * min(layers, 3) + 2 * layers  # encoder; keys and values a level; feed-forward
     convolutions = sum(node.op_type == "Conv" for node in graph.node)
     assert counts == {"Conv": convolutions, "MatMul": linear} and convolutions > 15
+
+
+def test_linear_layers_of_known_size_stay_products(tmp_path: Path) -> None:
+    """onnxruntime makes one Gemm of a product and its bias where it knows the size; what is not found stays float32."""
+    values = {"weight": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"]), helper.make_node("Add", ["y", "bias"], ["z"])],
+        "linear",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3, 4])],
+        [helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1, 3, 4])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    fold(tmp_path / "m.onnx", tmp_path / "folded.onnx")
+    assert [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node] == ["MatMul", "Add"]
+
+
+def test_no_linear_layer_is_left_out_in_silence(exported: Path, demo_model: D2Zero) -> None:
+    proto = onnx.load(exported)  # not folded: keys and values are still slices of torch's packed weights
+    with pytest.raises(D2ZeroError, match=r"6 of 15 linear layers to quantize are not products"):
+        chosen(proto, demo_model)
 
 
 def test_classifier_and_embeddings_are_not_quantized(graph: onnx.GraphProto) -> None:
@@ -134,7 +158,7 @@ def test_calibration_frees_tensors_as_it_goes_and_finds_the_same_ranges(
     proto = onnx.load(exported)
     del proto.metadata_props[:]
     onnx.save(proto, plain)
-    quant_pre_process(plain, folded, skip_symbolic_shape=True)
+    fold(plain, folded)
 
     orders, ranges = [], []
     for context in (nullcontext(), reductions_early()):
