@@ -32,7 +32,7 @@ class InferenceGraph(nn.Module):
     Between them, each part computes in the precision of its own weights (`precision.lowered`).
 
     Args:
-        model: in evaluation mode; its weights are shared, not copied.
+        model: in evaluation mode; its weights are shared, but for those that make keys, which are copied.
         baked: use the model's own class embeddings, as a constant, and take none.
         fused: attention by torch's one operator for it, for what torch itself compiles; ONNX has none below opset 23.
     """
@@ -44,6 +44,8 @@ class InferenceGraph(nn.Module):
         self.model, self._attend = model, _attend_fused if fused else _attend
         with torch.no_grad():
             self.register_buffer("text_KE", self._projected(model.class_embeddings) if baked else None)
+            read = (_readers(model.decoder, level) for level in range(LEVELS))
+            self.keys = nn.ModuleList(_key_convolution(readers) for readers in read if readers)
 
     def forward(self, images: Tensor, class_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -111,13 +113,13 @@ class InferenceGraph(nn.Module):
         small: list[Tensor] = []  # `fused` at each level's size, (B, C, N)
         for level, (features, embedding) in enumerate(zip(memory, decoder.level_embedding, strict=True)):
             size = features.shape[2:]
-            value_BNC = features.flatten(2).transpose(1, 2) + embedding
+            value_BCN = features.flatten(2) + embedding[:, None]
             position = sine_positions(size[0], size[1], features.shape[1], features.device).to(features.dtype)
             readers = _readers(decoder, level)
-            keys.append(_projected(value_BNC + position.flatten(1).T, readers, 1))
-            values.append(_projected(value_BNC, readers, 2))
-            resized = F.interpolate(fused, size, mode="bilinear", align_corners=False)
-            small.append(resized.flatten(2))
+            if readers:
+                keys.append(list(self.keys[level](value_BCN + position.flatten(1)).chunk(len(readers), dim=1)))
+            values.append([_linear(value_BCN.transpose(1, 2), reader, 2) for reader in readers])
+            small.append(_resized(fused, size, halved=level == LEVELS - 1).flatten(2))
         masks: list[Tensor] = []
         queries = decoder.query_features.expand(fused.shape[0], -1, -1)
         for index, layer in enumerate(layers):
@@ -130,8 +132,9 @@ class InferenceGraph(nn.Module):
             attended = self._attend(cross, asking, keys[level][visit], values[level][visit], blocked)
             queries = layer.cross_norm(queries + attended)
             positioned = queries + decoder.query_positions
-            projected = (_linear(positioned, own, 0), _linear(positioned, own, 1), _linear(queries, own, 2))
-            queries = layer.self_norm(queries + self._attend(own, *projected))
+            asking, key_BCQ = _linear(positioned, own, 0), _linear(positioned, own, 1).transpose(1, 2)
+            attended = self._attend(own, asking, key_BCQ, _linear(queries, own, 2))
+            queries = layer.self_norm(queries + attended)
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
         return decoder.norm(queries), masks
 
@@ -154,9 +157,9 @@ class InferenceGraph(nn.Module):
     def _adapted(self, layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:
         """One transformer decoder layer, post-norm, without dropout."""
         own, cross = layer.self_attn, layer.multihead_attn
-        text = layer.norm1(text + self._attend(own, *(_linear(text, own, part) for part in range(3))))
-        asked = (_linear(text, cross, 0), _linear(queries, cross, 1), _linear(queries, cross, 2))
-        text = layer.norm2(text + self._attend(cross, *asked))
+        for attention, read, norm in ((own, text, layer.norm1), (cross, queries, layer.norm2)):
+            keys_BEN, values = _linear(read, attention, 1).transpose(1, 2), _linear(read, attention, 2)
+            text = norm(text + self._attend(attention, _linear(text, attention, 0), keys_BEN, values))
         output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
         return output
 
@@ -181,17 +184,22 @@ def _weights(attention: nn.MultiheadAttention, part: int) -> tuple[Tensor, Tenso
     return attention.in_proj_weight[rows], attention.in_proj_bias[rows]
 
 
-def _projected(inputs: Tensor, readers: list[nn.MultiheadAttention], part: int) -> list[Tensor]:
-    """The key or value projections of several attentions in one product."""
-    if not readers:
-        return []
-    weight, bias = _together(readers, part)
-    return list(F.linear(inputs, weight, bias).chunk(len(readers), dim=-1))
+def _key_convolution(readers: list[nn.MultiheadAttention]) -> nn.Conv1d:
+    """The key projections of several attentions in one product, (B, C, N) each: as scores read them."""
+    pairs = [_weights(reader, 1) for reader in readers]
+    weight, bias = torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs])
+    made = nn.Conv1d(weight.shape[1], weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+    made.weight.copy_(weight[:, :, None])
+    assert made.bias is not None
+    made.bias.copy_(bias)
+    return made
 
 
-def _together(readers: list[nn.MultiheadAttention], part: int) -> tuple[Tensor, Tensor]:
-    pairs = [_weights(reader, part) for reader in readers]
-    return torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs])
+def _resized(fused: Tensor, size: Sequence[int], halved: bool) -> Tensor:
+    """`fused` at a level's size; at half its size, bilinear resizing is the mean of two by two pixels."""
+    if halved:
+        return F.avg_pool2d(fused, 2)
+    return F.interpolate(fused, size, mode="bilinear", align_corners=False)
 
 
 def _readers(decoder: MaskedDecoder, level: int) -> list[nn.MultiheadAttention]:
@@ -200,32 +208,40 @@ def _readers(decoder: MaskedDecoder, level: int) -> list[nn.MultiheadAttention]:
     return [layer.cross_attention for layer in layers[level::LEVELS]]
 
 
-def level_projections(decoder: MaskedDecoder) -> Iterator[Tensor]:
-    """Weights of the products in the graph that make a level's keys and values for all that read it."""
-    for readers in (_readers(decoder, level) for level in range(LEVELS)):
-        yield from (_together(readers, part)[0] for part in (1, 2) if readers)
+def value_projections(decoder: MaskedDecoder) -> Iterator[Tensor]:
+    """Weights of the products in the graph that make a level's values; its keys are made by a convolution."""
+    for level in range(LEVELS):
+        yield from (_weights(reader, 2)[0] for reader in _readers(decoder, level))
 
 
 def _attend(
-    attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
+    attention: nn.MultiheadAttention, queries: Tensor, keys_BCN: Tensor, values: Tensor, blocked: Tensor | None = None
 ) -> Tensor:
     """Multi-head attention over projected queries, keys and values; `blocked` (B, Q, N) may not be attended."""
-    heads = attention.num_heads
-    split = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (queries, keys, values)]
-    scores = (split[0] * attention.head_dim**-0.5) @ split[1].transpose(-2, -1)
+    queries_BHQC, keys_BHCN, values_BHNC = _heads(attention, queries, keys_BCN, values)
+    scores = (queries_BHQC * attention.head_dim**-0.5) @ keys_BHCN
     if blocked is not None:
         scores = scores.masked_fill(blocked[:, None], float("-inf"))
-    gathered = (scores.softmax(-1) @ split[2]).transpose(1, 2).flatten(2)
+    gathered = (scores.softmax(-1) @ values_BHNC).transpose(1, 2).flatten(2)
     output: Tensor = attention.out_proj(gathered)
     return output
 
 
 def _attend_fused(
-    attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None
+    attention: nn.MultiheadAttention, queries: Tensor, keys_BCN: Tensor, values: Tensor, blocked: Tensor | None = None
 ) -> Tensor:
     """`_attend` by one operator, which forms no scores in memory."""
-    split = [tensor.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for tensor in (queries, keys, values)]
+    queries_BHQC, keys_BHCN, values_BHNC = _heads(attention, queries, keys_BCN, values)
     allowed = None if blocked is None else ~blocked[:, None]
-    gathered = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=allowed)
+    gathered = F.scaled_dot_product_attention(queries_BHQC, keys_BHCN.transpose(2, 3), values_BHNC, attn_mask=allowed)
     output: Tensor = attention.out_proj(gathered.transpose(1, 2).flatten(2))
     return output
+
+
+def _heads(
+    attention: nn.MultiheadAttention, queries: Tensor, keys_BCN: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, Q, C/H), keys (B, H, C/H, N) and values (B, H, N, C/H) of each of H heads."""
+    heads = attention.num_heads
+    asking, read = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (queries, values))
+    return asking, keys_BCN.unflatten(1, (heads, -1)), read

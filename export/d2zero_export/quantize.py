@@ -24,8 +24,9 @@ from torch import Tensor
 
 from d2zero.model import D2Zero
 from d2zero.model.decoder import DecoderLayer
+from d2zero.model.deformable import ROW_FORMS
 from d2zero.model.pixel_decoder import EncoderLayer
-from d2zero_export.graph import level_projections
+from d2zero_export.graph import value_projections
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.images import Preprocessing
@@ -163,11 +164,14 @@ def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     """Weights of the linear layers that are quantized, as torch has them; exporters' names say nothing of them."""
     encoder: list[EncoderLayer] = list(model.pixel_decoder.layers)  # type: ignore[arg-type]
     decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
-    yield from (layer.attention.output_proj.weight for layer in encoder)
+    for attention in (layer.attention for layer in encoder):
+        yield attention.output_proj.weight
+        if attention.form in ROW_FORMS:  # the other form turns its values over, and has no product that is found here
+            yield attention.value_proj.weight
     layers: list[EncoderLayer | DecoderLayer] = [*encoder, *decoder]
     for layer in layers:
         yield from (layer.linear1.weight, layer.linear2.weight)
-    yield from level_projections(model.decoder)
+    yield from value_projections(model.decoder)
 
 
 def _content(weight: Tensor) -> bytes:
