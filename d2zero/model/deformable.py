@@ -24,6 +24,7 @@ from torch import Tensor
 
 LevelSizes = Sequence[tuple[int, int]]  # (H, W) of each level
 DeformableForm = Callable[[Tensor, LevelSizes, Tensor, Tensor], Tensor]
+EXACT = 2**24  # float32 has all whole numbers up to here: rows of 16.7 million pixels
 RowSum = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
@@ -86,7 +87,7 @@ def embedding_bag(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, wei
 class Corners(NamedTuple):
     """The four pixels around each sample: rows of a head's (S) values, and their shares, (B, M, R, L·P) each."""
 
-    rows: tuple[Tensor, ...]  # int32
+    rows: tuple[Tensor, ...]  # whole numbers, as floats
     shares: tuple[Tensor, ...]
 
 
@@ -110,11 +111,9 @@ def corners(levels: SampleLevels, x: Tensor, y: Tensor, weights: Tensor) -> Corn
     first, height, width = levels
     columns, shares_x = _two_pixels(x, width)
     lines, shares_y = _two_pixels(y, height)
-    # Exact in float32 up to 16.7 million pixels. What is not a number becomes a row far below 0.
-    starts = [(line * width + first).int().clamp(min=0) for line in lines]
-    columns_int = [column.int().clamp(min=0) for column in columns]
+    starts = [line * width + first for line in lines]
     return Corners(
-        rows=tuple(start + column for start in starts for column in columns_int),
+        rows=tuple(start + column for start in starts for column in columns),
         shares=tuple(share_y * share_x for share_y in (share * weights for share in shares_y) for share_x in shares_x),
     )
 
@@ -173,11 +172,23 @@ def sum_rows(
     Head by head: a head's values stay in the processor's cache while its queries read them.
     """
     batch, total, heads, width = values_BSMN.shape
-    head = torch.arange(batch * heads, device=values_BSMN.device, dtype=torch.int32).view(batch, heads, 1, 1) * total
-    rows = [(row + head).flatten(0, 2) for row in found.rows]
+    rows = [_table_rows(row, total).flatten(0, 2) for row in found.rows]
     table_TN = values_BSMN.transpose(1, 2).flatten(0, 2)
     added = add(table_TN, rows, [share.flatten(0, 2) for share in found.shares])
     return added.view(batch, heads, -1, width).transpose(1, 2).flatten(2)
+
+
+def _table_rows(row: Tensor, total: int) -> Tensor:
+    """Rows of a head's S = `total` values (B, M, …) as rows of the table of all heads of all images, int32.
+
+    What is not a number becomes a number far below 0, and then a row that there is.
+    """
+    batch, heads = row.shape[:2]
+    head = torch.arange(batch * heads, device=row.device).view(batch, heads, 1, 1) * total
+    known = batch * heads * total
+    if isinstance(known, int) and known <= EXACT:  # a pass over memory less
+        return (row + head.to(row.dtype)).int().clamp(min=0)
+    return row.int().clamp(min=0) + head.int()
 
 
 def best_form(device: torch.device | str, gradients: bool) -> DeformableForm:

@@ -107,9 +107,7 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """The forms that read rows, with x and y apart from the projection on: (B, R, C)."""
         levels = levels_of_samples(sizes, self.points, reference_S2)
-        offsets = self.sampling_offsets
-        weight = offsets.weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)  # xy, M·L·P
-        bias = offsets.bias.unflatten(0, (-1, 2)).T.flatten()
+        weight, bias = self.offsets_apart()
         x, y = F.linear(query_BSC, weight, bias).float().unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + (reference_S2[:, :1] * levels.width - 0.5)
         y = y + (reference_S2[:, 1:] * levels.height - 0.5)
@@ -117,6 +115,12 @@ class DeformableAttention(nn.Module):
         weights = scores.transpose(1, 2).softmax(-1)
         values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
         return sum_rows(values, corners(levels, x, y, weights), ROW_FORMS[form])
+
+    def offsets_apart(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the sampling offsets with all x before all y, as the forms that read rows use them."""
+        offsets = self.sampling_offsets
+        weight = offsets.weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)  # xy, M·L·P
+        return weight, offsets.bias.unflatten(0, (-1, 2)).T.flatten()
 
     def _weights_innermost(self, query_BCR: Tensor) -> Tensor:
         """Attention weights (B, L, M, P, R), float32: softmax over levels and points."""

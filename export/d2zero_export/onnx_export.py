@@ -103,6 +103,7 @@ def export_onnx(
     config: ExportConfig | None = None,
     checkpoint_hash: str = "",
     stage: Callable[[str], None] = lambda name: None,
+    traced: onnx.ModelProto | None = None,
 ) -> RawParity | None:
     """Export a model; batch, height, width and number of classes stay open unless the configuration fixes them.
 
@@ -112,6 +113,8 @@ def export_onnx(
         config: how.
         checkpoint_hash: recorded in the contract.
         stage: told each stage's name as it begins.
+        traced: what `graph_of` made of this model for a configuration that differs in calibration, verification or
+            float32 against int8 alone, so that both are traced once; not changed.
 
     Returns:
         What verification measured, or None if it was left out.
@@ -126,16 +129,11 @@ def export_onnx(
         raise D2ZeroError("an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16")
     contract = contract_for(model, config, checkpoint_hash)  # refuses what does not fit before any work
     photos = _photos(contract, config)
-    stage("precision")
-    prepared = lowered(model, config.precision)
-    prepared.set_deformable(FORMS[config.deform_attn])
-    stage("trace")
-    program = trace(prepared, config)
-    stage("rewrite")
-    proto = _rewritten(_translate(program))
+    proto = onnx.ModelProto()
+    proto.CopyFrom(traced or graph_of(model, config, stage))
     if photos:
         stage("quantize")
-        proto = quantized(proto, prepared, photos)
+        proto = quantized(proto, _prepared(model, config), photos)
         contract = replace(contract, calibration=photos.recorded())
     stage("contract")
     _add_vocabulary(proto, model)
@@ -152,6 +150,22 @@ def export_onnx(
             parity = verified(model, candidate, config)
         candidate.replace(output)
     return parity
+
+
+def graph_of(model: D2Zero, config: ExportConfig, stage: Callable[[str], None] = lambda name: None) -> onnx.ModelProto:
+    """The network as an ONNX graph, float32 where int8 is asked for: what `export_onnx` makes a file of."""
+    stage("precision")
+    prepared = _prepared(model, config)
+    stage("trace")
+    program = trace(prepared, config)
+    stage("rewrite")
+    return _rewritten(_translate(program))
+
+
+def _prepared(model: D2Zero, config: ExportConfig) -> D2Zero:
+    prepared = lowered(model, config.precision)
+    prepared.set_deformable(FORMS[config.deform_attn])
+    return prepared
 
 
 def _photos(contract: ModelContract, config: ExportConfig) -> Photos | None:

@@ -4,9 +4,10 @@ Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuse
 uint8, ranges from photos; weights int8 a channel, of seven bits: without VNNI, processors add products of uint8
 and int8 in sixteen bits, and those of eight bits would saturate.
 
-Chosen by measurement (docs/LOG.md, "INT8"): the backbone with its additions, the pixel decoder's convolutions, the
-linear layers that run over all pixels, and the decoder's feed-forward layers. All else stays float32: where
-deformable attention looks, attention itself, mask embeddings and masks, and the classifier.
+Chosen by measurement (docs/LOG.md, "INT8"): the backbone with its additions, convolutions, the linear layers that run
+over all pixels, and the decoder's feed-forward layers. All else stays float32: where deformable attention looks (its
+offsets may come from eight bits, in pixels; places are added up in float32), attention itself, mask embeddings and
+masks, and the classifier.
 """
 
 import logging
@@ -166,8 +167,8 @@ def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
     for attention in (layer.attention for layer in encoder):
         yield attention.output_proj.weight
-        if attention.form in ROW_FORMS:  # the other form turns its values over, and has no product that is found here
-            yield attention.value_proj.weight
+        if attention.form in ROW_FORMS:  # the other form has its weights first and queries last: not found here
+            yield from (attention.value_proj.weight, attention.attention_weights.weight, attention.offsets_apart()[0])
     layers: list[EncoderLayer | DecoderLayer] = [*encoder, *decoder]
     for layer in layers:
         yield from (layer.linear1.weight, layer.linear2.weight)

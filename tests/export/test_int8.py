@@ -23,7 +23,6 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_bench.equality import lower_precision
-from d2zero_export import onnx_export
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
 from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
@@ -57,10 +56,9 @@ def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_f
         collect(calibrater, reader)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "trace", lambda model, config: None)
-        patch.setattr(onnx_export, "_translate", lambda program: traced)
         patch.setattr(MinMaxCalibrater, "collect_data", noting)
-        export_onnx(demo_model, path, ExportConfig("int8", verify=False, calibration=shapes_data / "train"))
+        calibrated = ExportConfig("int8", verify=False, calibration=shapes_data / "train")
+        export_onnx(demo_model, path, calibrated, traced=traced)
     assert orders == [ExecutionOrder.PRIORITY_BASED]
     return path
 
