@@ -158,23 +158,33 @@ def _bias(product: Any) -> tuple[Any, NDArray[Any]] | None:
 
 
 def _picture(value: Any, pictures: dict[str, Any]) -> Any:
-    """A value (B, T, C) as (B, C, T, 1), turned over before what is done to it value by value."""
+    """A value (B, T, C) as (B, C, T, 1): as it was convolved and then changed value by value, or turned over."""
     from openvino import opset13 as operators
+
+    name = value.get_node().get_name()
+    known = _known(value, pictures)
+    if known is None:  # turned over as bytes: OpenVINO moves scales behind it
+        rows = operators.unsqueeze(value, operators.constant([2]))
+        known = operators.transpose(rows, operators.constant([0, 3, 1, 2])).output(0)
+    pictures[name] = known
+    return known
+
+
+def _known(value: Any, pictures: dict[str, Any]) -> Any | None:
+    """The picture that there is of a value, or of what it was made from value by value, changed in the same way."""
     from openvino.utils.node_factory import NodeFactory
 
     node = value.get_node()
-    name = node.get_name()
-    if name not in pictures:
-        inputs = node.input_values()
-        by_value = node.get_type_name() in ("Convert", "FakeQuantize", "Multiply", "Relu", "Subtract")
-        if by_value and all(_is_number(other) for other in inputs[1:]):
-            inputs = [_picture(inputs[0], pictures), *inputs[1:]]
-            made = NodeFactory().create(node.get_type_name(), inputs, node.get_attributes())
-        else:
-            rows = operators.unsqueeze(value, operators.constant([2]))
-            made = operators.transpose(rows, operators.constant([0, 3, 1, 2]))
-        pictures[name] = made.output(0)
-    return pictures[name]
+    if node.get_name() in pictures:
+        return pictures[node.get_name()]
+    inputs = node.input_values()
+    by_value = node.get_type_name() in ("Convert", "FakeQuantize", "Multiply", "Relu", "Subtract")
+    if not by_value or not all(_is_number(other) for other in inputs[1:]):
+        return None
+    known = _known(inputs[0], pictures)
+    if known is None:
+        return None
+    return NodeFactory().create(node.get_type_name(), [known, *inputs[1:]], node.get_attributes()).output(0)
 
 
 def _is_number(value: Any) -> bool:
