@@ -6,7 +6,7 @@ Exact accelerations (equal in real arithmetic; DESIGN §5):
   query's mask embedding commute, so masks at full resolution are formed once, at the end;
 - the last convolution of the pixel decoder, 1×1, is not run over all pixels: it commutes with resizing and with
   averaging, and is applied to the queries' mask embeddings and to the background's average instead;
-- keys and values of a level are projected once for all layers that read it;
+- keys of a level are projected in one product for all layers that read it, and come out as scores read them;
 - the first head's mask embedding depends on no input and becomes a constant.
 
 Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width, N pixels of a level.

@@ -10,6 +10,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -129,8 +130,7 @@ def export_onnx(
         raise D2ZeroError("an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16")
     contract = contract_for(model, config, checkpoint_hash)  # refuses what does not fit before any work
     photos = _photos(contract, config)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(traced or graph_of(model, config, stage))
+    proto = graph_of(model, config, stage) if traced is None else deepcopy(traced)
     if photos:
         stage("quantize")
         proto = quantized(proto, _prepared(model, config), photos)

@@ -89,31 +89,37 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
         model: whose weights the graph has.
         photos: to run it on.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
     with TemporaryDirectory() as folder, _quietly(), reductions_early():
         plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
         onnx.save(proto, plain)
         fold(plain, folded)
         nodes = chosen(onnx.load(folded), model)
-        quantize_static(
-            folded,
-            output,
-            _reader(photos, None if len(proto.graph.input) == 1 else model.vocabulary.embeddings),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=[*WEIGHTED, *BETWEEN],
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={
-                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what reads them is float32
-            },
-        )
+        reader = _reader(photos, None if len(proto.graph.input) == 1 else model.vocabulary.embeddings)
+        write_quantized(folded, output, nodes, reader)
         return _cleaned(_floats_elsewhere(onnx.load(output), set(nodes)))
+
+
+def write_quantized(folded: Path, output: Path, nodes: list[str], reader: Any) -> None:
+    """Write the graph with the named nodes in eight bits; `reader` is onnxruntime's `CalibrationDataReader`."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    quantize_static(
+        folded,
+        output,
+        reader,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=[*WEIGHTED, *BETWEEN],
+        nodes_to_quantize=nodes,
+        per_channel=True,
+        reduce_range=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+        extra_options={
+            "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+            "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what reads them is float32
+        },
+    )
 
 
 def fold(plain: Path, folded: Path) -> None:
@@ -220,16 +226,10 @@ def _floats_elsewhere(proto: onnx.ModelProto, quantized: set[str]) -> onnx.Model
             rounded = made_by.get(name)
             if rounded is not None and rounded.op_type == "DequantizeLinear":
                 node.input[place] = made_by[rounded.input[0]].input[0]
-    read = {name for node in graph.node for name in node.input if node.op_type != "DequantizeLinear"}
-    kept = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] in read}
-    unread = [
-        node
-        for node in graph.node
-        if (node.op_type == "DequantizeLinear" and node.output[0] not in read)
-        or (node.op_type == "QuantizeLinear" and node.output[0] not in kept)
-    ]
-    for node in unread:
-        graph.node.remove(node)
+    for kind in reversed(QDQ):  # what nothing reads any more, from the end
+        read = {name for node in graph.node for name in node.input}
+        for node in [node for node in graph.node if node.op_type == kind and node.output[0] not in read]:
+            graph.node.remove(node)
     return proto
 
 

@@ -56,8 +56,7 @@ class _RowSum:
 
 def _is_sum_of_rows(product: Any) -> bool:
     """Whether a node is a MatMul of shares (X, 1, J) and rows gathered from a table (T, N), X and J known."""
-    plain = {"transpose_a": False, "transpose_b": False}
-    if product.get_type_name() != "MatMul" or product.get_attributes() != plain:
+    if not _is_plain_product(product):
         return False
     gathered = product.input_value(1).get_node()
     if gathered.get_type_name() != "Gather":
@@ -69,6 +68,11 @@ def _is_sum_of_rows(product: Any) -> bool:
     known, counts = list(shares_shape.to_shape()), list(rows_shape.to_shape())
     by_rows = int(axis.get_node().get_data()) == 0 and table.get_partial_shape().rank.get_max_length() == 2
     return by_rows and len(counts) == 2 and known == [counts[0], 1, counts[1]]
+
+
+def _is_plain_product(node: Any) -> bool:
+    plain = {"transpose_a": False, "transpose_b": False}
+    return bool(node.get_type_name() == "MatMul" and node.get_attributes() == plain)
 
 
 class _Linear(NamedTuple):
@@ -113,8 +117,7 @@ def convolve_linear_layers(model: Any) -> int:
 
 def _linear(product: Any) -> _Linear | None:
     """What a node is, if it is a product that can be rewritten."""
-    plain = {"transpose_a": False, "transpose_b": False}
-    if product.get_type_name() != "MatMul" or product.get_attributes() != plain:
+    if not _is_plain_product(product):
         return None
     value, weight = product.input_values()
     weights, activations = _dequantized(weight), _dequantized(value)
@@ -131,7 +134,9 @@ def _linear(product: Any) -> _Linear | None:
 def _dequantized(value: Any) -> tuple[Any, Any, Any] | None:
     """The integers, zero point and scale of (integers - zero point) * scale."""
     scaled = value.get_node()
-    shifted = scaled.input_value(0).get_node() if scaled.get_type_name() == "Multiply" else scaled
+    if scaled.get_type_name() != "Multiply":
+        return None
+    shifted = scaled.input_value(0).get_node()
     if shifted.get_type_name() != "Subtract" or shifted.input_value(0).get_node().get_type_name() != "Convert":
         return None
     return shifted.input_value(0), shifted.input_value(1), scaled.input_value(1)

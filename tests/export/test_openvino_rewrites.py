@@ -7,11 +7,12 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization import CalibrationDataReader
 from torch import Tensor, nn
 
 from d2zero.model.deformable import gather
 from d2zero.model.deformable_attention import DeformableAttention
+from d2zero_export.quantize import write_quantized
 from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
@@ -112,7 +113,4 @@ def _quantize(plain: Path, eight_bits: Path, values: NDArray[np.float32]) -> Non
     proto = onnx.load(plain)
     constants = {tensor.name for tensor in proto.graph.initializer}
     chosen = [node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
-    options = {"QDQOpTypePerChannelSupportToAxis": {"MatMul": 1}, "OpTypesToExcludeOutputQuantization": ["MatMul"]}
-    quantize_static(
-        plain, eight_bits, Once(), nodes_to_quantize=chosen, per_channel=True, reduce_range=True, extra_options=options
-    )
+    write_quantized(plain, eight_bits, chosen, Once())
