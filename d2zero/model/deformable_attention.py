@@ -135,5 +135,6 @@ class DeformableAttention(nn.Module):
 
 
 def _extents(sizes: LevelSizes, like: Tensor) -> Tensor:
-    """(W, H) of each level, (L, 2)."""
-    return torch.tensor([[width, height] for height, width in sizes], device=like.device, dtype=like.dtype)
+    """(W, H) of each level, (L, 2); filled on the device: a copy from the host cannot be in a CUDA graph."""
+    sides = [side for height, width in sizes for side in (width, height)]
+    return torch.stack([torch.full((), side, device=like.device, dtype=like.dtype) for side in sides]).view(-1, 2)

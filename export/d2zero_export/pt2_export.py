@@ -5,8 +5,10 @@ compiled for one kind of device, the machine's own. On a GPU, deformable attenti
 is torch's fused one.
 """
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.pt2_file import Pt2Description
 
 DEVICES = ("cpu", "cuda")
+HEADERS = ("triton/backends/nvidia/include", "nvidia/cu13/include/cccl")  # of CUDA, beside torch
 TRITON_OPERATOR = "d2zero::deformable_attention"  # named in pyproject.toml's entry points
 
 
@@ -117,7 +120,27 @@ def _compile(program: torch.export.ExportedProgram, path: Path) -> None:
     if find_spec("triton") is None and torch.cuda.is_available():
         raise D2ZeroError("compiling for a GPU needs Triton, which comes with a torch for CUDA")
     try:
-        aoti_compile_and_package(program, package_path=str(path))
+        with cuda_headers():
+            aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's own, of many kinds
-        line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        lines = [text for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+        line = next((text for text in lines if " error: " in text), lines[0])
         raise D2ZeroError(f"torch cannot compile the model here: {line} (is a C++ compiler installed?)") from error
+
+
+@contextmanager
+def cuda_headers() -> Iterator[None]:
+    """Let the C++ compiler find CUDA's headers where no toolkit is: what torch from PyPI brings along has them.
+
+    It looks there last, after the toolkit that torch tells it of.
+    """
+    before = os.environ.get("CPATH")
+    brought = [Path(torch.__file__).parents[1] / folder for folder in HEADERS if find_spec("triton")]
+    os.environ["CPATH"] = os.pathsep.join(filter(None, [before, *map(str, brought)]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CPATH"]
+        else:
+            os.environ["CPATH"] = before

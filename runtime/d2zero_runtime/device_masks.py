@@ -58,7 +58,7 @@ class DeviceLogits:
         """
         if not len(queries):
             return []
-        chosen = self.tensor[self.tensor.new_tensor(list(queries)).long()]
+        chosen = self.tensor[list(queries)]
         step = max(1, CHUNK_BYTES // (4 * max(_area(sizes.padded), _area(sizes.output))))
         found: list[Mask] = []
         for logits in chosen.split(step):

@@ -99,6 +99,7 @@ class GraphedNetwork:
     def __init__(self, network: Network, torch: Any) -> None:
         self._network, self._torch = network, torch
         self._seen: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()  # None: run once, or not capturable
+        self._pool: Any = None  # one memory for all graphs: they replay one after the other, results are copied out
         self._failed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -116,7 +117,8 @@ class GraphedNetwork:
 
     def _captured(self, shape: tuple[Any, ...], inputs: tuple[Any, ...]) -> "_Graph | None":
         try:
-            return _Graph(self._network, inputs, self._torch)
+            self._pool = self._pool or self._torch.cuda.graph_pool_handle()
+            return _Graph(self._network, inputs, self._torch, self._pool)
         except RuntimeError as error:
             self._failed.add(shape)
             warnings.warn(f"no CUDA graph could be captured, running without: {error}", stacklevel=3)
@@ -128,13 +130,13 @@ class GraphedNetwork:
 
 
 class _Graph:
-    """One shape's captured work, with memory of its own for inputs and outputs."""
+    """One shape's captured work, with memory of its own for inputs; what is computed is in the pool."""
 
-    def __init__(self, network: Network, inputs: tuple[Any, ...], torch: Any) -> None:
+    def __init__(self, network: Network, inputs: tuple[Any, ...], torch: Any, pool: Any) -> None:
         self._inputs = [entry.clone() for entry in inputs]
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):  # other threads go on
             self._outputs = tuple(network(*self._inputs))
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -185,7 +187,8 @@ def _loaded(path: Path, torch: Any, device: int) -> Network:
     from torch._inductor import aoti_load_package  # where torch's documentation has it
 
     try:
-        network: Network = aoti_load_package(str(path), device_index=device)
+        # Its guards for several threads wait for events, which a CUDA graph cannot hold; the backend has a lock.
+        network: Network = aoti_load_package(str(path), run_single_threaded=True, device_index=device)
     except Exception as error:  # torch raises RuntimeError and many others
         raise D2ZeroError(f"torch cannot load {path}: {str(error).splitlines()[0]}; export it again here") from error
     return network

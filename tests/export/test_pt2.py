@@ -14,10 +14,13 @@ import torch
 from tiny_model import CLASSES, WIDTH, contract, embeddings
 from tiny_network import tiny
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from d2zero.model.deformable_triton import triton_form
 from d2zero_export.graph import InferenceGraph
-from d2zero_export.onnx_export import ExportConfig
-from d2zero_export.pt2_export import Pt2Config, export_pt2, hardware
+from d2zero_export.onnx_export import ExportConfig, trace
+from d2zero_export.precision import lowered
+from d2zero_export.pt2_export import HEADERS, Pt2Config, cuda_headers, export_pt2, hardware
 from d2zero_runtime import D2ZeroError, Vocabulary, load
 from d2zero_runtime.pt2_backend import MAX_SHAPES, GraphedNetwork
 from d2zero_runtime.pt2_file import ENTRY, Pt2Description, replace_pt2_vocabulary
@@ -137,6 +140,32 @@ def test_fused_attention_is_the_same_attention() -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
+    # On a CUDA device that is not there, with tensors without content. A copy would keep CUDA graphs from capturing.
+    model = lowered(tiny(), "float16")
+    model.set_deformable(triton_form)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, entry in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(torch.empty_like(entry, device="cuda"))
+            for name, entry in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty_like(entry, device="cuda")
+        program = trace(model, ExportConfig("float16"), "cuda", fused=True)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_what_is_compiled_for_a_gpu_needs_no_toolkit(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if not (Path(torch.__file__).parents[1] / HEADERS[1]).is_dir():
+        pytest.skip("this torch brings no CUDA 13")
+    source = tmp_path / "headers.cpp"  # those of an AOTInductor package
+    source.write_text("".join(f"#include <{name}>\n" for name in ("cuda.h", "cuda_runtime_api.h", "cuda_bf16.h")))
+    with cuda_headers():
+        subprocess.run(["g++", "-fsyntax-only", source], check=True)
+
+
 @pytest.mark.slow
 def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
@@ -174,7 +203,11 @@ class FakeCuda:
     def CUDAGraph(self) -> "FakeCuda":
         return self
 
-    def graph(self, graph: object) -> "FakeCuda":
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return 0, 1
+
+    def graph(self, graph: object, pool: tuple[int, int], capture_error_mode: str) -> "FakeCuda":
+        assert pool == (0, 1) and capture_error_mode == "thread_local"
         return self
 
     def __enter__(self) -> None:
