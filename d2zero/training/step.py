@@ -54,6 +54,9 @@ class TrainingStep:
         self.criterion = Criterion(config.loss, embeddings[seen], embeddings[~seen])
         with_unseen = bool(config.loss.unseen_weight) and bool((~seen).any())
         self.text = torch.cat([embeddings[seen], embeddings[~seen]]) if with_unseen else embeddings[seen]
+        preprocessing = config.model.preprocessing
+        self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
+        self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
         self.network: Callable[..., list[HeadOutput]] = model
 
     def prepare(self) -> None:
@@ -114,10 +117,8 @@ class TrainingStep:
         return self.criterion(heads, targets, generators)
 
     def _normalised(self, images_B3HW: Tensor) -> Tensor:
-        preprocessing, device = self.config.model.preprocessing, self.processes.device
-        mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
-        std = torch.tensor(preprocessing.std, device=device)[:, None, None]
-        images = (images_B3HW.to(device, non_blocking=True).float() - mean) / std
+        images = images_B3HW.to(self.processes.device, non_blocking=True)
+        images = (images.float() - self.mean) / self.std
         return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
 
     def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: Batch, step: int) -> None:
