@@ -20,10 +20,11 @@ from d2zero_bench.environment import environment
 from d2zero_bench.growth_curves import Curve
 from d2zero_bench.growth_page import page, terminal_table
 from d2zero_bench.measure import Settings
-from d2zero_bench.report import write_json, write_text
+from d2zero_bench.report import write_json
 from d2zero_bench.session import Plan
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.files import write_text
 from d2zero_runtime.segmenter import read_exported
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Any
 
 from d2zero_bench import svg
 from d2zero_bench.cases import Case
-from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names, write_text
+from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names
 from d2zero_bench.table import ACCURACY_COLUMNS, best_ratio, difference, milliseconds, ratio
+from d2zero_runtime.files import write_text
 
 STYLE = Path(__file__).with_name("report.css")
 

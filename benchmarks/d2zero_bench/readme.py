@@ -11,6 +11,7 @@ from pathlib import Path
 from d2zero_bench.report import END_TO_END, Report
 from d2zero_bench.table import best_ratio, difference, milliseconds
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.files import write_text
 
 MARKER = "<!-- benchmark table -->"
 HEAD = ("", "network ms", "total ms (p90)", "× baseline", "images a second", "memory MB", "max \\|Δ\\|", "HM AP50")
@@ -46,7 +47,7 @@ def rewrite(readme: Path, results: Path) -> None:
         )
     table = "\n\n".join(_table(report) for report in reports)
     text = f"{parts[0]}{MARKER}\n{table}\n{MARKER}{parts[2]}"
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)
 
 
 def _table(report: Report) -> str:

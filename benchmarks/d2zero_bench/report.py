@@ -12,7 +12,7 @@ from typing import Any
 from d2zero_bench.cases import Case
 from d2zero_bench.figures import Spread, ratios, throughput
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import write_text
 
 FORMAT_VERSION = 1
 STAGES = ("decode", "preprocess", "network", "postprocess")
@@ -246,12 +246,6 @@ class Report:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write plain data, atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text, atomically."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.files import write_text
 
 
 def demo(
@@ -31,5 +32,5 @@ def demo(
     result = run_demo(output, images, tracked, train, settings)
     console().print(results_table(result.rows))
     figures = output / "results.json"
-    figures.write_text(json.dumps([asdict(row) for row in result.rows], indent=1))
+    write_text(figures, json.dumps([asdict(row) for row in result.rows], indent=1))
     print(f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n")

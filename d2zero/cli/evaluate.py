@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2zero_runtime import D2ZeroError, Mode, Segmenter
+from d2zero_runtime.files import write_text
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
@@ -85,7 +86,7 @@ def evaluate(
     _show(list(summaries.values()), per_class)
     if json_file:
         content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}
-        json_file.write_text(json.dumps(content, indent=1))
+        write_text(json_file, json.dumps(content, indent=1))
         print(f"all figures: {json_file}")
     if pictures and run is not None:
         _draw(run, pictures, checkpoint.name if checkpoint else "")

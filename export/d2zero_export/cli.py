@@ -11,6 +11,7 @@ import typer
 
 from d2zero.cli.terminal import BuildProgress, console
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.files import write_text
 from d2zero_runtime.images import Size
 from d2zero_runtime.segmenter import expand
 
@@ -251,7 +252,7 @@ def verify(
     result = compare(load_model(checkpoint), model, files, truth, images, changed, provider)
     _show_verification(result, len(files))
     if json_file:
-        json_file.write_text(json.dumps(_plain(result), indent=1))
+        write_text(json_file, json.dumps(_plain(result), indent=1))
     for failure in result.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     print("not the same model" if result.failures else "the same model, within the limits")

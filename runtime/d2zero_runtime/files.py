@@ -20,3 +20,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; the folder is made."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
