@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from d2zero.model import D2Zero
 from d2zero_runtime import Segmenter
 from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits
 from d2zero_runtime.segmenter import Raw
 
@@ -25,12 +26,21 @@ class TorchBackend:
         self.model, self._all_heads = model.eval(), all_heads
         self.name = f"torch {torch.__version__} ({model.class_embeddings.device})"
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether `run` takes a `PixelBatch`: on a GPU."""
+        return self.model.class_embeddings.is_cuda
+
     @torch.inference_mode()
-    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+    def run(self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `d2zero_runtime.segmenter.Backend`. On a GPU, mask logits stay there."""
         device = self.model.class_embeddings.device
         text = None if embeddings_KD is None else torch.tensor(embeddings_KD, device=device)
-        out = self.model(torch.from_numpy(images_B3HW).to(device), text, all_heads=self._all_heads)[-1]
+        if isinstance(images_B3HW, PixelBatch):
+            images = images_B3HW.normalised_on(device, torch)
+        else:
+            images = torch.from_numpy(images_B3HW).to(device)
+        out = self.model(images, text, all_heads=self._all_heads)[-1]
         masks = out.mask_logits.float()
         return out.class_logits.float().cpu().numpy(), DeviceLogits(masks) if masks.is_cuda else masks.numpy()
 

@@ -86,7 +86,7 @@ def _told_to_be_on_the_cpu(name: str, args: Any, kwargs: dict[str, Any]) -> tupl
         if named:
             wanted = torch.device(named[0]).type
             args = [CPU if entry is named[0] else entry for entry in args]
-    return args, {key: value for key, value in kwargs.items() if key != "non_blocking"}, wanted
+    return args, {key: value for key, value in kwargs.items() if key not in ("non_blocking", "pin_memory")}, wanted
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:

@@ -144,7 +144,7 @@ class Model:
         marks.append(perf_counter())
         resized = [preprocessing.resize(image) for image in images]
         padded = preprocessing.padded_sizes(resized)
-        batch = preprocessing.batch(resized, padded[0])
+        batch = segmenter.input_of(resized, padded[0])
         marks.append(perf_counter())
         class_logits, mask_logits = segmenter.backend.run(batch, self._embeddings(case))
         marks.append(perf_counter())
@@ -159,7 +159,7 @@ class Model:
         """See `Candidate`."""
         preprocessing = case.preprocessing(self._segmenter.preprocessing)
         resized = [preprocessing.resize(read_image(path)) for path in paths]
-        batch = preprocessing.batch(resized, preprocessing.padded_size(resized[0].shape[:2]))
+        batch = self._segmenter.input_of(resized, preprocessing.padded_size(resized[0].shape[:2]))
         class_logits, mask_logits = self._segmenter.backend.run(batch, self._embeddings(case))
         return class_logits, np.asarray(mask_logits)  # it travels to another process
 

@@ -18,6 +18,7 @@ from d2zero.inference import TorchBackend, contract_of
 from d2zero.model import D2Zero
 from d2zero.model.deformable import LevelSizes
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, rle
+from d2zero_runtime.device_masks import DeviceLogits
 from d2zero_runtime.images import Size
 from d2zero_runtime.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
 from d2zero_runtime.segmenter import RawOutput
@@ -48,13 +49,19 @@ class PublishedSegmenter(Segmenter):
         return [
             self._instances(
                 out.class_logits[row],
-                torch.from_numpy(out.mask_logits[row][:, : padded[0] // 4, : padded[1] // 4]).to(self._device),
+                self._there(out.mask_logits[row][:, : padded[0] // 4, : padded[1] // 4]),
                 (padded, input_sizes[row], output_sizes[row]),
                 mode,
                 **{key: value for key, value in options.items() if key != "masks"},
             )
             for row, padded in enumerate(out.padded_sizes)
         ]
+
+    def _there(self, logits: NDArray[np.float32] | DeviceLogits) -> Tensor:
+        if isinstance(logits, DeviceLogits):
+            tensor: Tensor = logits.tensor
+            return tensor
+        return torch.from_numpy(logits).to(self._device)
 
     def _instances(
         self,

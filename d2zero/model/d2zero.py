@@ -143,7 +143,8 @@ class D2Zero(nn.Module):
         mask_logits: list[Tensor] = [torch.empty(0)] * len(images)
         was_training = self.training
         self.eval()
-        for size, members, batch in self.preprocessing.batches(images):
+        for size, members in self.preprocessing.groups(images):
+            batch = self.preprocessing.batch([images[index] for index in members], size)
             out = self(torch.from_numpy(batch).to(device))[-1]
             missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
             padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)

@@ -113,15 +113,14 @@ class Preprocessing:
             raise D2ZeroError("expected at least one image, got an empty list")
         return [self.padded_size(as_image(image).shape[:2]) for image in images]
 
-    def batches(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[Size, list[int], NDArray[np.float32]]]:
-        """Batches of one padded size each: the size, the images' places in the list, and `batch` of them.
+    def groups(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[Size, list[int]]]:
+        """Images of one padded size each: the size, and their places in the list.
 
         What is padded alike runs together; an image's output never depends on what else is in the list.
         """
         sizes = self.padded_sizes(images)
         for size in sorted(set(sizes)):
-            rows = [row for row, other in enumerate(sizes) if other == size]
-            yield size, rows, self.batch([images[row] for row in rows], size)
+            yield size, [row for row, other in enumerate(sizes) if other == size]
 
     def batch(self, images: Sequence[NDArray[np.uint8]], padded: Size) -> NDArray[np.float32]:
         """Normalise images and pad each with zeros to `padded`; (B, 3, H, W) float32."""
@@ -129,7 +128,9 @@ class Preprocessing:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         for row, image_HWC in zip(images_B3HW, images, strict=True):
             height, width = image_HWC.shape[:2]
-            row[:, :height, :width] = ((image_HWC.astype(np.float32) - mean) / std).transpose(2, 0, 1)
+            for channel, plane in enumerate(row[:, :height, :width]):  # in place: an eighth of whole images' time
+                np.subtract(image_HWC[..., channel], mean[channel], out=plane)
+                plane /= std[channel]
         return images_B3HW
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.pt2_file import Pt2Description
@@ -51,7 +52,7 @@ class Pt2Backend:
     ) -> None:
         self._torch = torch = _torch()
         _require_fit(path, description, torch)
-        on_gpu = description.device == "cuda"
+        on_gpu = self.takes_pixels = description.device == "cuda"
         self._device = torch.device("cuda", device) if on_gpu else torch.device("cpu")
         if threads:
             torch.set_num_threads(threads)
@@ -67,14 +68,15 @@ class Pt2Backend:
         )
 
     def run(
-        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
+        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], Any]:
         """Run the network; see `d2zero_runtime.segmenter.Backend`. On a GPU, mask logits stay there."""
         torch = self._torch
         with self._lock, torch.inference_mode():
-            images = torch.from_numpy(np.ascontiguousarray(images_B3HW))
-            if self._device.type == "cuda":
-                images = images.pin_memory().to(self._device, non_blocking=True)
+            if isinstance(images_B3HW, PixelBatch):
+                images = images_B3HW.normalised_on(self._device, torch)
+            else:
+                images = torch.from_numpy(np.ascontiguousarray(images_B3HW)).to(self._device)
             arguments = (images,) if self._baked else (images, self._uploaded(embeddings_KD))
             class_logits, mask_logits = self._network(*arguments)
             return class_logits.cpu().numpy(), DeviceLogits(mask_logits) if images.is_cuda else mask_logits.numpy()

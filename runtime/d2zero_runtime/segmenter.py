@@ -21,6 +21,7 @@ from PIL import Image
 
 from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.detections import Detections
+from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, read_image, to_rgb
 from d2zero_runtime.onnx_backend import OnnxBackend, Provider
@@ -39,17 +40,21 @@ EXPORTED_SUFFIXES = (".onnx", ".engine", ".pt2")
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+Input = NDArray[np.float32] | PixelBatch  # images, (B, 3, H, W)
 Raw = tuple[NDArray[np.float32], Any]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), array or DeviceLogits
 OnError = Callable[[ImageLike, D2ZeroError], None]
 
 
 class Backend(Protocol):
-    """What runs a network."""
+    """What runs a network.
+
+    One that has `takes_pixels` set is given images as a `PixelBatch`, and normalises them where it runs.
+    """
 
     name: str
     """What it is and where it runs, for people."""
 
-    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+    def run(self, images_B3HW: Any, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network on normalised, padded images; with its own class embeddings if none are given."""
 
 
@@ -257,7 +262,7 @@ class Segmenter:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
             finishing: list[Future[list[tuple[ImageLike, Detections]]]] = []
             for batch in _grouped(self._read(iter(sources), reader, batch_size, on_error), batch_size):
-                raw = self._run(np.concatenate([entry.pixels for entry in batch]), words)
+                raw = self._run(_joined([entry.pixels for entry in batch]), words)
                 finishing.append(finisher.submit(self._finished, batch, raw, settings))
                 if len(finishing) > 1:
                     yield from finishing.pop(0).result()
@@ -282,11 +287,22 @@ class Segmenter:
         count, queries = len(images), self.contract.num_queries
         class_logits = np.empty((count, queries, len(self._vocabulary) + 1), np.float32)
         mask_logits = np.full((count, queries, height // 4, width // 4), PADDING_LOGIT, np.float32)
-        for size, rows, batch in self.preprocessing.batches(images):
-            classes, masks = self._run(batch, self._vocabulary)
+        for size, rows in self.preprocessing.groups(images):
+            classes, masks = self._run(self.input_of([images[row] for row in rows], size), self._vocabulary)
             class_logits[rows] = classes
             mask_logits[rows, :, : size[0] // 4, : size[1] // 4] = masks
         return RawOutput(class_logits, mask_logits, tuple(sizes))
+
+    def input_of(self, images: Sequence[NDArray[np.uint8]], padded: Size) -> Input:
+        """What `backend.run` takes.
+
+        Args:
+            images: (H, W, 3) uint8 RGB arrays, at network size.
+            padded: the size of all of them after padding.
+        """
+        if getattr(self.backend, "takes_pixels", False):
+            return PixelBatch.of(images, padded, self.preprocessing)
+        return self.preprocessing.batch(images, padded)
 
     def postprocess(
         self,
@@ -317,7 +333,7 @@ class Segmenter:
             **options,
         )
 
-    def _run(self, images_B3HW: NDArray[np.float32], vocabulary: Vocabulary) -> Raw:
+    def _run(self, images_B3HW: Input, vocabulary: Vocabulary) -> Raw:
         embeddings = None if self.contract.baked or vocabulary is self._default else vocabulary.embeddings
         size = self.contract.batch or min(len(images_B3HW), self._max_batch or len(images_B3HW))
         parts = [
@@ -328,11 +344,11 @@ class Segmenter:
             return parts[0]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _run_exactly(self, images_B3HW: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> Raw:
+    def _run_exactly(self, images_B3HW: Input, embeddings: NDArray[np.float32] | None) -> Raw:
         """Run a batch; one of a fixed size is filled up with empty images, whose results are dropped."""
         count, size = len(images_B3HW), self.contract.batch or 0
         if count < size:
-            images_B3HW = np.concatenate([images_B3HW, np.zeros((size - count, *images_B3HW.shape[1:]), np.float32)])
+            images_B3HW = _filled_up(images_B3HW, size)
         class_logits, mask_logits = self.backend.run(images_B3HW, embeddings)
         return class_logits[:count], mask_logits[:count]
 
@@ -352,8 +368,7 @@ class Segmenter:
         image = _pixels(source)
         resized = self.preprocessing.resize(image)
         padded = self.preprocessing.padded_size(resized.shape[:2])
-        batch = self.preprocessing.batch([resized], padded)
-        return _Prepared(source, batch, resized.shape[:2], image.shape[:2], padded)
+        return _Prepared(source, self.input_of([resized], padded), resized.shape[:2], image.shape[:2], padded)
 
     def _finished(
         self, batch: "list[_Prepared]", raw: Raw, settings: dict[str, Any]
@@ -380,10 +395,25 @@ class _Prepared:
     """One image, ready for the network."""
 
     source: ImageLike
-    pixels: NDArray[np.float32]  # (1, 3, H, W)
+    pixels: Input  # of one image
     input_size: Size
     output_size: Size
     padded_size: Size
+
+
+def _joined(inputs: Sequence[Any]) -> Input:
+    """One input of several; a single one is not copied."""
+    if isinstance(inputs[0], PixelBatch):
+        return PixelBatch.joined(inputs)
+    return inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+
+
+def _filled_up(images_B3HW: Input, size: int) -> Input:
+    """A batch of so many, with empty images after these."""
+    if isinstance(images_B3HW, PixelBatch):
+        return images_B3HW.filled_up(size)
+    more = np.zeros((size - len(images_B3HW), *images_B3HW.shape[1:]), np.float32)
+    return np.concatenate([images_B3HW, more])
 
 
 def _taken(source: ImageLike, future: Future[_Prepared], on_error: OnError | None) -> Iterator[_Prepared]:

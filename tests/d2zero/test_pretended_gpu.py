@@ -1,5 +1,6 @@
 """Inference and training in eager torch on a GPU that is not there: nothing is on the wrong side, little crosses."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 
@@ -8,39 +9,73 @@ import pytest
 import torch
 from pretended_gpu import PretendedGpu, pretend
 
-from d2zero.inference import TorchBackend
+from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.distributed import Processes
 from d2zero.training.step import TrainingStep
+from d2zero_bench.published import PublishedSegmenter
 from d2zero_bench.training_steps import drawn_batch
+from d2zero_runtime import device_images
+from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits, Sizes
-
-IMAGES = np.random.default_rng(0).standard_normal((2, 3, 64, 96)).astype(np.float32)
+from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.segmenter import RawOutput
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
-    return pretend(monkeypatch)
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    yield pretend(monkeypatch)
+    device_images._scale.cache_clear()
 
 
-def test_inference_uploads_images_and_downloads_class_logits(small_model: D2Zero, pretended_gpu: PretendedGpu) -> None:
+@pytest.mark.parametrize("form", ["model", "published"])
+def test_inference_uploads_pixels_and_downloads_class_logits(
+    small_model: D2Zero, pretended_gpu: PretendedGpu, form: str
+) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((64, 96), (50, 70), (64, 96))]
     small_model.set_deformable(deformable.grid_sample)
-    backend = TorchBackend(small_model)
-    class_logits, mask_logits = backend.run(IMAGES, None)
+    segmenter = PublishedSegmenter(small_model) if form == "published" else segmenter_of(small_model)
+    sizes = [image.shape[:2] for image in images]
+    raw = segmenter.predict_raw(images)
+    expected = segmenter.postprocess(raw, sizes, sizes)
     with pretended_gpu:
         small_model.to("cuda")
-        pretended_gpu.uploads.clear()
-        found = backend.run(IMAGES, None)
+        segmenter = PublishedSegmenter(small_model) if form == "published" else segmenter_of(small_model)
+        batch = segmenter.input_of([images[0], images[2]], (64, 96))
+        assert isinstance(batch, PixelBatch) and len(batch.filled_up(5)[1:]) == 4
+        segmenter.backend.run(batch, None)
+        pretended_gpu.uploads.clear(), pretended_gpu.downloads.clear()
+        class_logits, mask_logits = segmenter.backend.run(batch, None)
         assert (pretended_gpu.uploads, pretended_gpu.downloads) == ({"to": 1}, {"cpu": 1})
-        assert isinstance(found[1], DeviceLogits)
-        np.testing.assert_allclose(found[0], class_logits, atol=1e-4)
-        np.testing.assert_allclose(found[1], mask_logits, atol=1e-4)
+        assert isinstance(mask_logits, DeviceLogits)
+        found = segmenter.predict_raw(images)
+        np.testing.assert_allclose(class_logits[1], raw.class_logits[2], atol=1e-4)
+        np.testing.assert_allclose(found.class_logits, raw.class_logits, atol=1e-4)
+        np.testing.assert_allclose(found.mask_logits, raw.mask_logits, atol=1e-4)
+        there = RawOutput(class_logits, mask_logits, raw.padded_sizes[::2])
+        ours = segmenter.postprocess(there, sizes[::2], sizes[::2])
+    for mine, theirs in zip(ours, expected[::2], strict=True):
+        assert mine.names == theirs.names and len(mine)
+        np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-4)
+        np.testing.assert_array_equal(mine.bitmaps(), theirs.bitmaps())
+
+
+def test_pixels_are_normalised_to_the_same_numbers(pretended_gpu: PretendedGpu) -> None:
+    preprocessing = Preprocessing()
+    images = [np.random.default_rng(0).integers(0, 256, (size, 40, 3), np.uint8) for size in (64, 33)]
+    with pretended_gpu:
+        batches = [PixelBatch.of([image], (64, 64), preprocessing) for image in images]
+        found = PixelBatch.joined(batches).filled_up(3).normalised_on(torch.device("cuda", 0), torch)
+        assert found.is_cuda and found.is_contiguous()
+        np.testing.assert_array_equal(found.cpu().numpy()[:2], preprocessing.batch(images, (64, 64)))
+        assert not found[2].any()
 
 
 @pytest.mark.parametrize("kind", ["rle", "packed"])
 def test_masks_cross_as_bits(pretended_gpu: PretendedGpu, kind: str) -> None:
-    logits = torch.from_numpy(IMAGES[0].cumsum(1).cumsum(2))
+    logits = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(0)).cumsum(1).cumsum(2)
     way = Sizes(padded=(256, 384), used=(250, 380), output=(100, 300))
     expected = DeviceLogits(logits).upsampled([0, 2], way, kind, 1)
     with pretended_gpu:
