@@ -2,7 +2,8 @@
 
 The same function as `upsample`: bilinear to the padded size, cropped, bilinear to the output size, > 0, with the mean
 sigmoid inside and the tight box. Only bits, boxes and means come to the host: a hundredth of the logits' upsampled
-size. torch is imported by whoever makes a `DeviceLogits`; nothing here imports it.
+size. On a GPU with Triton one kernel does it all (`mask_kernel`), elsewhere torch's operators. torch is imported by
+whoever makes a `DeviceLogits`.
 
 Letters: B batch, Q queries, h and w the logits' sides, N masks, H and W the output's sides.
 """
@@ -10,6 +11,8 @@ Letters: B batch, Q queries, h and w the logits' sides, N masks, H and W the out
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,8 @@ from d2zero_runtime.images import Size
 from d2zero_runtime.packed import PackedMasks
 from d2zero_runtime.upsample import Mask
 
-CHUNK_BYTES = 1 << 29  # upsampled at a time
+CHUNK_BYTES = 1 << 29  # upsampled at a time, in steps
+TILE = 8, 16  # rows and bytes of a mask that a program of the kernel makes
 
 
 class DeviceLogits:
@@ -58,12 +62,17 @@ class DeviceLogits:
         """
         if not len(queries):
             return []
-        chosen = self.tensor[list(queries)]
-        step = max(1, CHUNK_BYTES // (4 * max(_area(sizes.padded), _area(sizes.output))))
-        found: list[Mask] = []
-        for logits in chosen.split(step):
-            found += _masks(logits, sizes, kind, threads)
-        return found
+        find = in_one_kernel if _has_kernel(self.tensor) else in_steps
+        figures, bits = find(self.tensor, queries, sizes, kind != "none")
+        boxes = figures[:, 1:]
+        if bits is None:
+            return [_mask(figure, box) for figure, box in zip(figures, boxes, strict=True)]
+        packed = PackedMasks(bits, sizes.output)
+        if kind == "rle":
+            with ThreadPoolExecutor(threads) as pool:
+                encoded = list(pool.map(packed.encoded, range(len(packed))))
+            return [_mask(figure, box, rle=code) for figure, box, code in zip(figures, boxes, encoded, strict=True)]
+        return [_mask(figure, box, bits=bits) for figure, box, bits in zip(figures, boxes, packed.bits, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -85,21 +94,63 @@ def _area(size: Size) -> int:
     return size[0] * size[1]
 
 
-def _masks(logits_Nhw: Any, sizes: Sizes, kind: str, threads: int) -> list[Mask]:
+# Figures of masks (N, 5), quality and box, and their bits (N, H, ceil(W / 8)) if they are wanted, on the host.
+Found = tuple[NDArray[np.float32], NDArray[np.uint8] | None]
+
+
+@lru_cache(maxsize=1)
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _has_kernel(tensor: Any) -> bool:
+    return bool(tensor.is_cuda) and _triton()
+
+
+def in_one_kernel(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: bool) -> Found:
+    """By our Triton kernel: what is in memory is logits and bits."""
+    import torch
+
+    from d2zero_runtime.mask_kernel import FIGURES, mask_kernel
+
+    if logits_Qhw.stride(2) != 1:
+        logits_Qhw = logits_Qhw.contiguous()
+    height, width = logits_Qhw.shape[1:]
+    out_height, out_width = sizes.output
+    row_bytes = -(-out_width // 8)
+    tiles = -(-row_bytes // TILE[1]), -(-out_height // TILE[0])
+    chosen = torch.tensor(list(queries), device=logits_Qhw.device)
+    bits = chosen.new_empty((len(chosen), out_height, row_bytes) if packed else (1,), dtype=torch.uint8)
+    figures = chosen.new_empty((len(chosen), tiles[0] * tiles[1], FIGURES.value), dtype=torch.float32)
+    with torch.cuda.device_of(logits_Qhw):
+        mask_kernel[(*tiles, len(chosen))](
+            logits_Qhw, chosen, bits, figures, *logits_Qhw.stride()[:2], height, width,
+            height / sizes.padded[0], width / sizes.padded[1], *sizes.used,
+            sizes.used[0] / out_height, sizes.used[1] / out_width, out_height, out_width,
+            RESIZED=tuple(sizes.used) != tuple(sizes.output), PACKED=packed, ROWS=TILE[0], BYTES=TILE[1],
+        )  # fmt: skip
+    area, sigmoids = figures[..., :2].double().sum(1).unbind(1)
+    ends = figures[..., 4:].amax(1)
+    first = torch.where(ends > 0, figures[..., 2:4].amin(1), 0.0)
+    quality = (sigmoids / (area + 1e-6)).float()
+    table: NDArray[np.float32] = torch.cat([quality[:, None], first, ends], 1).cpu().numpy()
+    return table, bits.cpu().numpy() if packed else None
+
+
+def in_steps(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: bool) -> Found:
+    """By torch's operators, some masks at a time."""
+    step = max(1, CHUNK_BYTES // (4 * max(_area(sizes.padded), _area(sizes.output))))
+    parts = [_in_steps(logits, sizes, packed) for logits in logits_Qhw[list(queries)].split(step)]
+    bits = np.concatenate([part[1] for part in parts if part[1] is not None]) if packed else None
+    return np.concatenate([part[0] for part in parts]), bits
+
+
+def _in_steps(logits_Nhw: Any, sizes: Sizes, packed: bool) -> Found:
     maps = _resized(_resized(logits_Nhw.float(), sizes.padded)[:, : sizes.used[0], : sizes.used[1]], sizes.output)
     inside = maps > 0
     area = inside.sum((1, 2))
     quality = (maps.sigmoid_() * inside).sum((1, 2)) / (area + 1e-6)
-    figures = _stacked([quality, *_box(inside)])
-    boxes = figures[:, 1:]
-    if kind == "none":
-        return [_mask(figure, box) for figure, box in zip(figures, boxes, strict=True)]
-    packed = PackedMasks(_packed(inside).cpu().numpy(), sizes.output)
-    if kind == "rle":
-        with ThreadPoolExecutor(threads) as pool:
-            encoded = list(pool.map(packed.encoded, range(len(packed))))
-        return [_mask(figure, box, rle=code) for figure, box, code in zip(figures, boxes, encoded, strict=True)]
-    return [_mask(figure, box, bits=bits) for figure, box, bits in zip(figures, boxes, packed.bits, strict=True)]
+    return _stacked([quality, *_box(inside)]), _packed(inside).cpu().numpy() if packed else None
 
 
 def _mask(figures: NDArray[np.float32], box: NDArray[np.float32], **parts: Any) -> Mask:

@@ -1,6 +1,7 @@
 """What must hold on a GPU: run with `pytest -m gpu` on a machine that has one."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import torch
 from conftest import published_model, published_vocabulary
 from deformable_cases import Case, assert_equals_float64, case, outputs
 
+from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable_triton import triton_form
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
+from d2zero_export.onnx_export import ExportConfig
+from d2zero_export.pt2_export import Pt2Config, export_pt2
+from d2zero_runtime import load
+from d2zero_runtime.device_masks import Sizes, in_one_kernel, in_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,3 +147,40 @@ def test_triton_form_is_five_times_faster(dtype: torch.dtype, capsys: pytest.Cap
     with capsys.disabled():
         print(f"\n800×1216 {dtype}, grid_sample and triton in ms: forward {forward}, with backward {both}")
     assert forward[1] * 5 <= forward[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("output", [(800, 1216), (480, 730)])
+def test_masks_by_one_kernel_equal_those_by_torchs_operators(
+    output: tuple[int, int], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(100, 25, 38, device="cuda", generator=generator)
+    logits = torch.nn.functional.interpolate(logits[None], (200, 304), mode="bicubic")[0].to(dtype)
+    way = Sizes((800, 1216), (800, 1216), output)
+    found, expected = (find(logits, range(100), way, True) for find in (in_one_kernel, in_steps))
+    np.testing.assert_allclose(found[0][:, 0], expected[0][:, 0], atol=1e-4)
+    assert np.unpackbits(found[1] ^ expected[1]).mean() < 1e-6  # where the value is 0 but for rounding
+    np.testing.assert_allclose(found[0][:, 1:], expected[0][:, 1:], atol=1)
+    spans = [milliseconds(lambda find=find: find(logits, range(100), way, True)) for find in (in_one_kernel, in_steps)]
+    with capsys.disabled():
+        print(f"\n100 masks of {output[0]}x{output[1]}, {dtype}, in one kernel and in steps: {spans} ms")
+    assert spans[0] <= spans[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_compiled_model_is_the_checkpoint_and_is_captured(
+    small_model: D2Zero, tmp_path: Path, precision: str
+) -> None:
+    path = tmp_path / "m.pt2"
+    assert export_pt2(small_model, path, Pt2Config("cuda", ExportConfig(precision))) is not None  # verified
+    images = [np.random.default_rng(seed).integers(0, 256, (96, 128, 3), np.uint8) for seed in range(4)]
+    compiled, reference = load(path), segmenter_of(small_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where no graph can be captured, the backend warns
+        found = [compiled.predict_raw([image]) for image in images]
+    for out, image in zip(found, images, strict=True):
+        expected = reference.predict_raw([image])
+        limit = 1e-3 if precision == "float32" else 0.2
+        np.testing.assert_allclose(out.class_logits, expected.class_logits, atol=limit)
+    assert any(graph is not None for graph in compiled.backend._network._seen.values())

@@ -16,7 +16,7 @@ from d2zero.training.distributed import Processes
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
 from d2zero_bench.training_steps import drawn_batch
-from d2zero_runtime import device_images
+from d2zero_runtime import device_images, device_masks
 from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits, Sizes
 from d2zero_runtime.images import Preprocessing
@@ -25,6 +25,7 @@ from d2zero_runtime.segmenter import RawOutput
 
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    monkeypatch.setattr(device_masks, "_triton", lambda: False)  # its kernels need a real one
     yield pretend(monkeypatch)
     device_images._scale.cache_clear()
 
