@@ -172,7 +172,9 @@ def postprocess(
         probabilities = _with_synonyms(probabilities, vocabulary.class_of)
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
-    found = _upsampled(mask_logits, used, Sizes(padded_size, input_size, output_size), masks)
+    sizes = Sizes(padded_size, input_size, output_size)
+    later = mask_logits if isinstance(mask_logits, DeviceLogits) and _bits_later(mask_logits, masks) else None
+    found = _upsampled(mask_logits, used, sizes, "none" if later else masks)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
@@ -186,7 +188,7 @@ def postprocess(
         class_ids=class_ids,
         names=tuple(vocabulary.names[index] for index in class_ids),
         seen=vocabulary.seen[class_ids],
-        masks=_masks(picked, masks, size),
+        masks=_as_kind(later.packed(queries[order].tolist(), sizes), masks) if later else _masks(picked, masks, size),
         image_size=size,
     )
 
@@ -235,6 +237,15 @@ def postprocess_all(
     ]
 
 
+def _bits_later(mask_logits: DeviceLogits, kind: str) -> bool:
+    """Whether figures come first and bits later, in their final order: the host copies nothing then."""
+    return mask_logits.one_kernel and kind in ("packed", "bitmap")
+
+
+def _as_kind(packed: PackedMasks, kind: str) -> PackedMasks | NDArray[np.bool_]:
+    return packed if kind == "packed" else packed.bitmaps()
+
+
 def _upsampled(
     mask_logits: NDArray[np.float32] | DeviceLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str
 ) -> list[Mask]:
@@ -270,4 +281,4 @@ def _masks(
             bitmap[:] = rle.decode(mask)
         return bitmaps if kind == "bitmap" else PackedMasks.of(bitmaps)
     packed = PackedMasks(np.stack([mask.bits for mask in found if mask.bits is not None]), size)
-    return packed if kind == "packed" else packed.bitmaps()
+    return _as_kind(packed, kind)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2zero_runtime.device_masks import Sizes, in_one_kernel, in_steps
+from d2zero_runtime import Vocabulary, postprocess
+from d2zero_runtime.device_masks import DeviceLogits, Sizes, in_one_kernel, in_steps
 
 
 def drawn(queries: int, height: int, width: int) -> torch.Tensor:
@@ -68,3 +69,23 @@ def test_memory_that_is_not_written_would_be_seen() -> None:
         test_equals_torchs_operators((8, 16), Sizes((32, 64), (29, 60), (9, 131)))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [("packed", 0.0), ("bitmap", 0.2), ("rle", 0.2), ("packed", 2.0)])
+def test_bits_that_come_later_belong_to_the_same_instances(
+    monkeypatch: pytest.MonkeyPatch, kind: str, threshold: float
+) -> None:
+    class_logits = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) * 5
+    words = Vocabulary(("a", "b", "c"), np.eye(3, dtype=np.float32))
+    sizes = {"padded_size": (32, 32), "input_size": (31, 20), "output_size": (10, 9)}
+    found = []
+    for one_kernel in (False, True):
+        monkeypatch.setattr(DeviceLogits, "one_kernel", one_kernel)
+        logits = DeviceLogits(drawn(4, 8, 8))
+        found.append(postprocess(class_logits, logits, words, masks=kind, score_threshold=threshold, **sizes))
+    steps, kernel = found
+    assert steps.names == kernel.names and type(steps.masks) is type(kernel.masks)
+    assert ((len(steps) == 0) == (threshold == 2.0) and len(steps) < 12) or threshold == 0.0
+    np.testing.assert_allclose(kernel.scores, steps.scores, atol=1e-6)
+    np.testing.assert_array_equal(kernel.boxes, steps.boxes)
+    np.testing.assert_array_equal(kernel.bitmaps(), steps.bitmaps())
