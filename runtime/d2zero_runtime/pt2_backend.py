@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Pt2Backend:
         self._baked, self._default = description.contract.baked, description.embeddings
         self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
         self._lock = threading.Lock()
+        self._on_device = torch.cuda.device(self._device) if on_gpu else nullcontext()
         where = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
         self.name = (
             f"torch {torch.__version__}, AOTInductor ({where}{', CUDA graphs' if on_gpu and cuda_graphs else ''})"
@@ -72,7 +74,7 @@ class Pt2Backend:
     ) -> tuple[NDArray[np.float32], Any]:
         """Run the network; see `d2zero_runtime.segmenter.Backend`. On a GPU, mask logits stay there."""
         torch = self._torch
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._on_device:
             if isinstance(images_B3HW, PixelBatch):
                 images = images_B3HW.normalised_on(self._device, torch)
             else:
@@ -101,7 +103,8 @@ class GraphedNetwork:
     def __init__(self, network: Network, torch: Any) -> None:
         self._network, self._torch = network, torch
         self._seen: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()  # None: run once, or not capturable
-        self._pool: Any = None  # one memory for all graphs: they replay one after the other, results are copied out
+        # One memory for all graphs: they replay one after the other, and results are copied out.
+        self._pool_and_stream: tuple[Any, Any] | None = None
         self._failed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -119,8 +122,9 @@ class GraphedNetwork:
 
     def _captured(self, shape: tuple[Any, ...], inputs: tuple[Any, ...]) -> "_Graph | None":
         try:
-            self._pool = self._pool or self._torch.cuda.graph_pool_handle()
-            return _Graph(self._network, inputs, self._torch, self._pool)
+            cuda = self._torch.cuda
+            self._pool_and_stream = self._pool_and_stream or (cuda.graph_pool_handle(), cuda.Stream())
+            return _Graph(self._network, inputs, self._torch, *self._pool_and_stream)
         except RuntimeError as error:
             self._failed.add(shape)
             warnings.warn(f"no CUDA graph could be captured, running without: {error}", stacklevel=3)
@@ -134,11 +138,11 @@ class GraphedNetwork:
 class _Graph:
     """One shape's captured work, with memory of its own for inputs; what is computed is in the pool."""
 
-    def __init__(self, network: Network, inputs: tuple[Any, ...], torch: Any, pool: Any) -> None:
+    def __init__(self, network: Network, inputs: tuple[Any, ...], torch: Any, pool: Any, stream: Any) -> None:
         self._inputs = [entry.clone() for entry in inputs]
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):  # other threads go on
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):  # other threads go on
             self._outputs = tuple(network(*self._inputs))
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:

@@ -206,8 +206,11 @@ class FakeCuda:
     def graph_pool_handle(self) -> tuple[int, int]:
         return 0, 1
 
-    def graph(self, graph: object, pool: tuple[int, int], capture_error_mode: str) -> "FakeCuda":
-        assert pool == (0, 1) and capture_error_mode == "thread_local"
+    def Stream(self) -> str:
+        return "a stream"
+
+    def graph(self, graph: object, pool: tuple[int, int], stream: str, capture_error_mode: str) -> "FakeCuda":
+        assert (pool, stream, capture_error_mode) == ((0, 1), "a stream", "thread_local")
         return self
 
     def __enter__(self) -> None:
