@@ -37,6 +37,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 EXPORTED_SUFFIXES = (".onnx", ".engine", ".pt2")
+READERS = min(4, os.cpu_count() or 1)  # images that are decoded and resized at once, by a thread each
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
@@ -240,7 +241,7 @@ class Segmenter:
     ) -> Iterator[tuple[ImageLike, Detections]]:
         """Segment images while the next ones are read and the last ones are post-processed.
 
-        Memory holds three batches at a time, however many images there are.
+        Memory holds three batches and `READERS` images at a time, however many images there are.
 
         Args:
             sources: images, of any number; may be a generator.
@@ -259,9 +260,9 @@ class Segmenter:
         selection(words, mode)  # refuses a mode that the vocabulary does not allow, before any work
         _require_options(batch_size, options)
         settings = {"vocabulary": words, "mode": mode, **options}
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as finisher:
             finishing: list[Future[list[tuple[ImageLike, Detections]]]] = []
-            for batch in _grouped(self._read(iter(sources), reader, batch_size, on_error), batch_size):
+            for batch in _grouped(self._read(iter(sources), readers, max(batch_size, READERS), on_error), batch_size):
                 raw = self._run(_joined([entry.pixels for entry in batch]), words)
                 finishing.append(finisher.submit(self._finished, batch, raw, settings))
                 if len(finishing) > 1:
@@ -353,12 +354,12 @@ class Segmenter:
         return class_logits[:count], mask_logits[:count]
 
     def _read(
-        self, sources: Iterator[ImageLike], reader: ThreadPoolExecutor, ahead: int, on_error: OnError | None
+        self, sources: Iterator[ImageLike], readers: ThreadPoolExecutor, ahead: int, on_error: OnError | None
     ) -> "Iterator[_Prepared]":
         """Sources in order, `ahead` of them being read at a time."""
         waiting: deque[tuple[ImageLike, Future[_Prepared]]] = deque()
         for source in sources:
-            waiting.append((source, reader.submit(self._prepared, source)))
+            waiting.append((source, readers.submit(self._prepared, source)))
             if len(waiting) > ahead:
                 yield from _taken(*waiting.popleft(), on_error)
         while waiting:
