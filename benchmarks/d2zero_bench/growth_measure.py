@@ -33,6 +33,10 @@ ATTENTION = (
     "every class attends to every other (the published adaptation): a product of K × K for each head, which is {} once"
     " it is larger than the rest of the network"
 )
+CACHES = {
+    "preprocess": "small images stay in the processor's caches; what is larger goes through memory, which the system hands"
+    " out anew each time"
+}
 Samples = dict[str, tuple[float, ...]]
 
 
@@ -40,7 +44,7 @@ def against_size(plan: Plan, sides: Sequence[int]) -> Curve:
     """Square images; the model's own classes."""
     report = _measured(replace(plan, sizes=tuple((side, side) for side in sides)))
     points = [_point(result, f"{result.case.height}²", result.case.height**2) for result in report.results]
-    return Curve("image size", "pixels", "one image, the model's own classes", tuple(points), ALL_ONE, {})
+    return Curve("image size", "pixels", "one image, the model's own classes", tuple(points), ALL_ONE, CACHES)
 
 
 def against_classes(plan: Plan, counts: Sequence[int], width: int) -> Curve:
@@ -60,7 +64,7 @@ def against_batch(plan: Plan, batches: Sequence[int]) -> Curve:
     """Images at a time."""
     report = _measured(replace(plan, batches=tuple(batches)))
     points = [_point(result, str(result.case.batch), result.case.batch) for result in report.results]
-    return Curve("batch", "images", f"images of {_size(report)}, times of a batch", tuple(points), ALL_ONE, {})
+    return Curve("batch", "images", f"images of {_size(report)}, times of a batch", tuple(points), ALL_ONE, CACHES)
 
 
 def against_queries(plan: Plan, models: dict[int, Path]) -> Curve:
