@@ -34,8 +34,8 @@ ATTENTION = (
     " it is larger than the rest of the network"
 )
 CACHES = {
-    "preprocess": "small images stay in the processor's caches; what is larger goes through memory, which the system hands"
-    " out anew each time"
+    "preprocess": "small images stay in the processor's caches; what is larger goes through memory, which the system"
+    " hands out anew each time"
 }
 Samples = dict[str, tuple[float, ...]]
 
