@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval
 
 IOU_TYPES = ("segm", "bbox")
 IOU_THRESHOLDS = np.concatenate([[0.4], np.linspace(0.5, 0.95, 10)])
@@ -38,6 +37,8 @@ class Matcher:
     """Matches masks (`segm`) or boxes (`bbox`)."""
 
     def __init__(self, kind: str) -> None:
+        from pycocotools.cocoeval import COCOeval  # what imports evaluation and does not evaluate does without
+
         self._evaluation = COCOeval(iouType=kind)
         self._evaluation.params.iouThrs = IOU_THRESHOLDS
         self._evaluation.params.maxDets = [MAX_DETECTIONS]

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from d2zero.data.coco import CocoFile, encode_mask
 from d2zero.evaluation.matching import (
@@ -115,6 +114,8 @@ class ZeroShotScores:
 
     def _complete(self, entries: Iterable[dict[str, Any]]) -> Entries:
         """Annotations with all that matching needs; box and area from the mask where they are missing."""
+        from pycocotools import mask as coco_mask  # what imports evaluation and does not evaluate does without
+
         found = []
         for entry in entries:
             image = self.annotations.images[entry["image_id"]]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from d2zero.data.coco import decode_mask, read_coco
 from d2zero.data.splits import COCO_48_17
@@ -15,6 +14,8 @@ from d2zero_bench.drawn_coco import write_drawn
 from d2zero_bench.evaluation import main
 from d2zero_bench.evaluation_report import EvaluationReport, Sample, table
 from d2zero_runtime import D2ZeroError
+
+coco_mask = pytest.importorskip("pycocotools.mask")
 
 
 def test_drawn_files_are_valid_and_reproducible(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Figures, orders, cases, limits and reports of benchmarks, without a model."""
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -343,3 +345,15 @@ def test_the_gpu_plan_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(D2ZeroError, match="torch sees no CUDA device here"):
         gpu_plan(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_gpu_is_measured_without_pycocotools() -> None:
+    code = (
+        "import sys; sys.modules['pycocotools'] = None\n"
+        "import d2zero.demo.run, d2zero_bench.published, d2zero_bench.standard, d2zero_bench.training\n"
+        "import d2zero_export.onnx_export, d2zero_export.pt2_export, numpy as np\n"
+        "print(d2zero_bench.published._encoded(np.ones((2, 3), bool)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'size': [2, 3], 'counts': '06'}"

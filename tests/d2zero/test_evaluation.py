@@ -10,8 +10,6 @@ from random import Random
 
 import pytest
 from conftest import Outcome
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from d2zero.checkpoints.files import save_model
 from d2zero.data import json_stream
@@ -23,8 +21,11 @@ from d2zero.evaluation.result_entries import open_results
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero_bench.drawn_coco import write_drawn
-from d2zero_bench.plain_evaluation import evaluate
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
+evaluate = pytest.importorskip("d2zero_bench.plain_evaluation").evaluate
 
 Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}

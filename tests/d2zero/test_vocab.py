@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from conftest import Outcome
@@ -13,6 +12,8 @@ from conftest import Outcome
 from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS
 from d2zero.text.clip import TEMPLATES, encode_names
 from d2zero_runtime import Vocabulary
+
+open_clip = pytest.importorskip("open_clip")
 
 Command = Callable[..., Outcome]
 

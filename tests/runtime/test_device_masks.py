@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 
 from d2zero_runtime import D2ZeroError, Detections, Vocabulary, device_masks, postprocess, rle
 from d2zero_runtime.device_masks import DeviceLogits
 from d2zero_runtime.packed import PackedMasks
+
+coco_mask = pytest.importorskip("pycocotools.mask")
 
 SIZES = [
     ((64, 96), (60, 90), (60, 90)),  # used as it is

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from d2zero_runtime import rle
+
+coco_mask = pytest.importorskip("pycocotools.mask")
 
 
 def masks() -> list[np.ndarray]:
