@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from d2zero.data.splits import COCO_IDS, Split
 
@@ -101,8 +102,6 @@ def _frequencies(classes: int) -> NDArray[np.float64]:
 
 
 def _annotations(rng: np.random.Generator, image: dict[str, Any], blobs: Blobs, classes: NDArray[np.int64]) -> Entries:
-    from pycocotools import mask as coco_mask
-
     height, width = image["height"], image["width"]
     polygons = blobs.polygons(height, width)
     masks = coco_mask.frPyObjects(polygons, height, width)
@@ -126,8 +125,6 @@ def _annotations(rng: np.random.Generator, image: dict[str, Any], blobs: Blobs, 
 
 def _runs(mask: dict[str, Any]) -> dict[str, Any]:
     """The uncompressed form, which COCO's crowds have."""
-    from pycocotools import mask as coco_mask
-
     flat = coco_mask.decode(mask).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=0))
     return {"size": mask["size"], "counts": np.diff(changes, prepend=0, append=flat.size).tolist()}
@@ -142,8 +139,6 @@ def _results(
     count: int,
 ) -> Entries:
     """Half copies, a third of them called something else; half false. In no order."""
-    from pycocotools import mask as coco_mask
-
     height, width = image["height"], image["width"]
     chosen = np.arange(count // 2) % len(classes)
     by = rng.exponential(0.2, len(chosen))

@@ -60,9 +60,7 @@ class DeviceLogits:
         """The bits of some queries' masks, in page-locked memory; queries may repeat. Where there is `one_kernel`."""
         if not len(queries):
             return PackedMasks(np.zeros((0, sizes.output[0], -(-sizes.output[1] // 8)), np.uint8), sizes.output)
-        bits = in_one_kernel(self.tensor, queries, sizes, packed=True)[1]
-        assert bits is not None
-        return PackedMasks(bits, sizes.output)
+        return PackedMasks(_downloaded(_launched(self.tensor, queries, sizes, packed=True)[1]), sizes.output)
 
     def upsampled(self, queries: Sequence[int], sizes: "Sizes", kind: str, threads: int) -> list[Mask]:
         """Masks of some queries of one image; `self` is (Q, h, w).
@@ -120,6 +118,19 @@ def in_one_kernel(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed:
     """By our Triton kernel: what is in memory is logits and bits."""
     import torch
 
+    figures, bits = _launched(logits_Qhw, queries, sizes, packed)
+    area, sigmoids = figures[..., :2].double().sum(1).unbind(1)
+    ends = figures[..., 4:].amax(1)
+    first = torch.where(ends > 0, figures[..., 2:4].amin(1), 0.0)
+    quality = (sigmoids / (area + 1e-6)).float()
+    table = _downloaded(torch.cat([quality[:, None], first, ends], 1))
+    return table, _downloaded(bits) if packed else None
+
+
+def _launched(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: bool) -> tuple[Any, Any]:
+    """What the kernel writes, on the device: figures of each mask's tiles, and bits if they are wanted."""
+    import torch
+
     from d2zero_runtime.mask_kernel import FIGURES, mask_kernel
 
     if logits_Qhw.stride(2) != 1:
@@ -138,16 +149,13 @@ def in_one_kernel(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed:
             sizes.used[0] / out_height, sizes.used[1] / out_width, out_height, out_width,
             RESIZED=tuple(sizes.used) != tuple(sizes.output), PACKED=packed, ROWS=TILE[0], BYTES=TILE[1],
         )  # fmt: skip
-    area, sigmoids = figures[..., :2].double().sum(1).unbind(1)
-    ends = figures[..., 4:].amax(1)
-    first = torch.where(ends > 0, figures[..., 2:4].amin(1), 0.0)
-    quality = (sigmoids / (area + 1e-6)).float()
-    table = _downloaded(torch.cat([quality[:, None], first, ends], 1), torch)
-    return table, _downloaded(bits, torch) if packed else None
+    return figures, bits
 
 
-def _downloaded(tensor: Any, torch: Any) -> NDArray[Any]:
+def _downloaded(tensor: Any) -> NDArray[Any]:
     """On the host; from a GPU into page-locked memory, several times as fast as into any other."""
+    import torch
+
     here = tensor
     if tensor.is_cuda:
         here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

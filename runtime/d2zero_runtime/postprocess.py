@@ -173,7 +173,7 @@ def postprocess(
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
     sizes = Sizes(padded_size, input_size, output_size)
-    later = mask_logits if isinstance(mask_logits, DeviceLogits) and _bits_later(mask_logits, masks) else None
+    later = _with_bits_later(mask_logits, masks)
     found = _upsampled(mask_logits, used, sizes, "none" if later else masks)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
@@ -237,9 +237,11 @@ def postprocess_all(
     ]
 
 
-def _bits_later(mask_logits: DeviceLogits, kind: str) -> bool:
-    """Whether figures come first and bits later, in their final order: the host copies nothing then."""
-    return mask_logits.one_kernel and kind in ("packed", "bitmap")
+def _with_bits_later(mask_logits: NDArray[np.float32] | DeviceLogits, kind: str) -> DeviceLogits | None:
+    """The logits, if figures come first and bits later, in their final order: the host copies nothing then."""
+    if isinstance(mask_logits, DeviceLogits) and mask_logits.one_kernel and kind in ("packed", "bitmap"):
+        return mask_logits
+    return None
 
 
 def _as_kind(packed: PackedMasks, kind: str) -> PackedMasks | NDArray[np.bool_]:

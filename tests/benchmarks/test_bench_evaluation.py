@@ -9,13 +9,13 @@ import pytest
 
 from d2zero.data.coco import decode_mask, read_coco
 from d2zero.data.splits import COCO_48_17
-from d2zero_bench import evaluation, readme
-from d2zero_bench.drawn_coco import write_drawn
-from d2zero_bench.evaluation import main
+from d2zero_bench import readme
 from d2zero_bench.evaluation_report import EvaluationReport, Sample, table
 from d2zero_runtime import D2ZeroError
 
 coco_mask = pytest.importorskip("pycocotools.mask")
+evaluation = pytest.importorskip("d2zero_bench.evaluation")
+main, write_drawn = evaluation.main, evaluation.write_drawn
 
 
 def test_drawn_files_are_valid_and_reproducible(tmp_path: Path) -> None:

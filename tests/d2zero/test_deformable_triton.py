@@ -1,15 +1,14 @@
 """The Triton form of deformable attention: its kernels in the interpreter and the compiler, and its operators."""
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from deformable_cases import case
+from kernels import assert_pass_in_the_interpreter, compiled_for_hopper, needs_triton
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -19,17 +18,11 @@ from d2zero.model.deformable_triton import triton_form
 from d2zero.model.positions import pixel_centres
 from d2zero_runtime import D2ZeroError
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is absent")
-HERE = Path(__file__).parent
-
 
 @pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
-    # In a process of its own: the interpreter must be on before Triton is imported.
-    command = [sys.executable, "-m", "pytest", "--noconftest", str(HERE / "interpreted_deformable.py")]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_deformable.py")
 
 
 @needs_triton
@@ -38,20 +31,15 @@ def test_the_kernels_in_the_interpreter() -> None:
 def test_the_kernels_compile_for_hopper(
     values: str, pass_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Triton compiles for a GPU that is not there; what the interpreter tolerates need not compile.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from d2zero.model import deformable_kernels
 
     kernel = getattr(deformable_kernels, f"{pass_}_kernel")
     pointers = {"forward": [values, "fp32", "fp32", values], "backward": [values, values, *["fp32"] * 5]}[pass_]
     tile = {"HEADS": 8, "WIDTH": 32, "LEVELS": 1, "POINTS": 1, "QUERIES": 4, "CHANNELS": 32}
-    types = [f"*{pointer}" for pointer in pointers] + [("fp32", "fp32"), "i32", "i32"] + ["constexpr"] * len(tile)
+    types = [f"*{pointer}" for pointer in pointers] + [("fp32", "fp32"), "i32", "i32"]
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))}
-    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), tile, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+    ptx = compiled_for_hopper(kernel, types, tile, 1, aligned)["ptx"]
     width = "v4" if values == "fp32" else "v2"
     assert re.search(rf"ld\.global\S*\.{width}\.", ptx)  # four channels a thread in one read
     assert bool(re.search(r"(red|atom)\.global\S*\.add\S*\.v4\.f32", ptx)) == (pass_ == "backward")

@@ -20,12 +20,12 @@ from d2zero.evaluation.metrics import harmonic_mean, score, score_detections
 from d2zero.evaluation.result_entries import open_results
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
-from d2zero_bench.drawn_coco import write_drawn
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 COCO = pytest.importorskip("pycocotools.coco").COCO
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 evaluate = pytest.importorskip("d2zero_bench.plain_evaluation").evaluate
+write_drawn = pytest.importorskip("d2zero_bench.drawn_coco").write_drawn
 
 Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}

@@ -85,7 +85,7 @@ def test_bits_that_come_later_belong_to_the_same_instances(
         found.append(postprocess(class_logits, logits, words, masks=kind, score_threshold=threshold, **sizes))
     steps, kernel = found
     assert steps.names == kernel.names and type(steps.masks) is type(kernel.masks)
-    assert ((len(steps) == 0) == (threshold == 2.0) and len(steps) < 12) or threshold == 0.0
+    assert (len(steps) == 0) == (threshold == 2.0) and (len(steps) < 12 or threshold == 0.0)
     np.testing.assert_allclose(kernel.scores, steps.scores, atol=1e-6)
     np.testing.assert_array_equal(kernel.boxes, steps.boxes)
     np.testing.assert_array_equal(kernel.bitmaps(), steps.bitmaps())

@@ -1,14 +1,11 @@
 """Masks made by torch where the logits are, against those made in NumPy; and packed masks."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kernels import assert_pass_in_the_interpreter, compiled_for_hopper, needs_triton
 
 from d2zero_runtime import D2ZeroError, Detections, Vocabulary, device_masks, postprocess, rle
 from d2zero_runtime.device_masks import DeviceLogits
@@ -102,16 +99,10 @@ def test_packed_masks_of_another_size_are_refused() -> None:
         PackedMasks(np.zeros((3, 21, 4), np.uint8), (21, 35))
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is absent")
-
-
 @pytest.mark.slow
 @needs_triton
 def test_the_kernel_in_the_interpreter() -> None:
-    # In a process of its own: the interpreter must be on before Triton is imported.
-    command = [sys.executable, "-m", "pytest", "--noconftest", str(Path(__file__).parent / "interpreted_masks.py")]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_masks.py")
 
 
 @needs_triton
@@ -121,17 +112,13 @@ def test_the_kernel_compiles_for_hopper(
     logits: str, resized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from d2zero_runtime.mask_kernel import mask_kernel
 
-    constants = {"RESIZED": resized, "PACKED": True, "ROWS": 8, "BYTES": 16}
+    constants = {"RESIZED": resized, "PACKED": True, "ROWS": device_masks.TILE[0], "BYTES": device_masks.TILE[1]}
     numbers = ["i32"] * 4 + ["fp32"] * 2 + ["i32"] * 2 + ["fp32"] * 2 + ["i32"] * 2
-    types = [f"*{logits}", "*i64", "*u8", "*fp32", *numbers, *["constexpr"] * 4]
-    source = ASTSource(mask_kernel, dict(zip(mask_kernel.arg_names, types, strict=True)), constants)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]  # nothing goes through memory
+    types = [f"*{logits}", "*i64", "*u8", "*fp32", *numbers]
+    stages = compiled_for_hopper(mask_kernel, types, constants, 4, None)
+    assert stages["cubin"] and ".local" not in stages["ptx"]  # nothing goes through memory
 
 
 def test_without_a_gpu_torchs_operators_make_masks(monkeypatch: pytest.MonkeyPatch) -> None:
