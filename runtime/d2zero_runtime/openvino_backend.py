@@ -3,7 +3,8 @@
 A file of one size and batch, exported with `--deform-attn gather`, is the fastest (`openvino_rewrites`).
 
 bfloat16 pays on processors that compute in it (AVX512-BF16, AMX); elsewhere OpenVINO would compute in float32
-and say nothing, so it is refused there. What it does to a model's accuracy is for `d2zero verify` to say.
+and say nothing, so it is refused there. Places to look at stay float32 (`openvino_precision`). What it does to a
+model's accuracy is for `d2zero verify` to say.
 """
 
 from pathlib import Path
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.onnx_file import read_contract, without_default_embeddings
+from d2zero_runtime.openvino_precision import lower_to_bfloat16
 from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
 
-HINTS = {"float32": "f32", "bfloat16": "bf16"}
+HINTS = {"float32": "f32", "bfloat16": "dynamic"}  # each said: without one, OpenVINO lowers where the processor can
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
@@ -26,20 +28,25 @@ class OpenVinoBackend:
 
     Args:
         path: the `.onnx` file.
-        precision: `float32`, or `bfloat16` for the whole graph; of a float32 graph.
+        precision: `float32`, or `bfloat16` for most of a float32 graph.
         threads: OpenVINO's choice if left out.
 
     Raises:
-        D2ZeroError: openvino is not installed, the processor has no bfloat16, or the file cannot be run.
+        D2ZeroError: openvino is not installed, the processor has no bfloat16, the file is of lower precision
+            already, or it cannot be run.
     """
 
     def __init__(self, path: Path, precision: str = "float32", threads: int | None = None) -> None:
         import openvino
 
+        contract, vocabulary = read_contract(path)
+        if precision == "bfloat16" and contract.precision != "float32":
+            raise D2ZeroError(
+                f"bfloat16 is for float32 files, and {path} is {contract.precision}; use the provider openvino"
+            )
         core = openvino.Core()
         if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise D2ZeroError("this processor does not compute in bfloat16; use the provider openvino (float32)")
-        contract, vocabulary = read_contract(path)
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -48,6 +55,8 @@ class OpenVinoBackend:
             model = core.read_model(without_default_embeddings(path))
             join_row_sums(model)
             convolve_linear_layers(model)
+            if precision == "bfloat16":
+                lower_to_bfloat16(model)
             compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise D2ZeroError(f"openvino cannot load {path}: {str(error).strip().splitlines()[-1]}") from error

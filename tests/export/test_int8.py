@@ -174,6 +174,8 @@ def test_openvino_runs_it(eight_bits: Path, demo_model: D2Zero) -> None:
     segmenter = load(eight_bits, "openvino")
     assert segmenter.precision == "int8"
     assert not raw_parity(segmenter_of(demo_model), segmenter).failures(LIMITS["int8"])
+    with pytest.raises(D2ZeroError, match=r"bfloat16 is for float32 files, and .* is int8; use the provider openvino"):
+        load(eight_bits, "openvino-bf16")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from d2zero_export.quantize import write_quantized
 from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO lowers where the processor can
 SIZES = [(2, 3), (4, 6), (8, 12)]
 
 
@@ -43,7 +44,7 @@ def test_sums_of_rows_are_joined_where_sizes_are_known(tmp_path: Path) -> None:
     core = openvino.Core()
     fixed = core.read_model(path)
     assert join_row_sums(fixed) == 1 and join_row_sums(core.read_model(opened)) == 0
-    compiled = core.compile_model(fixed, "CPU")
+    compiled = core.compile_model(fixed, "CPU", FLOAT32)
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ordered_ops()]
     assert kinds.count("EmbeddingBagPacked") == 1 and "Gather" not in kinds
     (found,) = compiled([value.numpy() for value in inputs]).values()
@@ -90,7 +91,7 @@ def test_linear_layers_in_eight_bits_are_convolutions(tmp_path: Path) -> None:
     kinds = [node.get_type_name() for node in network.get_ordered_ops()]
     # Turned over once for the two that read the source, and after the last of two in a row and the one beside them.
     assert kinds.count("Convolution") == 3 and "MatMul" not in kinds and kinds.count("Transpose") == 1 + 2
-    compiled = core.compile_model(network, "CPU")
+    compiled = core.compile_model(network, "CPU", FLOAT32)
     running = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     types = [info["primitiveType"].astype(str) for info in running if info["layerType"].astype(str) == "Convolution"]
     assert len(types) == 3 and all(name.endswith("I8") for name in types)
