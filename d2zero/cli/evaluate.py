@@ -1,6 +1,7 @@
 """`d2zero eval`: accuracy of a checkpoint, or of a file of detections."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +82,12 @@ def evaluate(
         model = _model(checkpoint, vocabulary, split, provider, device)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
-        run = EvaluationRun(model, truth, folder, output, modes, batch_size, file_hash(checkpoint), limit)
+        identity = f"{file_hash(checkpoint)} {model.backend.name}"
+        run = EvaluationRun(model, truth, folder, output, modes, batch_size, identity, limit)
         summaries = run.run(tracked)
+        if run.kept:
+            known = f"{run.kept} of {len(run.image_ids)} images were evaluated before, and not again"
+            print(f"{known}: their detections are in {run.folder}", file=sys.stderr)
     _show(list(summaries.values()), per_class)
     if json_file:
         content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}

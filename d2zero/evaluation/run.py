@@ -54,7 +54,7 @@ class EvaluationRun:
             annotations, images. A run of something else never touches them.
         modes: evaluated from the same pass of the network.
         batch_size: images at a time.
-        identity: what tells this model from others, such as its checkpoint's hash.
+        identity: what tells this model from others, such as its file's hash and what runs it.
         limit: evaluate only so many images.
     """
 
@@ -67,6 +67,7 @@ class EvaluationRun:
     identity: str = ""
     limit: int | None = None
     unreadable: dict[int, str] = field(default_factory=dict)  # what was wrong, by image id
+    kept: int = 0  # images that an earlier run had evaluated
 
     def __post_init__(self) -> None:
         vocabulary = self.model.vocabulary
@@ -98,6 +99,7 @@ class EvaluationRun:
             _drop_cut_line(self._file(mode))
         done = set.intersection(*(self._done(mode) for mode in self.modes))
         left = [number for number in self.image_ids if number not in done]
+        self.kept = len(self.image_ids) - len(left)
         batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
         steps = progress(iter(batches), len(batches), "evaluating") if progress else iter(batches)
         with ThreadPoolExecutor(1) as reader:

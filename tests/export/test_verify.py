@@ -88,6 +88,23 @@ def test_exported_models_are_evaluated_as_checkpoints_are(
         assert found[figure] == pytest.approx(expected[Mode.GZSIS]["segm"][figure], abs=0.1)
 
 
+def test_what_another_provider_found_is_not_taken_for_this_one(
+    exported: Path, shapes_data: Path, tmp_path: Path, command: Command
+) -> None:
+    pytest.importorskip("openvino")
+
+    def evaluate(provider: str) -> str:
+        outcome = command(
+            "eval", exported, "--data", shapes_data, "-o", tmp_path, "--limit", "5", "--provider", provider
+        )
+        assert outcome.code == 0
+        return outcome.err
+
+    assert "evaluated before" not in evaluate("cpu") and "evaluated before" not in evaluate("openvino")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert "5 of 5 images were evaluated before, and not again: their detections are in" in evaluate("openvino")
+
+
 def test_annotations_need_images(exported: Path, command: Command) -> None:
     outcome = command("verify", packaged_checkpoint(), exported, "--annotations", "x.json")
     assert outcome.code == 2 and "give --images" in outcome.err
