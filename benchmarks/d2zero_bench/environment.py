@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "tensorrt",
-    "pillow", "pycocotools",
+    "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "openvino", "transformers",
+    "tensorrt", "pillow", "pycocotools",
 )  # fmt: skip
+CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "i8mm", "bf16")
 
 
 def environment(command: Sequence[str], threads: int | None, program: str = "d2zero benchmark") -> dict[str, Any]:
@@ -22,6 +24,7 @@ def environment(command: Sequence[str], threads: int | None, program: str = "d2z
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
+        "instructions": instructions(CPUINFO.read_text() if CPUINFO.exists() else ""),
         "cores": _cores(),
         "memory_gb": _memory_gb(),
         "gpu": _gpu(),
@@ -40,14 +43,20 @@ def without_folders(text: str) -> str:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    if CPUINFO.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
         if found:
             return " ".join(found[1].split())
     if sys.platform == "darwin":
         return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
+
+
+def instructions(cpuinfo: str) -> str | None:
+    """Those of the first processor in Linux's list that decide what lower precision is worth; its name may not tell."""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    known = found[1].split() if found else []
+    return ", ".join(name for name in INSTRUCTIONS if name in known) or None
 
 
 def _cores() -> int | None:

@@ -96,7 +96,8 @@ class Equality:
         class_logits: largest difference; None if shapes differ.
         mask_logits: largest difference.
         failures: what exceeds the limits of the precision; empty if nothing does.
-        judged: False where the limits are not at hand (they come with the `train` extra).
+        class_most: largest difference of nine queries in ten (`d2zero_export.parity`); None in older reports.
+        mask_most: the same of mask logits.
     """
 
     candidate: str
@@ -104,7 +105,8 @@ class Equality:
     class_logits: float | None
     mask_logits: float | None
     failures: tuple[str, ...] = ()
-    judged: bool = True
+    class_most: float | None = None
+    mask_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Report:
                 candidates=[CandidateInfo(**entry) for entry in content["candidates"]],
                 results=[Result(**_with_case(entry, "figures")) for entry in content["results"]],
                 equality=[
-                    Equality(**{**_with_case(entry), "failures": tuple(entry["failures"])})
+                    Equality(**{**_with_case(entry, "judged"), "failures": tuple(entry["failures"])})
                     for entry in content["equality"]
                 ],
                 accuracy=[Accuracy(**entry) for entry in content["accuracy"]],

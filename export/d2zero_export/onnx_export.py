@@ -26,9 +26,10 @@ from d2zero.inference import contract_of, segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero_export import plugin
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
+from d2zero_export.parity import LIMITS, RawParity
 from d2zero_export.precision import PRECISIONS, lowered
 from d2zero_export.quantize import Photos, quantized
-from d2zero_export.verify import LIMITS, RawParity, open_exported, raw_parity
+from d2zero_export.verify import open_exported, raw_parity
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.images import Size

@@ -18,8 +18,8 @@ import torch
 from d2zero.model import D2Zero
 from d2zero.model.deformable import best_form
 from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verified
+from d2zero_export.parity import RawParity
 from d2zero_export.precision import lowered
-from d2zero_export.verify import RawParity
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.pt2_file import Pt2Description
 

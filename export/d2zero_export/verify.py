@@ -4,7 +4,6 @@ Raw tensors (batches, sizes, class counts), the decoder's attention masks, insta
 on seen and unseen classes. What may differ depends on the file's precision.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
+from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference
 from d2zero_export.plugin import with_body
-from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.images import PADDING_LOGIT
+from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.onnx_backend import OnnxBackend
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.profile import Shape
@@ -30,85 +29,6 @@ from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.tensorrt_backend import TensorrtBackend
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may differ between a checkpoint and an exported model."""
-
-    logits: float = 1e-3  # class and mask logits, largest difference
-    relative: float = math.inf  # the same, mean difference as a share of the mean size
-    matched: float = 0.99  # least share of instances found by both, and named alike
-    points: float = 0.1  # AP and recall, in points of percent
-    hm_points: float = 0.1  # of their harmonic means over seen and unseen classes
-
-    def points_of(self, figure: str) -> float:
-        """The limit of one of `FIGURES`."""
-        return self.hm_points if figure.startswith("hm") else self.points
-
-
-# Single logits of a low-precision graph may differ much where a bit of an attention mask flips; their mean may not.
-_LOW = Limits(logits=math.inf, relative=0.05, points=0.5, hm_points=0.5)
-LIMITS = {
-    "float32": Limits(),
-    "float16": _LOW,
-    "bfloat16": replace(_LOW, relative=0.1),
-    # Measured on the demo's model, by calibration photos, method and library: logits 3 to 11 % on drawn images; 99.1 %
-    # matched; unseen AP50 within 0.8 points, harmonic means within 0.4.
-    "int8": replace(_LOW, relative=0.2, matched=0.98, points=1.0),
-}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One comparison of raw outputs.
-
-    Args:
-        case: what was compared.
-        class_logits: largest absolute difference.
-        mask_logits: largest absolute difference.
-        class_relative: mean difference of class logits, as a share of their mean size.
-        mask_relative: the same of mask logits.
-        flipped: share of mask pixels whose sign flips.
-    """
-
-    case: str
-    class_logits: float
-    mask_logits: float
-    class_relative: float
-    mask_relative: float
-    flipped: float
-
-
-@dataclass(frozen=True)
-class RawParity:
-    """What was compared."""
-
-    differences: tuple[Difference, ...]
-
-    def failures(self, limits: Limits) -> list[str]:
-        """What exceeds a limit or is no number: the tensor, the value, the limit, the case."""
-        found = []
-        for entry in self.differences:
-            for tensor in ("class_logits", "mask_logits"):
-                value, mean = getattr(entry, tensor), getattr(entry, tensor.replace("logits", "relative"))
-                if not value <= limits.logits:
-                    found.append(f"{tensor} differ by {value:.2e} (limit {limits.logits:.0e}) for {entry.case}")
-                elif not mean <= limits.relative:
-                    found.append(
-                        f"{tensor} differ by {mean:.2%} on average (limit {limits.relative:.0%}) for {entry.case}"
-                    )
-        return found
-
-    def require(self, limits: Limits) -> None:
-        """Pass, or refuse.
-
-        Raises:
-            D2ZeroError: names the tensor, the value and the limit.
-        """
-        failures = self.failures(limits)
-        if failures:
-            raise D2ZeroError(f"the exported model is not the checkpoint's: {failures[0]}; the file was not written")
 
 
 @dataclass(frozen=True)
@@ -318,17 +238,7 @@ def _with_classes(
 
 
 def _difference(case: str, ours: RawOutput, theirs: RawOutput) -> Difference:
-    classes = np.abs(ours.class_logits - theirs.class_logits)
-    masks = np.abs(ours.mask_logits - theirs.mask_logits)
-    real = ours.mask_logits > PADDING_LOGIT
-    return Difference(
-        case,
-        class_logits=float(classes.max()),
-        mask_logits=float(masks.max()),
-        class_relative=float(classes.mean() / np.abs(ours.class_logits).mean()),
-        mask_relative=float(masks[real].mean() / np.abs(ours.mask_logits[real]).mean()),
-        flipped=float(((ours.mask_logits > 0) != (theirs.mask_logits > 0)).mean()),
-    )
+    return difference(case, (ours.class_logits, ours.mask_logits), (theirs.class_logits, theirs.mask_logits))
 
 
 def _drawn(random: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

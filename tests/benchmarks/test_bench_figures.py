@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from d2zero_bench import readme
 from d2zero_bench.cases import Case, Photos, make_cases, parse_counts, parse_sizes
-from d2zero_bench.environment import environment, without_folders
+from d2zero_bench.environment import environment, instructions, without_folders
 from d2zero_bench.equality import compare
 from d2zero_bench.figures import Spread, percentile, ratios, throughput
 from d2zero_bench.gates import Gate, failures
@@ -21,7 +22,7 @@ from d2zero_bench.measure import Measurement, Settings, round_order
 from d2zero_bench.report import END_TO_END, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
 from d2zero_bench.session import Plan
 from d2zero_bench.svg import ticks
-from d2zero_bench.table import tables
+from d2zero_bench.table import difference, tables
 from d2zero_runtime import D2ZeroError, Preprocessing
 
 CASE = Case(96, 128)
@@ -162,11 +163,13 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
 
 def test_a_different_model_is_marked_not_hidden() -> None:
     info = CandidateInfo("b", "d2zero", "none")
-    theirs = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
+    theirs = np.ones((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
     close = compare(info, CASE, theirs, (theirs[0] + 1e-5, theirs[1]), "float32")
-    assert close.failures == () and close.class_logits == pytest.approx(1e-5)
+    assert close.failures == () and close.class_logits == pytest.approx(1e-5, rel=0.01)
     far = compare(info, CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
     assert far.mask_logits == 0.5 and far.failures[0].startswith("mask_logits differ by 5.00e-01 (limit 1e-03)")
+    assert difference(close) == "1e-05" and difference(replace(close, mask_logits=6e-3)) == "1e-05 (6e-03)"
+    assert difference(replace(close, class_most=None, mask_most=None)) == "1e-05"  # an older report
     other = compare(info, CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
     assert other.class_logits is None and "another model" in other.failures[0]
     console = Console(width=140)
@@ -281,6 +284,9 @@ def test_the_environment_tells_no_names(monkeypatch: pytest.MonkeyPatch) -> None
     found = environment(["/home/somebody/m.onnx", "--json=/tmp/x/r.json", "--size", "64x64"], None)
     assert found["command"] == "d2zero benchmark m.onnx --json=r.json --size 64x64" and found["threads"] == "3"
     assert found["cores"] >= 1 and found["versions"]["numpy"] == np.__version__
+    cpuinfo = "processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_vnni avx512_bf16\n\nprocessor : 1\nflags : fpu\n"
+    assert instructions(cpuinfo) == "avx2, avx512f, avx512_vnni, avx512_bf16"
+    assert instructions("Features\t: fp asimd i8mm bf16\n") == "i8mm, bf16" and instructions("") is None
     import getpass
     import platform
 

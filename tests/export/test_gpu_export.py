@@ -9,7 +9,8 @@ import torch
 
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.inference import segmenter_of
-from d2zero_export.verify import LIMITS, raw_parity
+from d2zero_export.parity import LIMITS
+from d2zero_export.verify import raw_parity
 from d2zero_runtime import load
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -25,8 +25,9 @@ from d2zero.model import D2Zero
 from d2zero_bench.equality import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
+from d2zero_export.parity import LIMITS
 from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
-from d2zero_export.verify import LIMITS, raw_parity, verify
+from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.images import Preprocessing

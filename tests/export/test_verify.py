@@ -59,7 +59,8 @@ def test_another_model_fails_with_the_tensor_the_value_and_the_limit(
     outcome = command("verify", packaged_checkpoint(), other)
     assert outcome.code == 1 and "not the same model" in outcome.out
     assert f"FAILED: {message}" in outcome.err and "(limit 1e-03)" in outcome.err
-    lenient = command("verify", packaged_checkpoint(), other, "--max-logits", "1000", "--min-matched", "0")
+    limits = ("--max-logits", "1000", "--max-relative", "1000", "--min-matched", "0")
+    lenient = command("verify", packaged_checkpoint(), other, *limits)
     assert lenient.code == 0
 
 
