@@ -26,6 +26,7 @@ from d2zero.inference import contract_of, segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero_export import plugin
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
+from d2zero_export.norms import in_stages
 from d2zero_export.parity import LIMITS, RawParity
 from d2zero_export.precision import PRECISIONS, lowered
 from d2zero_export.quantize import Photos, quantized
@@ -166,6 +167,8 @@ def graph_of(model: D2Zero, config: ExportConfig, stage: Callable[[str], None] =
 def _prepared(model: D2Zero, config: ExportConfig) -> D2Zero:
     prepared = lowered(model, config.precision)
     prepared.set_deformable(FORMS[config.deform_attn])
+    if PRECISIONS[config.precision] == torch.float32:  # squares of float16 may be no numbers
+        in_stages(prepared)
     return prepared
 
 
