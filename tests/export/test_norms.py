@@ -1,5 +1,6 @@
 """Group norm in stages: torch's numbers, in torch and where a runtime adds up half a million numbers one by one."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,17 @@ def test_one_value_everywhere_is_a_number(norm: nn.GroupNorm) -> None:
 
 
 def test_all_norms_of_a_module_are_replaced(norm: nn.GroupNorm) -> None:
-    module = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Sequential(norm, nn.ReLU()), nn.LayerNorm(4))
-    assert in_stages(module) == 1 and isinstance(module.get_submodule("1.0"), StagedGroupNorm)
-    assert set(module.state_dict()) > {"1.0.norm.weight", "1.0.norm.bias"} and in_stages(nn.ReLU()) == 0
+    plain, biased = (nn.Sequential(nn.Conv2d(3, 32, 3, bias=bias), deepcopy(norm), nn.ReLU()) for bias in (False, True))
+    module = nn.Sequential(plain, biased, nn.LayerNorm(4))
+    maps, before = torch.randn(2, 3, 20, 30), deepcopy(module)
+    assert in_stages(module) == 2 and isinstance(module.get_submodule("1.1"), StagedGroupNorm)
+    assert plain[0].bias is not None and torch.equal(biased[0].bias, before.get_submodule("1.0").bias)
+    with torch.inference_mode():
+        for name in ("0", "1"):
+            torch.testing.assert_close(
+                module.get_submodule(name)(maps), before.get_submodule(name)(maps), atol=1e-5, rtol=0
+            )
+    assert in_stages(nn.ReLU()) == 0
 
 
 def test_large_maps_with_padding_in_onnxruntime(norm: nn.GroupNorm, tmp_path: Path) -> None:
