@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import numpy as np
+
 from d2zero_bench.candidates import Candidate
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.environment import without_folders
 from d2zero_bench.equality import compare, lower_precision
 from d2zero_bench.report import Report, Result, Sample
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.segmenter import Raw
 
 Progress = Callable[[Iterator[int], int, str], Iterator[int]]
 
@@ -28,11 +31,13 @@ class Settings:
         rounds: of each case; in each, every candidate runs one batch.
         warmup: runs of a candidate before a case's first round, not counted.
         seed: of the orders.
+        compared: batches whose raw outputs are compared.
     """
 
     rounds: int = 20
     warmup: int = 2
     seed: int = 0
+    compared: int = 1
 
 
 def round_order(names: Sequence[str], case: Case | str, number: int, seed: int) -> list[str]:
@@ -99,16 +104,26 @@ class Measurement:
         if alike in self._compared or self.report.baseline not in ready:
             return
         self._compared.add(alike)
-        paths, baseline = self.photos.batch(case, 0), self.candidates[self.report.baseline]
+        baseline = self.candidates[self.report.baseline]
         with self._going_on(self.report.baseline):
-            theirs = baseline.raw(case, paths)
+            theirs = self._raw(baseline, case)
             for name in ready:
                 with self._going_on(name):
-                    ours = self.candidates[name].raw(case, paths) if name != self.report.baseline else None
+                    ours = self._raw(self.candidates[name], case) if name != self.report.baseline else None
                     if ours is not None and theirs is not None:
                         info = self.candidates[name].info
                         precision = lower_precision(info.precision, baseline.info.precision)
                         self.report.equality.append(compare(info, case, theirs, ours, precision))
+
+    def _raw(self, candidate: Candidate, case: Case) -> Raw | None:
+        """Raw outputs of the first batches as one; None of what has none to compare."""
+        found: list[Raw] = []
+        for number in range(self.settings.compared):
+            raw = candidate.raw(case, self.photos.batch(case, number))
+            if raw is None:
+                return None
+            found.append(raw)
+        return np.concatenate([classes for classes, _ in found]), np.concatenate([masks for _, masks in found])
 
     def _rounds(self, case: Case, ready: Sequence[str], label: str) -> None:
         results = {name: Result(name, case) for name in ready}
