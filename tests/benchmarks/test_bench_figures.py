@@ -341,6 +341,17 @@ def test_work_is_counted_without_computing() -> None:
     assert "1.0 billion operations and 0.10 GB" in described(Work(10**9, 10**8), rates)
 
 
+def test_the_faster_of_product_and_convolution_is_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from d2zero_bench import roofline
+
+    product, convolution = 2 * 64**3, 2 * (256 * 256 * 9) * (4 * 4)
+    for seconds, rate in (((1.0, 50.0, 1.0), product), ((1e3, 1.0, 1.0), convolution)):
+        spans = iter(seconds)  # product, convolution, copy
+        monkeypatch.setattr(roofline, "_best", lambda run, device, spans=spans: (run(), next(spans))[1])
+        found = roofline.measured_rates("cpu", side=64, megabytes=1)
+        assert found.operations == pytest.approx(rate) and found.bytes == 2 << 20
+
+
 def test_the_gpu_plan_needs_a_gpu(tmp_path: Path) -> None:
     import torch
 
