@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from tiny_attention import TinyAttention
 
 from d2zero.model.deformable import DeformableForm, gather, grid_sample
-from d2zero.model.deformable_attention import DeformableAttention
 from d2zero_runtime.openvino_precision import lower_to_bfloat16
 from d2zero_runtime.openvino_rewrites import join_row_sums
 
@@ -19,17 +18,6 @@ HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPAB
 SIZES = [(1, 75), (2, 150), (4, 300)]  # bfloat16 has no whole numbers between 256 and 258
 TOTAL = sum(height * width for height, width in SIZES)
 FORMS = pytest.mark.parametrize("form", [gather, grid_sample])
-
-
-class Attention(nn.Module):
-    def __init__(self, form: DeformableForm) -> None:
-        super().__init__()
-        self.attention = DeformableAttention(16, heads=2, levels=3, points=2, form=form)
-        nn.init.normal_(self.attention.sampling_offsets.weight, std=0.5)
-
-    def forward(self, query: Tensor, source: Tensor, reference: Tensor) -> Tensor:
-        found: Tensor = self.attention(query, source, reference, SIZES)
-        return found
 
 
 @pytest.fixture
@@ -42,7 +30,7 @@ def inputs() -> list[NDArray[np.float32]]:
 def written(form: DeformableForm, inputs: list[NDArray[np.float32]], folder: Path) -> tuple[Path, NDArray[np.float32]]:
     """An attention as ONNX, and what it computes."""
     torch.manual_seed(0)
-    model, tensors = Attention(form).eval(), tuple(torch.from_numpy(values) for values in inputs)
+    model, tensors = TinyAttention(form, SIZES).eval(), tuple(torch.from_numpy(values) for values in inputs)
     torch.onnx.export(model, tensors, folder / "m.onnx", dynamo=True, opset_version=18, verbose=False)
     with torch.inference_mode():
         return folder / "m.onnx", model(*tensors).numpy()

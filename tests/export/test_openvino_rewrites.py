@@ -8,10 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
+from tiny_attention import TinyAttention
 from torch import Tensor, nn
 
 from d2zero.model.deformable import gather
-from d2zero.model.deformable_attention import DeformableAttention
 from d2zero_export.quantize import write_quantized
 from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
 
@@ -20,21 +20,13 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO lowers whe
 SIZES = [(2, 3), (4, 6), (8, 12)]
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = DeformableAttention(16, heads=2, levels=3, points=2, form=gather)
-        nn.init.normal_(self.attention.sampling_offsets.weight, std=0.5)
-
-    def forward(self, query: Tensor, source: Tensor, reference: Tensor) -> Tensor:
-        found: Tensor = self.attention(query, source, reference, SIZES)
-        return found
-
-
 def test_sums_of_rows_are_joined_where_sizes_are_known(tmp_path: Path) -> None:
     torch.manual_seed(0)
     total = sum(height * width for height, width in SIZES)
-    model, inputs = Attention().eval(), (torch.randn(2, total, 16), torch.randn(2, total, 16), torch.rand(total, 2))
+    model, inputs = (
+        TinyAttention(gather, SIZES).eval(),
+        (torch.randn(2, total, 16), torch.randn(2, total, 16), torch.rand(total, 2)),
+    )
     path, opened = tmp_path / "fixed.onnx", tmp_path / "open.onnx"
     torch.onnx.export(model, inputs, path, dynamo=True, opset_version=18, verbose=False)
     batch = torch.export.Dim("batch", min=1, max=8)
