@@ -21,10 +21,11 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "am
 
 def environment(command: Sequence[str], threads: int | None, program: str = "d2zero benchmark") -> dict[str, Any]:
     """Processor, memory, GPU, versions, threads, command line, date, commit."""
+    cpuinfo = CPUINFO.read_text() if CPUINFO.exists() else ""
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "processor": _processor(),
-        "instructions": instructions(CPUINFO.read_text() if CPUINFO.exists() else ""),
+        "processor": _processor(cpuinfo),
+        "instructions": instructions(cpuinfo),
         "cores": _cores(),
         "memory_gb": _memory_gb(),
         "gpu": _gpu(),
@@ -42,11 +43,10 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?:[A-Za-z]:)?[^\s=,'\"()]*[/\\]([^\s=,'\"()/\\]*)", r"\1", text)
 
 
-def _processor() -> str:
-    if CPUINFO.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
-        if found:
-            return " ".join(found[1].split())
+def _processor(cpuinfo: str) -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found:
+        return " ".join(found[1].split())
     if sys.platform == "darwin":
         return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()

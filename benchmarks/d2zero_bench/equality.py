@@ -2,7 +2,7 @@
 
 from d2zero_bench.cases import Case
 from d2zero_bench.report import CandidateInfo, Equality
-from d2zero_export.parity import LIMITS, RawParity, difference
+from d2zero_export.parity import LIMITS, difference
 from d2zero_runtime.segmenter import Raw
 
 _NARROWEST_FIRST = ("float32", "float16", "bfloat16", "int8")
@@ -28,7 +28,7 @@ def compare(info: CandidateInfo, case: Case, theirs: Raw, ours: Raw, precision: 
         case,
         found.class_logits,
         found.mask_logits,
-        tuple(RawParity((found,)).failures(LIMITS[precision])),
+        tuple(found.failures(LIMITS[precision])),
         found.class_most,
         found.mask_most,
     )

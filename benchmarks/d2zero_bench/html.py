@@ -8,7 +8,7 @@ from typing import Any
 from d2zero_bench import svg
 from d2zero_bench.cases import Case
 from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names
-from d2zero_bench.table import ACCURACY_COLUMNS, best_ratio, milliseconds, ratio
+from d2zero_bench.table import ACCURACY_COLUMNS, best_ratio, milliseconds, ratio, scientific
 from d2zero_runtime.files import write_text
 
 STYLE = Path(__file__).with_name("report.css")
@@ -227,8 +227,7 @@ def _equality(report: Report) -> str:
             f", {entry.case.classes} classes" if entry.case.classes else ""
         )
         logits = [
-            "–" if value is None else f"{value:.0e}"
-            for value in (entry.class_most, entry.class_logits, entry.mask_most, entry.mask_logits)
+            scientific(value) for value in (entry.class_most, entry.class_logits, entry.mask_most, entry.mask_logits)
         ]
         verdict = "within the limits"
         if entry.failures:

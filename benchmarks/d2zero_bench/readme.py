@@ -15,15 +15,8 @@ from d2zero_runtime.files import write_text
 
 MARKER = "<!-- benchmark table -->"
 HEAD = (
-    "",
-    "network ms",
-    "total ms (p90)",
-    "× baseline",
-    "images a second",
-    "memory MB",
-    "\\|Δ\\| (largest)",
-    "HM AP50",
-)
+    "", "network ms", "total ms (p90)", "× baseline", "images a second", "memory MB", "\\|Δ\\| (largest)", "HM AP50",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,7 +46,9 @@ def providers() -> tuple[str, ...]:
     """What runs the exported files: bfloat16 only where the processor computes in it, elsewhere it is refused."""
     import openvino
 
-    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    from d2zero_runtime.openvino_backend import computes_in_bfloat16
+
+    able = computes_in_bfloat16(openvino.Core())
     return ("cpu", "openvino", "openvino-bf16") if able else ("cpu", "openvino")
 
 

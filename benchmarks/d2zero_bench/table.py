@@ -8,6 +8,10 @@ from d2zero_bench.cases import Case
 from d2zero_bench.figures import Spread
 from d2zero_bench.report import END_TO_END, STAGES, Equality, Report, Result
 
+COLUMNS = (
+    "decode", "prep", "network", "post", "p50", "p90", "p99", "img/s", "× baseline", "MB", "|Δ| (largest)",
+)  # fmt: skip
+
 
 def tables(report: Report) -> list[Table]:
     """One of each case, and one of accuracy if it was measured."""
@@ -26,19 +30,7 @@ def _case_table(report: Report, case: Case) -> Table:
         collapse_padding=True,
     )
     table.add_column("candidate", overflow="fold")
-    for column in (
-        "decode",
-        "prep",
-        "network",
-        "post",
-        "p50",
-        "p90",
-        "p99",
-        "img/s",
-        "× baseline",
-        "MB",
-        "|Δ| (largest)",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(result.candidate, *_cells(report, result))
@@ -87,10 +79,20 @@ def _difference(report: Report, result: Result) -> str | Text:
 
 def difference(found: Equality) -> str:
     """The largest difference of logits, of nine queries in ten and, where it is more, of all."""
-    of_all = [value for value in (found.class_logits, found.mask_logits) if value is not None]
-    of_most = [value for value in (found.class_most, found.mask_most) if value is not None]
-    texts = [f"{max(values):.0e}" for values in (of_most, of_all) if values]
-    return f"{texts[0]} ({texts[1]})" if len(set(texts)) > 1 else texts[0] if texts else "–"
+    of_most = scientific(_larger(found.class_most, found.mask_most))
+    of_all = scientific(_larger(found.class_logits, found.mask_logits))
+    if found.class_most is None or of_most == of_all:
+        return of_all
+    return f"{of_most} ({of_all})"
+
+
+def scientific(value: float | None) -> str:
+    """One digit and the power of ten."""
+    return "–" if value is None else f"{value:.0e}"
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)
 
 
 ACCURACY_COLUMNS = {

@@ -67,7 +67,7 @@ class EvaluationRun:
     identity: str = ""
     limit: int | None = None
     unreadable: dict[int, str] = field(default_factory=dict)  # what was wrong, by image id
-    kept: int = 0  # images that an earlier run had evaluated
+    kept: int = field(default=0, init=False)  # images that an earlier run had evaluated
 
     def __post_init__(self) -> None:
         vocabulary = self.model.vocabulary

@@ -58,9 +58,7 @@ def in_stages(module: nn.Module) -> int:
         if isinstance(norm, nn.GroupNorm) and isinstance(convolution, nn.Conv2d) and convolution.bias is None:
             bias = torch.full((norm.num_channels,), _TAKEN_AWAY, device=norm.weight.device, dtype=norm.weight.dtype)
             convolution.bias = nn.Parameter(bias, requires_grad=False)
-    found = [name for name, part in module.named_modules() if isinstance(part, nn.GroupNorm)]
-    for name in found:
-        norm = module.get_submodule(name)
-        assert isinstance(norm, nn.GroupNorm)
+    found = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.GroupNorm)]
+    for name, norm in found:
         module.set_submodule(name, StagedGroupNorm(norm))
     return len(found)

@@ -72,6 +72,19 @@ class Difference:
     mask_relative: float
     flipped: float
 
+    def failures(self, limits: Limits) -> list[str]:
+        """What exceeds a limit or is no number: the tensor, the value, the limit, the case."""
+        found = []
+        for kind in ("class", "mask"):
+            most, mean = getattr(self, f"{kind}_most"), getattr(self, f"{kind}_relative")
+            if not most <= limits.logits:
+                found.append(f"{kind}_logits differ by {most:.2e} (limit {limits.logits:.0e}) for {self.case}")
+            elif not mean <= limits.relative:
+                found.append(
+                    f"{kind}_logits differ by {mean:.2%} on average (limit {limits.relative:.1%}) for {self.case}"
+                )
+        return found
+
 
 def difference(
     case: str,
@@ -110,18 +123,8 @@ class RawParity:
     differences: tuple[Difference, ...]
 
     def failures(self, limits: Limits) -> list[str]:
-        """What exceeds a limit or is no number: the tensor, the value, the limit, the case."""
-        found = []
-        for entry in self.differences:
-            for kind in ("class", "mask"):
-                most, mean = getattr(entry, f"{kind}_most"), getattr(entry, f"{kind}_relative")
-                if not most <= limits.logits:
-                    found.append(f"{kind}_logits differ by {most:.2e} (limit {limits.logits:.0e}) for {entry.case}")
-                elif not mean <= limits.relative:
-                    found.append(
-                        f"{kind}_logits differ by {mean:.2%} on average (limit {limits.relative:.1%}) for {entry.case}"
-                    )
-        return found
+        """What exceeds a limit in any case."""
+        return [failure for entry in self.differences for failure in entry.failures(limits)]
 
     def require(self, limits: Limits) -> None:
         """Pass, or refuse.

@@ -23,6 +23,11 @@ HINTS = {"float32": "f32", "bfloat16": "dynamic"}  # each said: without one, Ope
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
+def computes_in_bfloat16(core: Any) -> bool:
+    """Whether the processor does, as OpenVINO's core sees it; elsewhere the backend refuses bfloat16."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVinoBackend:
     """A network compiled by OpenVINO for the CPU.
 
@@ -45,7 +50,7 @@ class OpenVinoBackend:
                 f"bfloat16 is for float32 files, and {path} is {contract.precision}; use the provider openvino"
             )
         core = openvino.Core()
-        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bfloat16" and not computes_in_bfloat16(core):
             raise D2ZeroError("this processor does not compute in bfloat16; use the provider openvino (float32)")
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads:

@@ -164,12 +164,12 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
 def test_a_different_model_is_marked_not_hidden() -> None:
     info = CandidateInfo("b", "d2zero", "none")
     theirs = np.ones((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
-    close = compare(info, CASE, theirs, (theirs[0] + 1e-5, theirs[1]), "float32")
-    assert close.failures == () and close.class_logits == pytest.approx(1e-5, rel=0.01)
+    close = compare(info, CASE, theirs, (theirs[0] + np.float32(2**-17), theirs[1]), "float32")
+    assert close.failures == () and close.class_logits == 2**-17
     far = compare(info, CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
     assert far.mask_logits == 0.5 and far.failures[0].startswith("mask_logits differ by 5.00e-01 (limit 1e-03)")
-    assert difference(close) == "1e-05" and difference(replace(close, mask_logits=6e-3)) == "1e-05 (6e-03)"
-    assert difference(replace(close, class_most=None, mask_most=None)) == "1e-05"  # an older report
+    assert difference(close) == "8e-06" and difference(replace(close, mask_logits=6e-3)) == "8e-06 (6e-03)"
+    assert difference(replace(close, class_most=None, mask_most=None)) == "8e-06"  # an older report
     other = compare(info, CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
     assert other.class_logits is None and "another model" in other.failures[0]
     console = Console(width=140)

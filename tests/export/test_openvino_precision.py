@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from tiny_attention import TinyAttention
 
 from d2zero.model.deformable import DeformableForm, gather, grid_sample
+from d2zero_runtime.openvino_backend import computes_in_bfloat16
 from d2zero_runtime.openvino_precision import lower_to_bfloat16
 from d2zero_runtime.openvino_rewrites import join_row_sums
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
-HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BFLOAT16 = computes_in_bfloat16(openvino.Core())
 SIZES = [(1, 75), (2, 150), (4, 300)]  # bfloat16 has no whole numbers between 256 and 258
 TOTAL = sum(height * width for height, width in SIZES)
 FORMS = pytest.mark.parametrize("form", [gather, grid_sample])

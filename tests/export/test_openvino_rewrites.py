@@ -23,10 +23,8 @@ SIZES = [(2, 3), (4, 6), (8, 12)]
 def test_sums_of_rows_are_joined_where_sizes_are_known(tmp_path: Path) -> None:
     torch.manual_seed(0)
     total = sum(height * width for height, width in SIZES)
-    model, inputs = (
-        TinyAttention(gather, SIZES).eval(),
-        (torch.randn(2, total, 16), torch.randn(2, total, 16), torch.rand(total, 2)),
-    )
+    model = TinyAttention(gather, SIZES).eval()
+    inputs = (torch.randn(2, total, 16), torch.randn(2, total, 16), torch.rand(total, 2))
     path, opened = tmp_path / "fixed.onnx", tmp_path / "open.onnx"
     torch.onnx.export(model, inputs, path, dynamo=True, opset_version=18, verbose=False)
     batch = torch.export.Dim("batch", min=1, max=8)

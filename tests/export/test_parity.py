@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from d2zero_export.parity import LIMITS, RawParity, difference
+from d2zero_export.parity import LIMITS, difference
 from d2zero_runtime.images import PADDING_LOGIT
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -22,7 +22,7 @@ def outputs() -> Outputs:
 
 
 def failures(ours: Outputs, theirs: Outputs, precision: str = "float32") -> list[str]:
-    return RawParity((difference("a case", ours, theirs),)).failures(LIMITS[precision])
+    return difference("a case", ours, theirs).failures(LIMITS[precision])
 
 
 def changed(outputs: Outputs, tensor: int, image: int, queries: int, by: float) -> Outputs:
