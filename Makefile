@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where this is set, each process compiles torch's sources again: 19 s to import it and torchvision instead of 7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup bindings demo test check benchmark benchmark-gpu format clean
+.PHONY: setup bindings demo test test-lowest check benchmark benchmark-gpu format clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,13 @@ demo: setup
 test: setup bindings
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+# The same with the lowest versions that pyproject.toml promises, in an environment of their own.
+LOWEST ?= .venv-lowest
+test-lowest: setup
+	test -x $(LOWEST)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist worksteal
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,16 +53,13 @@ benchmark: setup
 	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
 
 # On a machine with a GPU: what must be right, then what it costs. PYTHON is one with torch for CUDA; nothing is installed.
-GPU_PATH := .:runtime:export:benchmarks
+# MINUTES=12 fits it to a machine that is lent; ONLY=kernel,training takes some of its steps.
 benchmark-gpu:
-	mkdir -p $(RESULTS)/kernel $(RESULTS)/training
-	PYTHONPATH=$(GPU_PATH) $(PYTHON) benchmarks/gpu/deformable.py $(RESULTS)/kernel/gpu.json
-	PYTHONPATH=$(GPU_PATH) $(PYTHON) -m d2zero_bench.standard --gpu --output $(RESULTS)
-	PYTHONPATH=$(GPU_PATH) $(PYTHON) -m d2zero_bench.training --json $(RESULTS)/training/gpu.json
+	$(PYTHON) benchmarks/gpu/everything.py $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist demo-output runs
+	rm -rf $(VENV) $(LOWEST) build dist demo-output runs

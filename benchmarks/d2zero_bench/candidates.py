@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_bench.cases import Case
-from d2zero_bench.memory import GpuMemory, host_peak_mb, reset_host_peak
+from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_gpu_peak, reset_host_peak
 from d2zero_bench.peers import PEERS, PeerNetwork, mask2former_config
 from d2zero_bench.report import Accuracy, CandidateInfo, Sample
 from d2zero_bench.variants import VARIANTS
@@ -83,8 +83,7 @@ def open_candidate(spec: Spec) -> Candidate:
     """
     if spec.threads:
         limit_threads(spec.threads, with_torch=spec.path is None or spec.path.suffix not in TORCH_FREE)
-    gpu = GpuMemory()  # before anything is loaded
-    return Peer(spec, gpu) if spec.peer else Model(spec, gpu)
+    return Peer(spec) if spec.peer else Model(spec)
 
 
 def limit_threads(threads: int, with_torch: bool) -> None:
@@ -110,9 +109,9 @@ def open_model(spec: Spec) -> Segmenter:
 class Model:
     """A D2Zero candidate."""
 
-    def __init__(self, spec: Spec, gpu: GpuMemory) -> None:
+    def __init__(self, spec: Spec) -> None:
         assert spec.path is not None
-        self._segmenter, self._gpu = open_model(spec), gpu
+        self._segmenter = open_model(spec)
         self._masks = "rle" if spec.variant == "published" else spec.masks
         self._own = self._segmenter.vocabulary
         contract = self._segmenter.contract
@@ -135,6 +134,7 @@ class Model:
         words = self._own if case.classes is None else drawn_vocabulary(self._own, case.classes)
         self._segmenter.set_vocabulary(words)
         reset_host_peak()
+        reset_gpu_peak()
 
     def run(self, case: Case, paths: Sequence[Path]) -> Sample:
         """All stages in turn, nothing between them; see `Candidate`."""
@@ -165,7 +165,7 @@ class Model:
 
     def memory(self) -> tuple[float | None, float | None]:
         """See `Candidate`."""
-        return host_peak_mb(), self._gpu.growth_mb()
+        return host_peak_mb(), gpu_peak_mb()
 
     def accuracy(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
         """With the model's own classes and sizes; see `Candidate`."""
@@ -182,9 +182,9 @@ class Model:
 class Peer:
     """A peer's network, on images of noise: it is fed what its preprocessing would make."""
 
-    def __init__(self, spec: Spec, gpu: GpuMemory, **changes: object) -> None:
+    def __init__(self, spec: Spec, **changes: object) -> None:
         config = mask2former_config(spec.queries, spec.classes, **changes)
-        self._network, self._gpu = PeerNetwork(config, PEERS[spec.peer], spec.device), gpu
+        self._network = PeerNetwork(config, PEERS[spec.peer], spec.device)
         self.info = CandidateInfo(spec.name, "peer", self._network.name, queries=spec.queries, classes=spec.classes)
         self._batch = np.zeros((0, 3, 0, 0), np.float32)
 
@@ -193,6 +193,7 @@ class Peer:
         height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
         self._batch = np.random.default_rng(0).standard_normal((case.batch, 3, height, width)).astype(np.float32)
         reset_host_peak()
+        reset_gpu_peak()
 
     def run(self, case: Case, paths: Sequence[Path]) -> Sample:
         """The network alone; see `Candidate`."""
@@ -206,7 +207,7 @@ class Peer:
 
     def memory(self) -> tuple[float | None, float | None]:
         """See `Candidate`."""
-        return host_peak_mb(), self._gpu.growth_mb()
+        return host_peak_mb(), gpu_peak_mb()
 
     def accuracy(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
         """None: random weights."""

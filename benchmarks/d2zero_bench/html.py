@@ -19,8 +19,8 @@ NOTES = (
     "Total is the sum of a batch's four stages, one after the other: file to pixels, pixels to padded tensor, network"
     " (with the copies to and from a GPU), raw output to run-length encoded instances. Throughput follows from it; "
     "<code>Segmenter.stream</code> overlaps stages and is faster where cores are free.",
-    "Host memory is the high-water mark of the candidate's process, libraries included. GPU memory is the growth of the"
-    " device's used memory since before the model was opened.",
+    "Host memory is the high-water mark of the candidate's process, libraries included. GPU memory is what that"
+    " process holds there, CUDA's context included.",
     "Peers have random weights: they show what a network costs, nothing else, and only their network is measured.",
 )
 

@@ -4,16 +4,18 @@ Host: the high-water mark of resident memory. Linux lets a process reset its own
 that each case has one; what allocators keep from earlier cases counts. Elsewhere the mark is of the process's
 whole life.
 
-GPU: growth of the used memory of all GPUs since before the model was opened, as nvidia-smi tells it: CUDA's
-context is in it. Caching allocators keep what they once needed, so the growth after a run is the peak of it.
-Other programs on the same GPU would disturb it.
+GPU: what nvidia-smi says that this process holds; CUDA's context is in it. Other candidates, which are open at the
+same time, are not. Caching allocators keep what they once needed, so what is held after a run is the peak of it.
+Where nvidia-smi does not see the process (containers number them anew), it is the peak of torch's allocator alone.
 """
 
 import ctypes
 import gc
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from d2zero_bench.environment import output_of
 
@@ -63,18 +65,26 @@ def _status_mb(name: str) -> float | None:
     return next((int(line[1]) * 1024 / 1e6 for line in lines), None)
 
 
-class GpuMemory:
-    """Used memory of the GPUs, against what it was at the start."""
-
-    def __init__(self) -> None:
-        self._start = _used_mb()
-
-    def growth_mb(self) -> float | None:
-        """In 1e6 bytes; None without a GPU that nvidia-smi sees."""
-        now = _used_mb()
-        return None if self._start is None or now is None else now - self._start
+def reset_gpu_peak() -> None:
+    """Give back what torch's allocator keeps; other libraries keep theirs."""
+    cuda = _torch_cuda()
+    if cuda is not None:
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
 
 
-def _used_mb() -> float | None:
-    lines = output_of("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()
-    return sum(float(line) for line in lines) * 2**20 / 1e6 if lines and all(map(str.isdigit, lines)) else None
+def gpu_peak_mb() -> float | None:
+    """What this process holds on GPUs in 1e6 bytes; None if it holds nothing there that could be seen."""
+    listed = output_of("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    pairs = [line.replace(" ", "").partition(",") for line in listed.splitlines()]
+    own = [float(used) for process, _, used in pairs if process == str(os.getpid()) and used.isdigit()]
+    if own:
+        return sum(own) * 2**20 / 1e6
+    cuda = _torch_cuda()
+    return None if cuda is None else float(cuda.max_memory_reserved()) / 1e6
+
+
+def _torch_cuda() -> Any:
+    """torch.cuda where this process uses it, on the current GPU; a process without torch stays without."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

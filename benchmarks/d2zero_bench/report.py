@@ -54,7 +54,7 @@ class Result:
         case: the setting.
         samples: of each round, in order; those of all candidates are paired.
         host_mb: high-water mark of the candidate's own process while it was measured here, in 1e6 bytes.
-        gpu_mb: growth of the GPU's used memory since before the model was opened.
+        gpu_mb: what that process then held of GPUs.
     """
 
     candidate: str

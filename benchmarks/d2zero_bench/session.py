@@ -11,7 +11,7 @@ from typing import Any
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import Spec
 from d2zero_bench.cases import Case, Photos, make_cases
-from d2zero_bench.environment import environment
+from d2zero_bench.environment import environment, without_folders
 from d2zero_bench.measure import Measurement, Settings
 from d2zero_bench.peers import parse_peers
 from d2zero_bench.process import OwnProcess
@@ -46,6 +46,8 @@ class Plan:
     device: str = "auto"
     masks: str = "rle"
     settings: Settings = field(default_factory=Settings)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # candidates that could not be made, and why
+    all_must_open: bool = True  # or else those that cannot be opened are left out; the baseline always must
     title: str = "D2Zero benchmark"
 
     def specs(self) -> list[Spec]:
@@ -139,7 +141,13 @@ class Session:
                     spec.name, peer=spec.peer, device=spec.device, threads=spec.threads,
                     queries=base.queries, classes=self.plan.classes[0] or base.classes,
                 )  # fmt: skip
-            process = OwnProcess(spec)
+            try:
+                process = OwnProcess(spec)
+            except D2ZeroError as error:
+                if self.plan.all_must_open or base is None:
+                    raise
+                report.failures[spec.name] = without_folders(str(error))
+                continue
             stack.callback(process.close)
             base = base or process.info
             found.append(process)
@@ -170,7 +178,8 @@ class Session:
             "masks": plan.masks,
             "photos": f"{len(photos.given)} given" if photos.given else "drawn",
         }
-        return Report(plan.title, environment(self._command, plan.threads), settings, self.baseline)
+        where = environment(self._command, plan.threads)
+        return Report(plan.title, where, settings, self.baseline, failures=dict(plan.left_out))
 
 
 def _preprocessing(path: Path) -> Preprocessing:

@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
 from d2zero.model.deformable_triton import FORMS
 from d2zero.model.positions import pixel_centres
+from d2zero_bench.environment import without_folders
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES: dict[str, LevelSizes] = {
@@ -159,9 +160,8 @@ def forward(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> T
 
 def timings(
     shapes: dict[str, LevelSizes], batches: list[int], limits: dict[str, float], device: str, times: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Every form at every shape, batch and type, forward and with backward."""
-    rows = []
     for shape, sizes in shapes.items():
         for batch in batches:
             for type_name, dtype in TYPES.items():
@@ -172,10 +172,10 @@ def timings(
                     floor = 1000 * max(by_bytes, todo["operations"] / limits["float32_operations_a_second"])
                     what = {"shape": shape, "batch": batch, "type": type_name, "pass": pass_}
                     for name, form in FORMS.items():
-                        rows.append(what | {"form": name} | measure(call, form, sizes, tensors, device, times))
-                        rows[-1] |= todo | {"floor_ms": floor, "floor_share": floor / rows[-1]["median_ms"]}
-                        print(line(rows[-1]))
-    return rows
+                        row = what | {"form": name} | measure(call, form, sizes, tensors, device, times)
+                        row |= todo | {"floor_ms": floor, "floor_share": floor / row["median_ms"]}
+                        print(line(row))
+                        yield row
 
 
 def measure(
@@ -235,15 +235,22 @@ def main() -> None:
     shapes, batches, times = (TINY, [1], 1) if args.dry_run else (SHAPES, [1, 8], args.times)
     checked = correctness(shapes, device)
     limits = measured_limits(device, args.dry_run)
+    rows: list[dict[str, Any]] = []
     report = machine(device) | {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python benchmarks/gpu/deformable.py", *map(without_folders, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "dry_run": args.dry_run,
         "limits": limits,
         "correctness": checked,
-        "timings": timings(shapes, batches, limits, device, times),
+        "timings": rows,
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        for row in timings(shapes, batches, limits, device, times):
+            rows.append(row)  # noqa: PERF402 -- one by one: an interruption keeps what there is
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:  # what was measured until then
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

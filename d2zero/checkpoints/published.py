@@ -137,6 +137,9 @@ def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str]
     model.load_state_dict(arrays, strict=False)
 
 
+NUMPY_CORE = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"  # as it is called here
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickles NumPy arrays and plain containers; anything else is refused."""
 
@@ -156,7 +159,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(re.sub(r"^numpy\._?core\b", NUMPY_CORE, module), name)
 
 
 def _read_pkl(path: Path) -> object:

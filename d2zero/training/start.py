@@ -63,18 +63,24 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
     output.mkdir(parents=True, exist_ok=True)
     with joined(device) as processes:
+        # The run is gone when this is left: on torch 2.10 and 2.11 a process hangs that still holds the network then.
         record = Record(output, config.steps, config.log_every, processes.is_main)
-        run = Run(config, output, model, data, processes, record, _drawer(config, inputs.data))
-        if resume:
-            run.resume()
-        if processes.is_main:
-            _announce(run, path)
-        finished = run.train()
-        problems = run.all_bad_files()
-        if not processes.is_main:
-            return None
-        _report_problems(problems)
-        return finished
+        return _finished(
+            Run(config, output, model, data, processes, record, _drawer(config, inputs.data)), resume, path
+        )
+
+
+def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
+    if resume:
+        run.resume()
+    if run.processes.is_main:
+        _announce(run, annotations)
+    finished = run.train()
+    problems = run.all_bad_files()
+    if not run.processes.is_main:
+        return None
+    _report_problems(problems)
+    return finished
 
 
 def check_split(vocabulary: Vocabulary, split: str) -> None:

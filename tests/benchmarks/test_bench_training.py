@@ -165,6 +165,7 @@ class TestOnGpu:
         assert peaks[1] < peaks[0]
 
     @pytest.mark.slow
+    @pytest.mark.timed
     def test_the_step_is_twice_as_fast_as_published(self, tmp_path: Path) -> None:
         file = tmp_path / "training.json"
         options = [

@@ -17,7 +17,7 @@ from conftest import Outcome
 from d2zero.demo.run import packaged_checkpoint
 from d2zero_bench.candidates import Model, Peer, Spec, open_candidate
 from d2zero_bench.cases import Case, Photos
-from d2zero_bench.memory import GpuMemory, host_peak_mb, reset_host_peak
+from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_host_peak
 from d2zero_bench.process import OwnProcess
 from d2zero_bench.report import STAGES, Report
 from d2zero_bench.variants import VARIANTS
@@ -109,7 +109,6 @@ def test_a_peer_runs_its_network() -> None:
     small = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32)
     peer = Peer(
         Spec("mask2former", peer="mask2former", queries=7, classes=5, device="cpu"),
-        GpuMemory(),
         backbone_config=backbone,
         encoder_layers=1,
         decoder_layers=2,
@@ -124,6 +123,16 @@ def test_a_peer_runs_its_network() -> None:
     assert list(peer.run(CASE, [])) == ["network"]
     assert shapes == [((2, 7, 6), (2, 7, 16, 24))]
     assert peer.info.kind == "peer" and "random" not in peer.info.name and peer.raw(CASE, []) is None
+
+
+def test_gpu_memory_is_this_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = tmp_path / "nvidia-smi"
+    listed.write_text(f"#!/bin/sh\nprintf '{os.getpid()}, 1000\\n1, 7000\\n{os.getpid()}, 24\\n2, [N/A]\\n'\n")
+    listed.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_peak_mb() == pytest.approx(1024 * 2**20 / 1e6)
+    listed.write_text("#!/bin/sh\necho '1, 7000'\n")
+    assert gpu_peak_mb() is None
 
 
 def test_the_memory_mark_follows_what_is_allocated() -> None:

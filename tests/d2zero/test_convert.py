@@ -1,6 +1,7 @@
 """Published checkpoints and backbone weights: every array accounted for, nothing executed."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from published import published_shapes, reference_weights
 
 import d2zero
 from d2zero.checkpoints.files import load_model
-from d2zero.checkpoints.published import our_name
+from d2zero.checkpoints.published import our_name, read_arrays
 
 Command = Callable[..., Outcome]
 
@@ -88,6 +89,16 @@ def test_what_does_not_fit_is_listed(
 class Malicious:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("/tmp/d2zero-was-here"),))
+
+
+@pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])  # of NumPy 1 and 2
+def test_arrays_pickled_by_either_numpy(core: bytes, tmp_path: Path) -> None:
+    pickled = re.sub(rb"numpy\._?core", core, pickle.dumps({"model": {"a": np.arange(3.0)}}, protocol=2))
+    assert core + b".multiarray\n_reconstruct" in pickled
+    path = tmp_path / "m.pkl"
+    path.write_bytes(pickled)
+    found = read_arrays(path)
+    np.testing.assert_array_equal(found["a"], np.arange(3.0))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
