@@ -53,7 +53,7 @@ benchmark: setup
 	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
 
 # On a machine with a GPU: what must be right, then what it costs. PYTHON is one with torch for CUDA; nothing is installed.
-# MINUTES=12 fits it to a machine that is lent; ONLY=kernel,training takes some of its steps.
+# MINUTES=13 fits it to a machine that is lent; ONLY=kernel,training takes some of its steps.
 benchmark-gpu:
 	$(PYTHON) benchmarks/gpu/everything.py $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 

@@ -85,11 +85,15 @@ def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
         found.append(_demo(folder, exports))
     if only != "demo":
         found.append(_published(folder, exports))
-    pool = ProcessPoolExecutor(2, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
-    with pool:
+    with _processes(2) as pool:
         for _ in tracked(pool.map(_export, exports[::-1]), len(exports), "exporting"):
             pass
     return found
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """That end at Ctrl-C, without words."""
+    return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
 Export = tuple[Path, dict[Path, "ExportConfig"]]  # checkpoint; files of one graph, and how each is made of it
@@ -231,7 +235,7 @@ def gpu_plan(folder: Path, peers: str = ",".join(GPU_PEERS)) -> tuple[Plan, str]
         batches=(1, 8),
         device="cuda",
         masks="packed",
-        settings=Settings(rounds=30, warmup=3),
+        settings=Settings(rounds=20, warmup=3),
         left_out={path.name: reason for path, reason in wrong.items()},
         all_must_open=False,
         title="The published architecture, random weights, on a GPU",
@@ -242,9 +246,8 @@ def gpu_plan(folder: Path, peers: str = ",".join(GPU_PEERS)) -> tuple[Plan, str]
 def _exported_at_once(checkpoint: Path, files: Mapping[Path, "Pt2Config | ExportConfig"]) -> dict[Path, str]:
     """Export one checkpoint in several ways, a process each; what went wrong, by file."""
     jobs = {path: (checkpoint, path, config) for path, config in files.items()}
-    pool = ProcessPoolExecutor(len(jobs), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
     wrong = {}
-    with pool:
+    with _processes(len(jobs)) as pool:
         futures = {pool.submit(_export_for_gpu, job): path for path, job in jobs.items()}
         for future in tracked(as_completed(futures), len(futures), "exporting"):
             try:

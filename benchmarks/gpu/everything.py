@@ -1,8 +1,8 @@
 """Check and measure all that needs a GPU, what matters most first, within so many minutes.
 
     python benchmarks/gpu/everything.py benchmarks/results
-    python benchmarks/gpu/everything.py results --minutes 12               # of a machine that is lent
-    python benchmarks/gpu/everything.py results --only kernel,training
+    python benchmarks/gpu/everything.py results --minutes 13               # of a machine that is lent
+    python benchmarks/gpu/everything.py results --minutes 9.5 --only tests,kernel,inference
 
 Each step is a process. One that fails, or is out of time, does not keep the others from running; those that measure
 write what they have when they are interrupted. Nothing is installed: run it with a Python that has torch for CUDA.
@@ -53,13 +53,20 @@ class Outcome:
 
 def steps(results: Path) -> dict[str, Step]:
     """By name, what matters most first."""
-    kernel, training = (str(results / name / "gpu.json") for name in ("kernel", "training"))
+
+    def training(file: str, minutes: float, *options: str) -> Step:
+        return Step(("-m", "d2zero_bench.training", *options, "--json", str(results / "training" / file)), minutes)
+
+    eager = "published,model,kernel,amp,kernel+amp"
+    compiled = "published,compiled,kernel+amp+compiled"  # apart, since compiling takes minutes
     return {
         # Tests that compare times would disturb each other, and the other steps measure the same.
-        "tests": Step(("-m", "pytest", "-m", "gpu and not timed", "-n", "4", str(ROOT / "tests")), 3.5),
-        "kernel": Step((str(ROOT / "benchmarks/gpu/deformable.py"), kernel), 1.5),
-        "inference": Step(("-m", "d2zero_bench.standard", "--gpu", "--output", str(results)), 7.0),
-        "training": Step(("-m", "d2zero_bench.training", "--json", training), 4.0),
+        "tests": Step(("-m", "pytest", "-m", "gpu and not timed", "-vv", "-n", "4", str(ROOT / "tests")), 2.5),
+        "kernel": Step((str(ROOT / "benchmarks/gpu/deformable.py"), str(results / "kernel/gpu.json")), 1.0),
+        "inference": Step(("-m", "d2zero_bench.standard", "--gpu", "--output", str(results)), 6.0),
+        "training": training("gpu.json", 1.5, "--only", "steps", "--variants", eager),
+        "compiled": training("gpu-compiled.json", 2.5, "--only", "steps", "--variants", compiled),
+        "loading": training("loading.json", 1.0, "--only", "loading"),
     }
 
 
