@@ -173,6 +173,7 @@ class Session:
         settings = {
             "rounds": plan.settings.rounds,
             "warm-up runs": plan.settings.warmup,
+            "batches compared": plan.settings.compared,
             "seed": plan.settings.seed,
             "cases": len(cases),
             "masks": plan.masks,

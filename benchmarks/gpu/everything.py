@@ -29,7 +29,7 @@ class Step:
 
     Args:
         command: what follows `python`.
-        minutes: at most, where time is limited; what a step leaves is the next ones'.
+        minutes: its share, where time is limited; what earlier steps leave of theirs comes on top.
     """
 
     command: tuple[str, ...]
@@ -78,10 +78,13 @@ def run(todo: Mapping[str, Step], minutes: float | None = None) -> dict[str, Out
         minutes: for all of them; without a limit if left out.
     """
     begin, found = time.monotonic(), dict[str, Outcome]()
+    later = sum(step.minutes for step in todo.values())
     for name, step in todo.items():
         limit = None
+        later -= step.minutes
         if minutes is not None:
-            limit = min(60 * step.minutes, 60 * minutes - (time.monotonic() - begin))
+            left = 60 * minutes - (time.monotonic() - begin)
+            limit = min(left, max(60 * step.minutes, left - 60 * later))
             if limit <= GRACE_S:
                 found[name] = Outcome(None)
                 continue
@@ -129,9 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     strangers = [name for name in chosen if name not in todo]
     if strangers:
         parser.error(f"--only takes some of {','.join(todo)}, got {strangers[0]!r}")
-    for name in ("kernel", "training"):
-        (given.results / name).mkdir(parents=True, exist_ok=True)
-    found = run({name: step for name, step in todo.items() if name in chosen}, given.minutes)
+    try:
+        for name in ("kernel", "training"):
+            (given.results / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"results takes a folder, cannot make {given.results / name}: {error.strerror}")
+    try:
+        found = run({name: step for name, step in todo.items() if name in chosen}, given.minutes)
+    except KeyboardInterrupt:
+        return 130
     for name, outcome in found.items():
         print(f"{name:>10}: {outcome}")
     return int(any(outcome.code != 0 or outcome.interrupted for outcome in found.values()))

@@ -70,6 +70,24 @@ def test_a_step_out_of_time_writes_what_it_has_and_the_next_runs(everything: Mod
     assert "out of time" in str(found["long"]) and "exit code 3" in str(found["wrong"]) and "good" in str(found["good"])
 
 
+def test_what_a_step_leaves_is_the_next_ones(everything: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limits = [0.0], []
+
+    def ended(step: object, limit: float) -> object:
+        limits.append(limit + everything.GRACE_S)
+        clock[0] += 30
+        return everything.Outcome(0)
+
+    monkeypatch.setattr(everything, "_ended", ended)
+    monkeypatch.setattr(everything.time, "monotonic", lambda: clock[0])
+    todo = {name: everything.Step((), minutes) for name, minutes in (("a", 2), ("b", 1), ("c", 3))}
+    everything.run(todo, minutes=6)
+    assert limits == [120, 150, 300]  # half a minute used of two, of one and a half more
+    clock[0] = 0
+    everything.run(todo, minutes=2)  # too little for all: the first come first
+    assert limits[3:] == [120, 60, 60]
+
+
 def test_nothing_begins_without_time(everything: ModuleType) -> None:
     found = everything.run({"late": everything.Step(("-c", "raise SystemExit(3)"), 1.0)}, minutes=0.5 / 60)
     assert found["late"].code is None and "not begun" in str(found["late"])
@@ -95,6 +113,10 @@ def test_without_a_gpu_each_step_says_so(everything: ModuleType, tmp_path: Path,
     said = capfd.readouterr()
     assert said.err.count("torch sees no CUDA device") == 2
     assert "kernel: " in said.out and "exit code 2" in said.out
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        everything.main([str(tmp_path / "file")])
+    assert "results takes a folder" in capfd.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         everything.main([str(tmp_path), "--only", "speed"])
     assert "tests,kernel,inference,training,compiled,loading" in capfd.readouterr().err
