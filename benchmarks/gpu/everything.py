@@ -55,7 +55,8 @@ def steps(results: Path) -> dict[str, Step]:
     """By name, what matters most first."""
 
     def training(file: str, minutes: float, *options: str) -> Step:
-        return Step(("-m", "d2zero_bench.training", *options, "--json", str(results / "training" / file)), minutes)
+        command = ("-m", "d2zero_bench.training", "--device", "cuda", *options)
+        return Step((*command, "--json", str(results / "training" / file)), minutes)
 
     eager = "published,model,kernel,amp,kernel+amp"
     compiled = "published,compiled,kernel+amp+compiled"  # apart, since compiling takes minutes
