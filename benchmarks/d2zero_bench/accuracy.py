@@ -26,7 +26,8 @@ def measure_accuracy(name: str, segmenter: Segmenter, annotations: Path, images:
         D2ZeroError: the annotations are of other classes, or images are missing.
     """
     with TemporaryDirectory() as folder:
-        run = EvaluationRun(segmenter, read_coco(annotations), images, Path(folder), [Mode.GZSIS], limit=limit)
+        truth, modes = read_coco(annotations), [Mode.GZSIS]
+        run = EvaluationRun(segmenter, truth, images, Path(folder), modes, limit=limit, require_all=True)
         summary = run.run(lambda items, length, _: tracked(items, length, f"accuracy of {name}"))[Mode.GZSIS]
     masks = summary["segm"]
     return Accuracy(name, str(Mode.GZSIS), summary["images"], {figure: masks.get(figure) for figure in FIGURES})

@@ -117,6 +117,8 @@ class Session:
             D2ZeroError: a candidate cannot be opened.
         """
         plan = self.plan
+        if plan.annotations and plan.images:
+            _require_images(plan.annotations, plan.images, plan.limit)  # before minutes are spent
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             cases = self._cases()
@@ -181,6 +183,13 @@ class Session:
         }
         where = environment(self._command, plan.threads)
         return Report(plan.title, where, settings, self.baseline, failures=dict(plan.left_out))
+
+
+def _require_images(annotations: Path, images: Path, limit: int | None) -> None:
+    from d2zero.data.coco import read_coco
+    from d2zero.evaluation.run import require_images
+
+    require_images(read_coco(annotations), images, limit)
 
 
 def _preprocessing(path: Path) -> Preprocessing:

@@ -121,6 +121,14 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
         child.wait()
 
 
+def _unfit() -> str:
+    """Why this Python cannot use a GPU, if it cannot; torch is left to the steps."""
+    seen = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'torch sees no CUDA device here')"
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    return f"{last}; name a Python with torch for CUDA, on a machine with a GPU" if done.returncode else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and say how each step ended; 1 if one was not good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     strangers = [name for name in chosen if name not in todo]
     if strangers:
         parser.error(f"--only takes some of {','.join(todo)}, got {strangers[0]!r}")
+    wrong = _unfit()
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
     try:
         for name in ("kernel", "training"):
             (given.results / name).mkdir(parents=True, exist_ok=True)

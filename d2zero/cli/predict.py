@@ -41,6 +41,8 @@ def predict(
     chosen = Mode.parse(mode)
     segmenter = open_segmenter(model, provider, device, vocabulary)
     sources = [Path(str(item)) for item in expand(source)]
+    if not any(path.exists() for path in sources):
+        raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
     output.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     failed: list[str] = []

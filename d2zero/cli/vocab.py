@@ -110,6 +110,10 @@ def set_default(
 ) -> None:
     """Replace the default vocabulary inside an exported model, without exporting anew."""
     words = Vocabulary.load(vocabulary)
+    if model.suffix == ".safetensors":
+        raise D2ZeroError(
+            f"{model} is a checkpoint; export it first, or give --vocabulary to `d2zero predict` and `eval`"
+        )
     replace = {".engine": replace_engine_vocabulary, ".pt2": replace_pt2_vocabulary}.get(
         model.suffix, replace_vocabulary
     )

@@ -42,6 +42,23 @@ class Segmenting(Protocol):
     ) -> list[Detections]: ...
 
 
+def require_images(annotations: CocoFile, folder: Path, limit: int | None = None, all_of_them: bool = True) -> None:
+    """Refuse a folder that has not all, or none, of the first images of an annotation file.
+
+    Raises:
+        D2ZeroError: says how many are missing.
+    """
+    names = [entry["file_name"] for entry in annotations.images.values()][:limit]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if len(missing) == len(names):
+        raise D2ZeroError(f"none of the {len(names)} images of {annotations.path.name} is in {folder}")
+    if missing and all_of_them:
+        raise D2ZeroError(
+            f"{len(missing)} of the {len(names)} images of {annotations.path.name} are not in {folder}"
+            f" ({listed(missing)}); accuracy needs all of them"
+        )
+
+
 @dataclass
 class EvaluationRun:
     """One model over one annotation file in one or several modes.
@@ -56,6 +73,7 @@ class EvaluationRun:
         batch_size: images at a time.
         identity: what tells this model from others, such as its file's hash and what runs it.
         limit: evaluate only so many images.
+        require_all: refuse what lacks images, or has some that cannot be read; else they count as without detections.
     """
 
     model: Segmenting
@@ -66,6 +84,7 @@ class EvaluationRun:
     batch_size: int = 1
     identity: str = ""
     limit: int | None = None
+    require_all: bool = False
     unreadable: dict[int, str] = field(default_factory=dict)  # what was wrong, by image id
     kept: int = field(default=0, init=False)  # images that an earlier run had evaluated
 
@@ -83,9 +102,7 @@ class EvaluationRun:
             raise D2ZeroError(f"image folder {self.images} does not exist")
         ids = list(self.annotations.images)
         self.image_ids = ids[: self.limit] if self.limit else ids
-        names = [self.annotations.images[number]["file_name"] for number in self.image_ids]
-        if not any((self.images / name).is_file() for name in names):
-            raise D2ZeroError(f"none of the {len(names)} images of {self.annotations.path.name} is in {self.images}")
+        require_images(self.annotations, self.images, self.limit, all_of_them=self.require_all)
         self.folder = self.output / self._identity()[:12]
 
     def run(self, progress: Progress | None = None) -> dict[Mode, dict[str, Any]]:
@@ -161,6 +178,8 @@ class EvaluationRun:
             try:
                 pictures.append(read_listed_image(self.annotations, self.images, number))
             except D2ZeroError as error:
+                if self.require_all:
+                    raise
                 self.unreadable[number] = str(error)
                 pictures.append(None)
         return pictures

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2zero.cli.terminal import BuildProgress, console
+from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 from d2zero_runtime.images import Size
@@ -84,7 +84,9 @@ def export(
     if target not in SUFFIXES:
         raise D2ZeroError(f"--format must be one of {', '.join(SUFFIXES)}, got {target!r}")
     if output.suffix != SUFFIXES[target]:
-        raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}")
+        other = next((name for name, suffix in SUFFIXES.items() if suffix == output.suffix), None)
+        hint = f"; for that, give --format {other}" if other else ""
+        raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}{hint}")
     engine = None
     if target == "tensorrt":
         _refuse_int8(model, precision)
@@ -217,7 +219,9 @@ def verify(
     annotations: Annotated[
         Path | None, typer.Option("--annotations", help="COCO JSON of those photos: compare accuracy, in all modes.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Compare instances on so many photos at most.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Compare instances on so many photos at most; accuracy takes all.")
+    ] = 50,
     provider: Annotated[
         list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16.")
     ] = None,
@@ -242,16 +246,19 @@ def verify(
     """
     from d2zero.checkpoints.files import load_model
     from d2zero.data.coco import read_coco
+    from d2zero.evaluation.run import require_images
     from d2zero_export.verify import verify as compare
 
     if annotations and not images:
         raise D2ZeroError("--annotations need the folder of their images: give --images")
     truth = read_coco(annotations) if annotations else None
+    if truth and images:
+        require_images(truth, images)
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
     given["hm_points"] = max_points
     changed = {name: value for name, value in given.items() if value is not None}
-    result = compare(load_model(checkpoint), model, files, truth, images, changed, provider)
+    result = compare(load_model(checkpoint), model, files, truth, images, changed, provider, tracked)
     _show_verification(result, len(files))
     if json_file:
         write_text(json_file, json.dumps(_plain(result), indent=1))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
-from d2zero.evaluation.run import EvaluationRun
+from d2zero.evaluation.run import EvaluationRun, Progress
 from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -51,6 +51,7 @@ def verify(
     image_folder: Path | None = None,
     changed_limits: Mapping[str, float] | None = None,
     providers: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare an exported model with its checkpoint.
 
@@ -62,6 +63,7 @@ def verify(
         image_folder: of the annotations' images.
         changed_limits: fields of `Limits` that shall not be as `LIMITS` has them for what computes.
         providers: what runs the file.
+        progress: of both evaluations, as `EvaluationRun.run` takes it.
     """
     segmenter = open_exported(exported, providers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
@@ -72,7 +74,9 @@ def verify(
         _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
     ]
     agreement = instance_agreement([reference(picture) for picture in pictures], [segmenter(p) for p in pictures])
-    accuracy = _accuracy(reference, segmenter, annotations, image_folder) if annotations and image_folder else {}
+    accuracy = (
+        _accuracy(reference, segmenter, annotations, image_folder, progress) if annotations and image_folder else {}
+    )
     failures = parity.failures(limits)
     for what, value in (("matched", agreement.matched), ("same_label", agreement.same_label)):
         if value < limits.matched:
@@ -132,14 +136,15 @@ def _alike(reference: Segmenter, segmenter: Segmenter) -> Segmenter:
 
 
 def _accuracy(
-    reference: Segmenter, segmenter: Segmenter, annotations: CocoFile, images: Path
+    reference: Segmenter, segmenter: Segmenter, annotations: CocoFile, images: Path, progress: Progress | None
 ) -> dict[str, dict[str, tuple[float, float]]]:
     has_unseen = bool((~reference.vocabulary.seen).any())
     modes = list(Mode) if has_unseen else [Mode.GZSIS]
     both = []
     for candidate in (reference, segmenter):
         with TemporaryDirectory() as folder:
-            both.append(EvaluationRun(candidate, annotations, images, Path(folder), modes).run())
+            run = EvaluationRun(candidate, annotations, images, Path(folder), modes, require_all=True)
+            both.append(run.run(progress))
     return {
         str(mode): {
             f"{kind} {figure}": (both[0][mode][kind][figure], both[1][mode][kind][figure])

@@ -49,11 +49,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path, exported:
     shutil.copy(packaged_checkpoint(), folder / "renamed.onnx")
     onnx.save(helper.make_model(helper.make_graph([], "nothing", [], [])), folder / "foreign.onnx")
     (folder / "lonely.engine").write_bytes(b"a plan")
+    (folder / "some").mkdir()
+    shutil.copy(folder / "data/val/1000001.png", folder / "some")
     (folder / "broken").mkdir()
     (folder / "broken/photo.jpg").write_bytes(b"\xff\xd8 cut short")
     return folder
 
 
+VALIDATION = "data/annotations/instances_val_gzsi_shapes.json"
 TRAIN = "train --preset shapes --data data -v data/vocabulary.npz -o run --device cpu"
 CASES = [
     ("", None),
@@ -137,6 +140,7 @@ CASES = [
     ("export none.safetensors -o m.onnx", "checkpoint none.safetensors does not exist"),
     ("export cut.safetensors -o m.onnx", "damaged, cut short"),
     ("export model.safetensors", "Missing option '--output'"),
+    ("export model.safetensors -o m.pt2", "got m.pt2; for that, give --format pt2"),
     ("export model.safetensors -o m.pt", "--output must end in .onnx for --format onnx"),
     ("export model.safetensors -o m.onnx --format openvino", "--format must be one of onnx, tensorrt"),
     ("export model.safetensors -o m.onnx --precision bfloat16", "an .onnx is float32 or float16; bfloat16 is for"),
@@ -177,8 +181,16 @@ CASES = [
     ("verify model.safetensors renamed.onnx", "is damaged, cut short, or no ONNX file"),
     ("verify model.safetensors model.onnx --images empty", "folder empty holds no images"),
     ("verify model.safetensors model.onnx --annotations boxes.json", "give --images"),
+    (
+        f"verify model.safetensors model.onnx --images some --annotations {VALIDATION}",
+        "23 of the 24 images of instances_val_gzsi_shapes.json are not in some",
+    ),
+    (
+        f"benchmark model.onnx --images some --annotations {VALIDATION}",
+        "23 of the 24 images of instances_val_gzsi_shapes.json are not in some",
+    ),
     ("verify model.safetensors model.onnx --provider cuda", "CUDAExecutionProvider not available"),
-    ("predict none.jpg -m model.onnx -o found", "1 of 1 files could not be read"),
+    ("predict none.jpg -m model.onnx -o found", "none.jpg does not exist; give an image, a folder or a pattern"),
     ("predict broken -m model.onnx -o found", "1 of 1 files could not be read"),
     ("predict empty -m model.onnx -o found", "folder empty holds no images"),
     ("predict data/*.jpg -m model.onnx -o found", "no file matches"),
@@ -194,6 +206,7 @@ CASES = [
     ("predict data/val -m model.safetensors -o found --provider cpu", "--provider is for exported models"),
     ("predict data/val -m model.onnx -o found -v words48.npz", "width 64, the vocabulary has 300"),
     ("vocab set model.onnx words48.npz", "width 64, the vocabulary has 300"),
+    ("vocab set model.safetensors words48.npz", "model.safetensors is a checkpoint; export it first"),
     ("vocab set foreign.onnx words48.npz", "carries no d2zero contract"),
     ("vocab set none.onnx words48.npz", "model none.onnx does not exist"),
     ("vocab set model.onnx none.npz", "vocabulary none.npz does not exist"),
