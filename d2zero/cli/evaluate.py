@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Mode, Segmenter
+from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary
 from d2zero_runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ def evaluate(
         str | None, typer.Option("--split", help="coco-48-17 or coco-65-15; the checkpoint's own by default.")
     ] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option("--vocabulary", "-v", help="Classes to use instead of the checkpoint's.")
+        Path | None,
+        typer.Option(
+            "--vocabulary", "-v", help="Classes to use instead of the checkpoint's, or to judge --detections by."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")
@@ -68,11 +71,11 @@ def evaluate(
         raise D2ZeroError(f"--json takes a file, {json_file} is a folder")
     if pictures and pictures.suffix.lower() not in PICTURE_SUFFIXES:
         raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
-    if detections is not None and any((data, images, vocabulary, output, pictures, limit)):
+    if detections is not None and any((data, images, output, pictures, limit)):
         raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
     run = None
     if detections is not None:
-        summaries = _of_detections(detections, annotations, split, modes)
+        summaries = _of_detections(detections, annotations, split, vocabulary, modes)
     else:
         from d2zero.checkpoints.files import file_hash
         from d2zero.cli.terminal import tracked
@@ -112,18 +115,25 @@ def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
 
 
 def _of_detections(
-    detections: Path, annotations: Path | None, split: str | None, modes: list[Mode]
+    detections: Path, annotations: Path | None, split: str | None, vocabulary: Path | None, modes: list[Mode]
 ) -> dict[Mode, dict[str, Any]]:
     from d2zero.data.coco import open_coco
-    from d2zero.data.splits import find_split
+    from d2zero.data.splits import Split, find_split
     from d2zero.evaluation.metrics import score
     from d2zero.evaluation.result_entries import open_results
 
-    if annotations is None or split is None:
-        raise D2ZeroError("--detections needs --annotations FILE and --split NAME")
+    if annotations is None or (split is None) == (vocabulary is None):
+        raise D2ZeroError(
+            "--detections needs --annotations FILE, and what says which classes are seen: --split NAME, or --vocabulary"
+            " FILE for other splits"
+        )
     if len(modes) > 1:
         raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
-    chosen = find_split(split)
+    if vocabulary is not None:
+        words = Vocabulary.load(vocabulary)
+        chosen = Split(f"of {vocabulary.name}", words.seen_names, words.unseen_names)
+    else:
+        chosen = find_split(str(split))
     with open_coco(annotations) as truth:
         chosen.is_seen(truth.categories)  # refuses a file of another split
         with open_results(detections, truth) as found:

@@ -48,7 +48,8 @@ def read_array(path: Path, names: list[str], split: str | None, encoder: str) ->
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise D2ZeroError(f"{path} is not a NumPy array of numbers (.npy), or is damaged: {error}") from error
+        reason = "it is no file of NumPy" if "pickle" in str(error) else error  # NumPy's advice is to allow it
+        raise D2ZeroError(f"{path} is not a NumPy array of numbers (.npy), or is damaged: {reason}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
         raise D2ZeroError(f"{path} must hold one (K, D) array of numbers, got shape {np.shape(array)}")
     if len(array) != len(names):

@@ -165,7 +165,8 @@ class Vocabulary:
             with loaded as arrays:
                 fields = {name: arrays[name] for name in arrays.files}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {error}") from error
+            reason = "it is no file of NumPy" if "pickle" in str(error) else error  # NumPy's advice is to allow it
+            raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {reason}") from error
         missing = {"format_version", "names", "embeddings", "seen", "active", "source"} - fields.keys()
         if missing:
             raise D2ZeroError(f"{path} is not a vocabulary: it lacks {listed(sorted(missing))}")

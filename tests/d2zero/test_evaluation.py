@@ -74,6 +74,28 @@ def test_equals_pycocotools(shared: Path) -> None:
             assert ours[kind]["per_class"]["person"]["ap"] == pytest.approx(100 * precision.mean(), abs=1e-9)
 
 
+def test_detections_are_judged_by_a_vocabularys_seen_classes(
+    shapes_data: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    file = shapes_data / "annotations/instances_val_gzsi_shapes.json"
+    truth = read_coco(file)
+    perfect = [{**entry, "score": 0.9} for entries in truth.annotations.values() for entry in entries]
+    made = [
+        {key: entry[key] for key in ("image_id", "category_id", "segmentation", "bbox", "score")} for entry in perfect
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(made, default=lambda value: value.decode()))
+    words = shapes_data / "vocabulary.npz"
+    asked = ("eval", "--detections", tmp_path / "d.json", "--annotations", file, "--json", tmp_path / "f.json")
+    outcome = command(*asked, "--vocabulary", words)
+    assert outcome.code == 0, outcome.err
+    expected = score_detections(truth, perfect, Vocabulary.load(words).seen_names, Mode.GZSIS)["segm"]
+    found = json.loads((tmp_path / "f.json").read_text())["segm"]
+    assert found["hm_ap50"] == pytest.approx(expected["hm_ap50"]) and found["hm_ap50"] > 99
+    for flags in ((), ("--split", "coco-48-17", "--vocabulary", words)):
+        outcome = command(*asked, *flags)
+        assert outcome.code == 2 and "--split NAME, or --vocabulary FILE" in outcome.err
+
+
 def test_perfect_detections_and_none(shapes_data: Path) -> None:
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
     seen = [name for name in truth.categories if name not in ("red ring", "blue cross")]
