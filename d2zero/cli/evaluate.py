@@ -168,7 +168,7 @@ def _test_data(
         if data is None:
             raise D2ZeroError("give --data DIR, or --annotations FILE with --images DIR")
         if not split:
-            raise D2ZeroError("the checkpoint does not say its split; give --split or --annotations")
+            raise D2ZeroError("the model does not say its split; give --split or --annotations")
         annotations = find_annotations(data, split, "unseen" if modes == [Mode.ZSIS] else "gzsi")
     truth = read_coco(annotations)
     if images is None:
