@@ -63,7 +63,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
     output.mkdir(parents=True, exist_ok=True)
     with joined(device) as processes:
-        # The run is gone when this is left: on torch 2.10 and 2.11 a process hangs that still holds the network then.
+        # The run is gone when this is left: on torch 2.10 a process hung that still held the network then.
         record = Record(output, config.steps, config.log_every, processes.is_main)
         return _finished(
             Run(config, output, model, data, processes, record, _drawer(config, inputs.data)), resume, path
