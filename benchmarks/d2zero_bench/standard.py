@@ -40,7 +40,7 @@ CALIBRATION_DRAWN = 1  # of the random model, whose accuracy is nobody's concern
 CLASSES = 65
 SIZE = (800, 1216)
 GPU_PRECISIONS = ("float16", "float32", "bfloat16")
-GPU_PEERS = ("mask2former", "mask2former-float16-compiled")  # what the aims are held against; each compiles for minutes
+GPU_PEERS = "mask2former,mask2former-float16-compiled"  # what the aims are held against; compiling takes minutes
 
 
 def providers() -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
     parser.add_argument("--gpu", action="store_true", help="the published architecture on this machine's GPU")
-    parser.add_argument("--peers", default=",".join(GPU_PEERS), help="of --gpu, as of d2zero benchmark")
+    parser.add_argument("--peers", default=GPU_PEERS, help="of --gpu, as of d2zero benchmark")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
     given = parser.parse_args(arguments)
     try:
@@ -206,7 +206,7 @@ def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     return plan, "published-800x1216-cpu"
 
 
-def gpu_plan(folder: Path, peers: str = ",".join(GPU_PEERS)) -> tuple[Plan, str]:
+def gpu_plan(folder: Path, peers: str = GPU_PEERS) -> tuple[Plan, str]:
     """The published architecture on a GPU: as published, compiled in three precisions, ONNX Runtime, and peers.
 
     What cannot be exported or opened is left out with the reason: the machine may not be there a second time.
@@ -226,10 +226,11 @@ def gpu_plan(folder: Path, peers: str = ",".join(GPU_PEERS)) -> tuple[Plan, str]
         files[folder / f"{precision}.onnx"] = plain[precision]
     checkpoint = _random_checkpoint(folder)
     wrong = _exported_at_once(checkpoint, files)
+    made = [path for path in files if path not in wrong]
     plan = Plan(
-        models=(checkpoint, *(path for path in files if path.exists())),
+        models=(checkpoint, *made),
         variants=("published", "model"),
-        providers=("cuda",) if any(path.suffix == ".onnx" and path.exists() for path in files) else None,
+        providers=("cuda",) if any(path.suffix == ".onnx" for path in made) else None,
         peers=peers,
         sizes=(SIZE,),
         batches=(1, 8),
@@ -245,10 +246,9 @@ def gpu_plan(folder: Path, peers: str = ",".join(GPU_PEERS)) -> tuple[Plan, str]
 
 def _exported_at_once(checkpoint: Path, files: Mapping[Path, "Pt2Config | ExportConfig"]) -> dict[Path, str]:
     """Export one checkpoint in several ways, a process each; what went wrong, by file."""
-    jobs = {path: (checkpoint, path, config) for path, config in files.items()}
     wrong = {}
-    with _processes(len(jobs)) as pool:
-        futures = {pool.submit(_export_for_gpu, job): path for path, job in jobs.items()}
+    with _processes(len(files)) as pool:
+        futures = {pool.submit(_export_for_gpu, checkpoint, path, config): path for path, config in files.items()}
         for future in tracked(as_completed(futures), len(futures), "exporting"):
             try:
                 future.result()
@@ -257,12 +257,11 @@ def _exported_at_once(checkpoint: Path, files: Mapping[Path, "Pt2Config | Export
     return wrong
 
 
-def _export_for_gpu(job: "tuple[Path, Path, Pt2Config | ExportConfig]") -> None:
+def _export_for_gpu(checkpoint: Path, output: Path, config: "Pt2Config | ExportConfig") -> None:
     from d2zero.checkpoints.files import load_model
     from d2zero_export.onnx_export import export_onnx
     from d2zero_export.pt2_export import Pt2Config, export_pt2
 
-    checkpoint, output, config = job
     if isinstance(config, Pt2Config):
         export_pt2(load_model(checkpoint), output, config)
     else:

@@ -48,7 +48,7 @@ def require_images(annotations: CocoFile, folder: Path, limit: int | None = None
     Raises:
         D2ZeroError: says how many are missing.
     """
-    names = [entry["file_name"] for entry in annotations.images.values()][:limit]
+    names = [entry["file_name"] for entry in annotations.images.values()][: limit or None]
     missing = [name for name in names if not (folder / name).is_file()]
     if len(missing) == len(names):
         raise D2ZeroError(f"none of the {len(names)} images of {annotations.path.name} is in {folder}")

@@ -246,14 +246,11 @@ def verify(
     """
     from d2zero.checkpoints.files import load_model
     from d2zero.data.coco import read_coco
-    from d2zero.evaluation.run import require_images
     from d2zero_export.verify import verify as compare
 
     if annotations and not images:
         raise D2ZeroError("--annotations need the folder of their images: give --images")
     truth = read_coco(annotations) if annotations else None
-    if truth and images:
-        require_images(truth, images)
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
     given["hm_points"] = max_points

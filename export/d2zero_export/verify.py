@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
-from d2zero.evaluation.run import EvaluationRun, Progress
+from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -65,6 +65,8 @@ def verify(
         providers: what runs the file.
         progress: of both evaluations, as `EvaluationRun.run` takes it.
     """
+    if annotations and image_folder:
+        require_images(annotations, image_folder)  # before minutes are spent
     segmenter = open_exported(exported, providers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(segmenter_of(model), segmenter)

@@ -167,12 +167,15 @@ def test_masks_by_one_kernel_equal_those_by_torchs_operators(output: tuple[int, 
 
 
 @pytest.mark.timed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("output", [(800, 1216), (480, 730)])
-def test_masks_by_one_kernel_are_no_slower(output: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
-    logits, way = drawn_masks(torch.float32), Sizes((800, 1216), (800, 1216), output)
+def test_masks_by_one_kernel_are_no_slower(
+    output: tuple[int, int], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits, way = drawn_masks(dtype), Sizes((800, 1216), (800, 1216), output)
     spans = [milliseconds(lambda find=find: find(logits, range(100), way, True)) for find in (in_one_kernel, in_steps)]
     with capsys.disabled():
-        print(f"\n100 masks of {output[0]}x{output[1]}, in one kernel and in steps: {spans} ms")
+        print(f"\n100 masks of {output[0]}x{output[1]}, {dtype}, in one kernel and in steps: {spans} ms")
     assert spans[0] <= spans[1]
 
 
