@@ -44,9 +44,7 @@ def case(
 
 def exact(case: Case) -> Tensor:
     """By matmuls and a softmax in float64, of the same rounded inputs."""
-    asked, read, found = (
-        entry.double().unflatten(2, (case.heads, -1)).transpose(1, 2) for entry in (case.queries, case.keys, case.values)
-    )
+    asked, read, found = (entry.double().unflatten(2, (case.heads, -1)).transpose(1, 2) for entry in case[:3])
     blocked = case.mask_logits < 0
     blocked = blocked & ~blocked.all(2, keepdim=True)
     scores = (asked @ read.transpose(2, 3)) / asked.shape[3] ** 0.5

@@ -19,7 +19,8 @@ from d2zero_bench.peers import PEERS, PeerNetwork, mask2former_config
 from d2zero_bench.report import Accuracy, CandidateInfo, Sample
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, Raw, RawOutput
+from d2zero_runtime.backend import Raw
+from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, RawOutput
 
 TORCH_FREE = (".onnx", ".engine")
 
@@ -102,7 +103,7 @@ def open_model(spec: Spec) -> Segmenter:
     if spec.path.suffix not in EXPORTED_SUFFIXES:
         return VARIANTS[spec.variant](spec.path, spec.device)
     if spec.path.suffix == ".pt2":
-        import_module("d2zero.model.deformable_triton")  # the operator that it may call, installed or not
+        import_module("d2zero.model.operators")  # which it may call, installed or not
     return load(spec.path, spec.providers, threads=spec.threads)
 
 

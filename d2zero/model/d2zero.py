@@ -22,6 +22,7 @@ from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.images import PADDING_LOGIT, Size, as_image
 from d2zero_runtime.postprocess import postprocess_all
+from d2zero_runtime.torch_math import float32_math
 from d2zero_runtime.vocabulary import check_vocabulary
 
 
@@ -145,7 +146,8 @@ class D2Zero(nn.Module):
         self.eval()
         for size, members in self.preprocessing.groups(images):
             batch = self.preprocessing.batch([images[index] for index in members], size)
-            out = self(torch.from_numpy(batch).to(device))[-1]
+            with float32_math(torch, tf32=False):
+                out = self(torch.from_numpy(batch).to(device))[-1]
             missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
             padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)
             for row, index in enumerate(members):

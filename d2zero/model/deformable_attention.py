@@ -36,6 +36,7 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, dim)
         self.output_proj = nn.Linear(dim, dim)
+        self.merged: nn.Linear | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,6 +54,18 @@ class DeformableAttention(nn.Module):
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def merge_projections(self) -> None:
+        """Let one linear layer make offsets and weights, for inference: queries are read once.
+
+        A copy of the weights as they are now, used by the forms that take locations.
+        """
+        parts = (self.sampling_offsets, self.attention_weights)
+        weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+        self.merged = nn.Linear(weight.shape[1], len(weight), device=weight.device, dtype=weight.dtype)
+        self.merged.weight.copy_(weight)
+        self.merged.bias.copy_(bias)
 
     def forward(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
         """Attend from `query_BSC` to points of `source_BSC` around `reference_S2` (x, y in 0..1)."""
@@ -72,9 +85,13 @@ class DeformableAttention(nn.Module):
     def _samples(self, query_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> tuple[Tensor, Tensor]:
         """Locations (B, R, M, L, P, 2) and weights (B, R, M, L, P), float32."""
         batch, length, _ = query_BSC.shape
-        offsets = self.sampling_offsets(query_BSC).float()
+        if self.merged is None:
+            offsets, scores = self.sampling_offsets(query_BSC).float(), self.attention_weights(query_BSC).float()
+        else:
+            sizes_out = [self.sampling_offsets.out_features, self.attention_weights.out_features]
+            offsets, scores = self.merged(query_BSC).float().split(sizes_out, dim=-1)
         offsets = offsets.view(batch, length, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query_BSC).float().view(batch, length, self.heads, -1).softmax(-1)
+        weights = scores.view(batch, length, self.heads, -1).softmax(-1)
         weights = weights.view(batch, length, self.heads, self.levels, self.points)
         return reference_S2[:, None, None, None] + offsets / _extents(sizes, reference_S2)[:, None], weights
 

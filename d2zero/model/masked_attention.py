@@ -46,7 +46,9 @@ def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_logits:
     """
     check(queries, keys, values, mask_logits, heads)
     kernels = load_kernels(queries)
-    queries, keys, values = (entry if entry.stride(-1) == 1 else entry.contiguous() for entry in (queries, keys, values))
+    queries, keys, values = (
+        entry if entry.stride(-1) == 1 else entry.contiguous() for entry in (queries, keys, values)
+    )
     mask_logits = mask_logits.contiguous()
     everywhere = mask_logits.amax(2) < 0
     batch, asking, channels = queries.shape
@@ -97,7 +99,7 @@ def processors(device: torch.device) -> int:
 
 def float32_products() -> str:
     """How the kernels multiply float32, as torch's own matmuls do now: exactly, or rounded to TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def next_power_of_two(number: int) -> int:

@@ -94,9 +94,7 @@ def split_kernel(
     place = ((tl.program_id(0) * tl.num_programs(2) + image) * HEADS + head) * queries + query
     tl.store(tops_SBHQ + place, top, mask=real)
     tl.store(powers_SBHQ + place, power, mask=real)
-    tl.store(
-        sums_SBHQW + place[:, None] * WIDTH + channel[None, :], total, mask=real[:, None] & some[None, :]
-    )
+    tl.store(sums_SBHQW + place[:, None] * WIDTH + channel[None, :], total, mask=real[:, None] & some[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

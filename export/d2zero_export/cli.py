@@ -59,6 +59,10 @@ def export(
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Fix the number of images a run.")] = None,
     bake: Annotated[bool, typer.Option("--bake", help="Make the classes constants: they cannot be changed.")] = False,
+    tf32: Annotated[
+        bool,
+        typer.Option("--tf32", help="float32 on GPUs: allow TF32 (faster, rounded to ten bits); recorded in the file."),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run the file and compare it with what it was made from.")
     ] = True,
@@ -90,7 +94,7 @@ def export(
     engine = None
     if target == "tensorrt":
         _refuse_int8(model, precision)
-        engine = _engine_config(smallest, best, largest, timing_cache, device)
+        engine = _engine_config(smallest, best, largest, timing_cache, tf32, device)
     elif any((smallest, best, largest, timing_cache, device)):
         raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
     if compile_for and target != "pt2":
@@ -111,7 +115,16 @@ def export(
 
     form = deform_attn or ("gather" if engine else "gridsample")
     config = ExportConfig(
-        precision, form, _size(size), batch, bake, verify, max_logits, calibration, calibration_images
+        precision=precision,
+        deform_attn=form,
+        size=_size(size),
+        batch=batch,
+        bake=bake,
+        verify=verify,
+        tf32=tf32,
+        max_logits=max_logits,
+        calibration=calibration,
+        calibration_images=calibration_images,
     )
     if target == "pt2":
         _export_pt2(model, output, config, compile_for)
@@ -134,13 +147,13 @@ def _refuse_int8(model: Path, precision: str) -> None:
 
 
 def _engine_config(
-    smallest: str | None, best: str | None, largest: str | None, timing_cache: Path | None, device: int
+    smallest: str | None, best: str | None, largest: str | None, timing_cache: Path | None, tf32: bool, device: int
 ) -> "EngineConfig":
     """What was asked for, if it can be built here: known before minutes of work."""
     from d2zero_export.engine import EngineConfig, Shape, require_tensorrt
 
     low, middle, high = (Shape.parse(text) if text else None for text in (smallest, best, largest))
-    config = EngineConfig(low, middle, high, timing_cache, device=device)
+    config = EngineConfig(low, middle, high, timing_cache, tf32=tf32, device=device)
     require_tensorrt(device)
     return config
 
@@ -201,9 +214,10 @@ def _build(
         reference = segmenter_of(load_model(checkpoint))
     else:
         reference = open_exported(onnx_file)
-    parity = raw_parity(reference, open_exported(output))
+    built = open_exported(output)
+    parity = raw_parity(reference, built)
     _show_parity(parity)
-    limits = LIMITS[sidecar.contract.precision]
+    limits = LIMITS[built.precision]
     failures = parity.failures(replace(limits, logits=max_logits) if max_logits is not None else limits)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)

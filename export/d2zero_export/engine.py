@@ -10,6 +10,7 @@ import shlex
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def build_engine(
     stage("read")
     contract, vocabulary = read_contract(onnx_path)
     inputs = graph_inputs(onnx_path)
+    config = replace(config, tf32=config.tf32 or contract.tf32)
     profile = profile_for(config, contract, inputs)
     content = without_default_embeddings(onnx_path)
     stage("parse")
@@ -122,6 +124,7 @@ def trtexec_command(onnx_path: Path, output: Path, config: EngineConfig | None =
     """
     config = config or EngineConfig()
     contract, _ = read_contract(onnx_path)
+    config = replace(config, tf32=config.tf32 or contract.tf32)
     inputs = graph_inputs(onnx_path)
     profile = profile_for(config, contract, inputs)
     source, first = onnx_path, ""

@@ -29,7 +29,7 @@ class EngineConfig:
         workspace_gb: most scratch memory that a layer may use, in GiB; all of the GPU's if left out.
         optimization_level: 0 (fast to build) to 5 (long search); TensorRT's own choice, 3, if left out.
         tf32: let float32 products be rounded to ten bits. TensorRT does so by default, here it is off: a
-            float32 model stays float32.
+            float32 model stays float32, unless its file allows it.
         device: CUDA's number of the GPU.
     """
 

@@ -58,6 +58,8 @@ class ExportConfig:
         batch: the one number of images that the graph takes; any if left out.
         bake: make the class embeddings constants: a little faster, and the classes cannot be changed.
         verify: run the file and compare it with the checkpoint.
+        tf32: let GPUs round the factors of float32 matmuls and convolutions to ten bits; recorded, and judged by limits
+            of its own.
         max_logits: largest difference of class and mask logits that passes; by precision if left out.
         calibration: of int8: a folder of photos, as the model will see them, for the ranges of activations.
         calibration_images: at most so many of them.
@@ -69,6 +71,7 @@ class ExportConfig:
     batch: int | None = None
     bake: bool = False
     verify: bool = True
+    tf32: bool = False
     max_logits: float | None = None
     calibration: Path | None = None
     calibration_images: int = 32
@@ -187,11 +190,13 @@ def trace(
         model: prepared: of the precision, form of deformable attention and device that the graph shall have.
         config: fixed sizes and baked classes.
         device: of the model.
-        fused: attention as torch's one operator (`InferenceGraph`).
+        fused: for what torch itself compiles (`InferenceGraph`); images come in channels-last.
     """
     generator = torch.Generator().manual_seed(0)
     height, width = config.size or (96, 128)
     inputs = [torch.randn(config.batch or 2, 3, height, width, generator=generator)]
+    if fused:
+        inputs = [inputs[0].contiguous(memory_format=torch.channels_last)]
     sides = {} if config.size else {2: 32 * Dim("h32", min=1, max=256), 3: 32 * Dim("w32", min=1, max=256)}
     batch = {} if config.batch else {0: Dim("batch", min=1, max=1024)}
     shapes: list[dict[int, Any]] = [{**batch, **sides}]
@@ -270,6 +275,7 @@ def contract_for(model: D2Zero, config: ExportConfig, checkpoint_hash: str) -> M
         deform_attn=config.deform_attn,
         batch=config.batch,
         baked=config.bake,
+        tf32=config.tf32,
         opset=OPSET,
         checkpoint=checkpoint_hash,
         tools={
@@ -297,9 +303,10 @@ def verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity:
     Raises:
         D2ZeroError: it is another model.
     """
-    limits = LIMITS[config.precision]
+    exported = open_exported(candidate)
+    limits = LIMITS[exported.precision]
     if config.max_logits is not None:
         limits = replace(limits, logits=config.max_logits)
-    parity = raw_parity(segmenter_of(model), open_exported(candidate))
+    parity = raw_parity(segmenter_of(model), exported)
     parity.require(limits)
     return parity

@@ -1,8 +1,8 @@
 """Checkpoint → `.pt2`, a network compiled by torch's AOTInductor: for machines that have torch, CPUs and GPUs.
 
 The stages are those of ONNX, with another end: precision, trace, compile, package, verify. The same traced graph is
-compiled for one kind of device, the machine's own. On a GPU, deformable attention is our Triton kernel and attention
-is torch's fused one.
+compiled for one kind of device, the machine's own. On a GPU, deformable attention and masked attention are our Triton
+kernels; all other attention is torch's fused one, and feature maps are channels-last from the input on.
 """
 
 import os
@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 
 from d2zero.model import D2Zero
-from d2zero.model.deformable import best_form
+from d2zero.model.deformable import DeformableForm, best_form
+from d2zero.model.deformable_attention import DeformableAttention
 from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verified
 from d2zero_export.parity import RawParity
 from d2zero_export.precision import lowered
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.pt2_file import Pt2Description
+from d2zero_runtime.torch_math import float32_math
 
 DEVICES = ("cpu", "cuda")
 HEADERS = ("triton/backends/nvidia/include", "nvidia/cu13/include/cccl")  # of CUDA, beside torch
-TRITON_OPERATOR = "d2zero::deformable_attention"  # named in pyproject.toml's entry points
+TRITON_OPERATORS = ("d2zero::deformable_attention", "d2zero::masked_attention")  # pyproject.toml's entry points
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,15 @@ def export_pt2(
     name = form.__name__.removesuffix("_form")
     contract = replace(contract_for(model, config.export, checkpoint_hash), deform_attn=name)
     stage("precision")
-    prepared = lowered(model, config.export.precision).to(config.device)
-    prepared.set_deformable(form)
-    if config.device == "cuda":
-        prepared.backbone.to(memory_format=torch.channels_last)
+    prepared = _prepared(model, config, form)
     stage("trace")
     program = trace(prepared, config.export, config.device, fused=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         candidate = Path(folder) / output.name
         stage("compile")
-        _compile(program, candidate)
+        with float32_math(torch, config.export.tf32):
+            _compile(program, candidate)
         stage("package")
         description = Pt2Description(
             contract=contract,
@@ -98,7 +98,8 @@ def export_pt2(
             device=config.device,
             hardware=hardware(config.device),
             torch=torch.__version__,
-            operators=(TRITON_OPERATOR,) if name == "triton" else (),
+            operators=TRITON_OPERATORS if name == "triton" else (),
+            channels_last=True,
         )
         description.add_to(candidate)
         parity = None
@@ -107,6 +108,15 @@ def export_pt2(
             parity = verified(model, candidate, config.export)
         candidate.replace(output)
     return parity
+
+
+def _prepared(model: D2Zero, config: Pt2Config, form: DeformableForm) -> D2Zero:
+    prepared = lowered(model, config.export.precision).to(config.device)
+    prepared.set_deformable(form)
+    for module in prepared.modules():
+        if isinstance(module, DeformableAttention):
+            module.merge_projections()
+    return prepared.to(memory_format=torch.channels_last)
 
 
 def hardware(device: str) -> str:

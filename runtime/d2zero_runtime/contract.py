@@ -15,7 +15,7 @@ from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
-_LATER = frozenset({"calibration"})  # added within version 1: files from before lack them, and need none
+_LATER = frozenset({"calibration", "tf32"})  # added within version 1: files from before lack them, and need none
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 
 
@@ -38,6 +38,7 @@ class ModelContract:
         calibration: of a quantized graph: how many images, and the method.
         batch: images a run, if the graph was made for one number only.
         baked: whether the class embeddings are constants of the graph, not an input.
+        tf32: whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
         opset: of ONNX.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: versions of what made the file.
@@ -58,6 +59,7 @@ class ModelContract:
     calibration: dict[str, Any] = field(default_factory=dict)
     batch: int | None = None
     baked: bool = False
+    tf32: bool = False
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)
@@ -99,6 +101,11 @@ class ModelContract:
         return cls(
             **{**{name: values[name] for name in names if name in values}, **flags, "preprocessing": preprocessing}
         )
+
+    @property
+    def precision_on_gpu(self) -> str:
+        """What a GPU computes in: `tf32` where a float32 model allows it."""
+        return "tf32" if self.tf32 and self.precision == "float32" else self.precision
 
     def vocabulary(self, embeddings: NDArray[np.float32]) -> Vocabulary:
         """The default vocabulary, with the embeddings that the file holds."""

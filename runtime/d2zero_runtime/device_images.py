@@ -64,22 +64,25 @@ class PixelBatch:
             self, pixels_BHW3=np.concatenate([self.pixels_BHW3, nothing]), sizes=(*self.sizes, *[(0, 0)] * more)
         )
 
-    def normalised_on(self, device: Any, torch: Any) -> Any:
+    def normalised_on(self, device: Any, torch: Any, channels_last: bool = False) -> Any:
         """The network's input, a (B, 3, H, W) float32 tensor on a GPU.
 
         Args:
-            device: of torch.
-            torch: the module.
+            device: A torch device.
+            torch: The module.
+            channels_last: Its memory format, which is the pixels' own; contiguous otherwise.
         """
         mean, std = _scale(self.preprocessing, device, torch.tensor)
         pixels = torch.empty(self.pixels_BHW3.shape, dtype=torch.uint8, pin_memory=True)
         pixels.numpy()[...] = self.pixels_BHW3
-        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
         images = images.sub_(mean).div_(std)
         for image, (height, width) in zip(images, self.sizes, strict=True):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
-        return images
+            if height < image.shape[1]:
+                image[:, height:] = 0
+            if width < image.shape[2]:
+                image[:, :, width:] = 0
+        return images if channels_last else images.contiguous()
 
 
 @lru_cache(maxsize=8)

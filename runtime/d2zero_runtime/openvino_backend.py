@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.backend import Backend
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.onnx_file import read_contract, without_default_embeddings
@@ -28,7 +29,7 @@ def computes_in_bfloat16(core: Any) -> bool:
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     """A network compiled by OpenVINO for the CPU.
 
     Args:
@@ -73,7 +74,7 @@ class OpenVinoBackend:
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run the network; see `d2zero_runtime.segmenter.Backend`."""
+        """Run the network; see `d2zero_runtime.backend.Backend`."""
         feed = {"images": images_B3HW}
         if self._default is not None:
             feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD

@@ -9,8 +9,8 @@ Letters: B batch, K classes, D text width, H and W the padded input's sides.
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.backend import Backend
 from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.pt2_file import Pt2Description
+from d2zero_runtime.torch_math import float32_math
 
 MAX_SHAPES = 8  # graphs kept
 OPERATORS = "d2zero.operators"  # entry points: modules that bring operators outside torch
@@ -29,15 +31,15 @@ OPERATORS = "d2zero.operators"  # entry points: modules that bring operators out
 Network = Callable[..., Any]  # (images, embeddings) -> class logits, mask logits; all tensors
 
 
-class Pt2Backend:
+class Pt2Backend(Backend):
     """A compiled network on the device that it was compiled for.
 
     Args:
-        path: the archive.
-        description: of the archive.
+        path: The archive.
+        description: The archive's description.
         device: CUDA's number of the GPU, where it was compiled for one.
-        cuda_graphs: replay a captured graph from a shape's second run on.
-        threads: of a CPU; torch's choice if left out.
+        cuda_graphs: Replay a captured graph from a shape's second run on.
+        threads: CPU threads; torch's choice if left out.
 
     Raises:
         D2ZeroError: torch or the GPU is absent, or the archive is not for them.
@@ -58,12 +60,15 @@ class Pt2Backend:
         if threads:
             torch.set_num_threads(threads)
         _load_operators(description.operators, torch)
-        network = _loaded(path, torch, device if on_gpu else -1)
-        self._network = GraphedNetwork(network, torch) if on_gpu and cuda_graphs else network
-        self._baked, self._default = description.contract.baked, description.embeddings
+        self._contract, self._default = description.contract, description.embeddings
+        self._channels_last = description.channels_last
+        self.precision = self._contract.precision_on_gpu if on_gpu else self._contract.precision
         self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
         self._lock = threading.Lock()
-        self._on_device = torch.cuda.device(self._device) if on_gpu else nullcontext()
+        with self._ready():
+            network = _loaded(path, torch, device if on_gpu else -1)
+        static = bool(self._contract.preprocessing.canvas and self._contract.batch)
+        self._network = GraphedNetwork(network, torch, search=static) if on_gpu and cuda_graphs else network
         where = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
         self.name = (
             f"torch {torch.__version__}, AOTInductor ({where}{', CUDA graphs' if on_gpu and cuda_graphs else ''})"
@@ -72,16 +77,46 @@ class Pt2Backend:
     def run(
         self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], Any]:
-        """Run the network; see `d2zero_runtime.segmenter.Backend`. On a GPU, mask logits stay there."""
+        """Run the network; see `Backend`. On a GPU, mask logits stay there."""
+        with self._ready():
+            class_logits, mask_logits = self._network(*self._moved(images_B3HW, embeddings_KD))
+            masks = DeviceLogits(mask_logits) if mask_logits.is_cuda else mask_logits.numpy()
+            return class_logits.cpu().numpy(), masks
+
+    def resident(
+        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
+    ) -> Callable[[], None]:
+        """See `Backend`."""
+        with self._ready():
+            arguments = self._moved(images_B3HW, embeddings_KD)
+
+        def run_once() -> None:
+            with self._ready():
+                self._network(*arguments)
+                if self.takes_pixels:
+                    self._torch.cuda.synchronize(self._device)
+
+        return run_once
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """One thread at a time, on the right device, with the float32 math that the contract says."""
+        on_device = self._torch.cuda.device(self._device) if self.takes_pixels else nullcontext()
+        with self._lock, self._torch.inference_mode(), on_device, float32_math(self._torch, self._contract.tf32):
+            yield
+
+    def _moved(
+        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
+    ) -> tuple[Any, ...]:
+        """The network's arguments, on its device."""
         torch = self._torch
-        with self._lock, torch.inference_mode(), self._on_device:
-            if isinstance(images_B3HW, PixelBatch):
-                images = images_B3HW.normalised_on(self._device, torch)
-            else:
-                images = torch.from_numpy(np.ascontiguousarray(images_B3HW)).to(self._device)
-            arguments = (images,) if self._baked else (images, self._uploaded(embeddings_KD))
-            class_logits, mask_logits = self._network(*arguments)
-            return class_logits.cpu().numpy(), DeviceLogits(mask_logits) if images.is_cuda else mask_logits.numpy()
+        if isinstance(images_B3HW, PixelBatch):
+            images = images_B3HW.normalised_on(self._device, torch, self._channels_last)
+        else:
+            images = torch.from_numpy(np.ascontiguousarray(images_B3HW)).to(self._device)
+            if self._channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+        return (images,) if self._contract.baked else (images, self._uploaded(embeddings_KD))
 
     def _uploaded(self, embeddings_KD: NDArray[np.float32] | None) -> Any:
         wanted = self._default if embeddings_KD is None else embeddings_KD
@@ -96,39 +131,57 @@ class GraphedNetwork:
     Padding to a few common shapes is no way to have fewer graphs: position embeddings and attention see the padding.
 
     Args:
-        network: takes and returns tensors on the GPU; launches the same work whenever shapes are the same.
-        torch: the module.
+        network: Takes and returns tensors on the GPU; launches the same work whenever shapes are the same.
+        torch: The module.
+        search: Let cuDNN time its convolution kernels before a capture: about a second per shape, so for static shapes.
     """
 
-    def __init__(self, network: Network, torch: Any) -> None:
-        self._network, self._torch = network, torch
-        self._seen: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()  # None: run once, or not capturable
+    def __init__(self, network: Network, torch: Any, search: bool = False) -> None:
+        self._network, self._torch, self._search = network, torch, search
+        self._seen: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()  # None: run once
         # One memory for all graphs: they replay one after the other, and results are copied out.
         self._pool_and_stream: tuple[Any, Any] | None = None
-        self._failed: set[tuple[Any, ...]] = set()
+        self._capturing = True
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run the network on inputs of any shape; results are the caller's to keep."""
         shape = tuple(tuple(entry.shape) for entry in inputs)
-        if shape not in self._seen or shape in self._failed:  # the first run is the warm-up that capturing needs
-            self._seen[shape] = None
-            self._forget()
-            return tuple(self._network(*inputs))
+        first = shape not in self._seen  # the warm-up that capturing needs
+        self._seen.setdefault(shape, None)
         self._seen.move_to_end(shape)
+        self._forget()
+        if self._seen[shape] is None and self._capturing and not first:
+            self._seen[shape] = self._captured(inputs)
         graph = self._seen[shape]
-        if graph is None:
-            graph = self._seen[shape] = self._captured(shape, inputs)
         return tuple(self._network(*inputs)) if graph is None else graph(*inputs)
 
-    def _captured(self, shape: tuple[Any, ...], inputs: tuple[Any, ...]) -> "_Graph | None":
+    def _captured(self, inputs: tuple[Any, ...]) -> "_Graph | None":
+        """A graph; or None with a warning, and none is captured from there on."""
+        cuda = self._torch.cuda
+        before = cuda.current_stream()
         try:
-            cuda = self._torch.cuda
-            self._pool_and_stream = self._pool_and_stream or (cuda.graph_pool_handle(), cuda.Stream())
-            return _Graph(self._network, inputs, self._torch, *self._pool_and_stream)
+            with self._chosen_convolutions(inputs):
+                self._pool_and_stream = self._pool_and_stream or (cuda.graph_pool_handle(), cuda.Stream())
+                return _Graph(self._network, inputs, self._torch, *self._pool_and_stream)
         except RuntimeError as error:
-            self._failed.add(shape)
+            cuda.set_stream(before)  # torch leaves the capture's own stream in place when ending it fails
+            self._capturing = False
             warnings.warn(f"no CUDA graph could be captured, running without: {error}", stacklevel=3)
             return None
+
+    @contextmanager
+    def _chosen_convolutions(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+        """A search by cuDNN in a run before the capture; the capture then finds what it chose."""
+        if not self._search:
+            yield
+            return
+        cudnn = self._torch.backends.cudnn
+        before, cudnn.benchmark = cudnn.benchmark, True
+        try:
+            self._network(*inputs)
+            yield
+        finally:
+            cudnn.benchmark = before
 
     def _forget(self) -> None:
         while len(self._seen) > MAX_SHAPES:
@@ -149,7 +202,7 @@ class _Graph:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         self._graph.replay()
-        return tuple(output.clone() for output in self._outputs)  # the next replay writes them anew
+        return tuple(output.clone() for output in self._outputs)  # the next replay overwrites them
 
 
 def _torch() -> Any:

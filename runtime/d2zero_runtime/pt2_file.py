@@ -34,6 +34,7 @@ class Pt2Description:
         hardware: name of the GPU or instruction set that it was compiled for.
         torch: version that compiled it, which is the one that runs it.
         operators: names of operators outside torch that it calls.
+        channels_last: whether its images are channels-last in memory.
         version: of the description.
     """
 
@@ -43,6 +44,7 @@ class Pt2Description:
     hardware: str
     torch: str
     operators: tuple[str, ...] = ()
+    channels_last: bool = False  # files from before lack it
     version: int = DESCRIPTION_VERSION
 
     @property
@@ -59,6 +61,7 @@ class Pt2Description:
                 "hardware": self.hardware,
                 "torch": self.torch,
                 "operators": list(self.operators),
+                "channels_last": self.channels_last,
                 "contract": json.loads(self.contract.to_json()),
                 "embeddings": embeddings_to_json(self.embeddings),
             }
@@ -82,6 +85,7 @@ class Pt2Description:
                 contract=ModelContract.from_json(json.dumps(values["contract"]), where),
                 embeddings=embeddings_from_json(values["embeddings"]),
                 operators=tuple(values["operators"]),
+                channels_last=bool(values.get("channels_last", False)),
                 device=str(values["device"]),
                 hardware=str(values["hardware"]),
                 torch=str(values["torch"]),

@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from d2zero_runtime.backend import Backend, Input, Raw
 from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.device_images import PixelBatch
@@ -41,22 +42,7 @@ READERS = min(4, os.cpu_count() or 1)  # images that are decoded and resized at 
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
-Input = NDArray[np.float32] | PixelBatch  # images, (B, 3, H, W)
-Raw = tuple[NDArray[np.float32], Any]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), array or DeviceLogits
 OnError = Callable[[ImageLike, D2ZeroError], None]
-
-
-class Backend(Protocol):
-    """What runs a network.
-
-    One that has `takes_pixels` set is given images as a `PixelBatch`, and normalises them where it runs.
-    """
-
-    name: str
-    """What it is and where it runs, for people."""
-
-    def run(self, images_B3HW: Any, embeddings_KD: NDArray[np.float32] | None) -> Raw:
-        """Run the network on normalised, padded images; with its own class embeddings if none are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +168,7 @@ class Segmenter:
     @property
     def precision(self) -> str:
         """What the network computes in: as its file says, unless the backend lowers it."""
-        return str(getattr(self.backend, "precision", self.contract.precision))
+        return str(getattr(self.backend, "precision", None) or self.contract.precision)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -11,13 +11,15 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.backend import Backend
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.cuda_memory import Memory, Tensor
 from d2zero_runtime.errors import D2ZeroError
@@ -31,7 +33,7 @@ MAX_SHAPES = 8  # contexts and graphs kept, of the shapes used last
 _VERSION_NUMBERS = 4  # of TensorRT's version; plans are read by exactly the version that wrote them
 
 
-class TensorrtBackend:
+class TensorrtBackend(Backend):
     """An engine on one GPU. Calls from several threads take turns.
 
     Args:
@@ -60,6 +62,7 @@ class TensorrtBackend:
         self._uploaded: NDArray[np.float32] | None = None  # the embeddings that the GPU holds
         self._lock = threading.Lock()
         version = ".".join(str(number) for number in numbers(self._environment.version)[:2])
+        self.precision = replace(sidecar.contract, tf32=sidecar.tf32).precision_on_gpu
         self.name = f"tensorrt {version} on {self._environment.gpu.name}"
 
     @property
@@ -96,6 +99,21 @@ class TensorrtBackend:
             outputs = [self._download(name, prepared.shapes[name]) for name in OUTPUTS]
             self._call("cudaStreamSynchronize", self._stream)
             return outputs[0].copy(), outputs[1].copy()  # the pinned memory is used again
+
+    def resident(
+        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
+    ) -> Callable[[], None]:
+        """See `Backend`; until the next `run`, which has the same memory for its inputs."""
+        self.run(images_B3HW, embeddings_KD)
+        shape = self._shape(images_B3HW, self._sidecar.embeddings if embeddings_KD is None else embeddings_KD)
+
+        def run_once() -> None:
+            with self._lock:
+                self._environment.select()
+                self._launch(self._prepare(shape))
+                self._call("cudaStreamSynchronize", self._stream)
+
+        return run_once
 
     def close(self) -> None:
         """Give all memory back. Closing twice does nothing."""

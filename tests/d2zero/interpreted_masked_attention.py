@@ -106,7 +106,7 @@ def test_wrong_arguments() -> None:
         (queries, keys[:, :0], values[:, :0], logits[..., :0], heads),
         (queries, keys, values, logits, 3),
     ):
-        with pytest.raises(D2ZeroError, match="masked_attention takes|do not fit"):
+        with pytest.raises(D2ZeroError, match=r"masked_attention takes|do not fit"):
             masked_attention(*wrong)
 
 

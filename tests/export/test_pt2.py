@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +199,14 @@ class FakeCuda:
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.cuda, self.captured = fails, self, 0
+        self.backends = SimpleNamespace(cudnn=SimpleNamespace(benchmark=False))
+        self.stream = "the caller's"
+
+    def current_stream(self) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
 
     def synchronize(self) -> None: ...
 
@@ -214,11 +224,13 @@ class FakeCuda:
         return self
 
     def __enter__(self) -> None:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        self.stream = "a stream"
         self.captured += 1
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        if self.fails:  # as torch.cuda.graph does where ending the capture fails: the stream stays
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream = "the caller's"
 
     def replay(self) -> None: ...
 
@@ -244,9 +256,30 @@ def test_results_of_a_graph_are_not_overwritten_by_its_next_run() -> None:
     assert first.tolist() == [5.0, 5.0]
 
 
-def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once() -> None:
-    network = GraphedNetwork(lambda entry: (entry + 1,), FakeCuda(fails=True))
+def test_what_cannot_be_captured_runs_without_graphs_on_the_callers_stream() -> None:
+    fake = FakeCuda()
+    network = GraphedNetwork(lambda entry: (entry + 1,), fake)
+    for _ in range(2):
+        network(torch.zeros(3))
+    fake.fails = True
     network(torch.zeros(2))
     with pytest.warns(UserWarning, match="no CUDA graph could be captured"):
+        assert network(torch.zeros(2))[0].tolist() == [1.0, 1.0]
+    assert fake.stream == "the caller's"
+    captured = fake.captured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (2, 4, 4):
+            assert network(torch.zeros(size))[0].tolist() == [1.0] * size
+    assert fake.captured == captured
+    assert network._seen[((3,),)] is not None  # what was captured before is still replayed
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_cudnn_searches_before_a_static_shape_is_captured(search: bool) -> None:
+    fake, seen = FakeCuda(), []
+    network = GraphedNetwork(lambda entry: seen.append(fake.backends.cudnn.benchmark) or (entry,), fake, search)
+    for _ in range(3):
         network(torch.zeros(2))
-    assert network(torch.zeros(2))[0].tolist() == [1.0, 1.0]
+    assert seen == ([False, True, True] if search else [False, False])
+    assert fake.backends.cudnn.benchmark is False
