@@ -4,6 +4,8 @@ Neither is a dependency. Both may be installed without the libraries or the driv
 shows only when they are imported or called.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -104,6 +106,29 @@ def require_tensorrt(device: int = 0) -> Environment:
     return environment
 
 
+def driver_problem(cuda_major: int = 0) -> str:
+    """Why no GPU can be used through this machine's NVIDIA driver; empty if none was found, and on other than Linux.
+
+    Args:
+        cuda_major: The major version of CUDA that the driver must support.
+    """
+    if sys.platform != "linux":
+        return ""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "the NVIDIA driver is missing: libcuda.so.1 cannot be loaded"
+    status, text, version = driver.cuInit(0), ctypes.c_char_p(), ctypes.c_int()
+    if status != 0:
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        return f"the NVIDIA driver finds no GPU that it can use: {(text.value or b'unknown error').decode()} ({status})"
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    major, minor = version.value // 1000, version.value % 1000 // 10  # 12040 is CUDA 12.4
+    if major < cuda_major:
+        return f"the NVIDIA driver is too old: it supports CUDA {major}.{minor}, CUDA {cuda_major} is needed; update it"
+    return ""
+
+
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: `10.14.1.48.post1` gives (10, 14, 1, 48)."""
     found = []
@@ -141,9 +166,11 @@ def _gpu(runtime: Any, device: int) -> Gpu:
     try:
         error, count = runtime.cudaGetDeviceCount()
     except Exception as failure:  # the bindings raise where the driver's library is absent
-        raise D2ZeroError(f"no NVIDIA GPU can be used here ({failure}); {_DRIVER}") from failure
+        raise D2ZeroError(f"no NVIDIA GPU can be used here ({driver_problem() or failure}); {_DRIVER}") from failure
     if error != runtime.cudaError_t.cudaSuccess:
-        raise D2ZeroError(f"no NVIDIA GPU can be used here ({_text(runtime.cudaGetErrorName(error)[1])}); {_DRIVER}")
+        # CUDA's name for a missing driver is that of one that is too old.
+        reason = driver_problem() or _text(runtime.cudaGetErrorName(error)[1])
+        raise D2ZeroError(f"no NVIDIA GPU can be used here ({reason}); {_DRIVER}")
     if not 0 <= device < count:
         raise D2ZeroError(f"there is no GPU {device}: this machine has {count}, numbered from 0; {_EVERYWHERE}")
     properties = Cuda(runtime)(runtime.cudaGetDeviceProperties, device)

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, require_startable
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
@@ -29,23 +30,27 @@ class OnnxBackend:
         threads: threads inside an operator; ONNX Runtime's choice if left out.
 
     Raises:
-        D2ZeroError: onnxruntime is not installed, a provider is not available, or the file cannot be run.
+        D2ZeroError: onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
+            the GPU are missing, or the file cannot be run.
     """
 
     def __init__(self, path: Path, providers: Sequence[Provider] = ("cpu",), threads: int | None = None) -> None:
         onnxruntime = _onnxruntime()
         chosen = [_named(entry) for entry in providers]
-        _require_available(onnxruntime, [name for name, _ in chosen])
+        names = [name for name, _ in chosen]
+        _require_available(onnxruntime, names)
+        require_startable(onnxruntime, names)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # it keeps a plan of memory for every size it has seen
         if threads:
             options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+            # Without `enable_fallback=0` a provider that fails is reported on standard output, and the CPU computes.
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
         except Exception as error:  # onnxruntime has its own exceptions
             raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
-        _require_chosen([name for name, _ in chosen], self.session.get_providers())
+        _require_chosen(names, self.session.get_providers())
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
         on_gpu = first != _PROVIDERS["cpu"]
@@ -107,15 +112,13 @@ def _require_available(onnxruntime: Any, names: Sequence[str]) -> None:
             f"{listed(missing)} not available; this onnxruntime has {listed(available)}."
             " For NVIDIA GPUs install 'd2zero[gpu]' instead of 'd2zero[cpu]' (never both)"
         )
-    if names[0] != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
 
 
 def _require_chosen(wanted: Sequence[str], running: Sequence[str]) -> None:
-    """ONNX Runtime leaves a provider out, with a line in its log, when its libraries cannot be loaded."""
+    """ONNX Runtime leaves out a provider that it cannot start, with a line in its log."""
     lost = [name for name in wanted if name not in running]
     if lost:
         raise D2ZeroError(
-            f"onnxruntime could not start {listed(lost)} (are its CUDA, cuDNN or TensorRT libraries installed, and is"
-            f" there a GPU?); only {listed(running)} would run"
+            f"onnxruntime could not start {listed(lost)}, only {listed(running)} would run; its own lines on standard"
+            " error say why"
         )
