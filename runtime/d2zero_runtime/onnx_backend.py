@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, require_startable
+from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
@@ -28,17 +28,24 @@ class OnnxBackend:
         providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each alone or
             with its options: `("cuda", {"device_id": 1})`.
         threads: threads inside an operator; ONNX Runtime's choice if left out.
+        tf32: Whether a GPU may round float32 matmuls and convolutions to TF32, as ONNX Runtime's GPU providers do by
+            default. An explicit `use_tf32` among the options of `cuda` has precedence. `tensorrt` has no such option:
+            for it, `NVIDIA_TF32_OVERRIDE=0` is set in the environment of the process unless the variable is there.
 
     Raises:
         D2ZeroError: onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
             the GPU are missing, or the file cannot be run.
     """
 
-    def __init__(self, path: Path, providers: Sequence[Provider] = ("cpu",), threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, providers: Sequence[Provider] = ("cpu",), threads: int | None = None, tf32: bool = False
+    ) -> None:
         onnxruntime = _onnxruntime()
         chosen = [_named(entry) for entry in providers]
         names = [name for name, _ in chosen]
         _require_available(onnxruntime, names)
+        if not tf32:
+            chosen = forbid_tf32(chosen)
         require_startable(onnxruntime, names)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

@@ -8,10 +8,11 @@ it and what to install: a library, the NVIDIA driver, or the GPU. Libraries are 
 import contextlib
 import ctypes
 import io
+import os
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ _HINT = (
     "an NVIDIA GPU with its driver is needed (`nvidia-smi` shows both; a container must be given the GPU); the provider"
     " cpu runs everywhere"
 )
+
+
+def forbid_tf32(providers: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Switch TF32 off, before any library of CUDA is loaded.
+
+    Args:
+        providers: ONNX Runtime's names with their options. `use_tf32` of the CUDA provider is kept if it is there.
+
+    Returns:
+        The providers with the options that they need. The TensorRT provider has none (microsoft/onnxruntime#26029):
+        the environment of the process, which NVIDIA's libraries read, is changed for it instead.
+    """
+    chosen = list(providers)
+    if any(name == TENSORRT for name, _ in chosen):
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    return [(name, {"use_tf32": 0, **options} if name == CUDA else options) for name, options in chosen]
 
 
 def require_startable(onnxruntime: Any, names: Sequence[str]) -> None:

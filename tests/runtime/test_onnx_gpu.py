@@ -1,9 +1,10 @@
-"""ONNX Runtime's GPU providers: what is missing is named before a session is made.
+"""ONNX Runtime's GPU providers: what is missing is named before a session is made, and float32 stays float32.
 
 There is no GPU here: `onnxruntime`, the dynamic linker and the driver are recorders.
 """
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 
 from d2zero_runtime import D2ZeroError, onnx_gpu
 from d2zero_runtime.gpu import require_tensorrt
-from d2zero_runtime.onnx_backend import OnnxBackend
+from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, needed_libraries
 
 CPU = "CPUExecutionProvider"
+OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 NEEDED = {  # of onnxruntime-gpu 1.31
     "libonnxruntime_providers_cuda.so": ["libcublasLt.so.13", "libcudart.so.13", "libcuda.so.1"],
     "libonnxruntime_providers_tensorrt.so": ["libcublas.so.13", "libnvinfer.so.10", "libnvonnxparser.so.10"],
@@ -76,6 +78,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setitem(sys.modules, "onnxruntime", machine.onnxruntime)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr(ctypes, "CDLL", machine.load)
+    monkeypatch.setenv(OVERRIDE, "")  # so that it is as it was after the test
+    monkeypatch.delenv(OVERRIDE)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(onnx_gpu, "needed_libraries", lambda path: NEEDED[path.name])
     return machine
@@ -115,6 +119,34 @@ def test_a_provider_that_fails_anyway_is_an_error_and_cpus_need_nothing(machine:
     machine.events.clear()
     OnnxBackend(Path("m.onnx"), ["cpu"])
     assert not machine.events
+
+
+@pytest.mark.parametrize(
+    ("providers", "tf32", "passed", "override"),
+    [
+        (["cpu"], False, [(CPU, {})], None),
+        (["cuda"], False, [(CUDA, {"use_tf32": 0})], None),
+        ([("cuda", {"device_id": 1}), "cpu"], False, [(CUDA, {"use_tf32": 0, "device_id": 1}), (CPU, {})], None),
+        ([("cuda", {"use_tf32": 1})], False, [(CUDA, {"use_tf32": 1})], None),
+        (["cuda"], True, [(CUDA, {})], None),
+        (["tensorrt", "cuda"], False, [(TENSORRT, {}), (CUDA, {"use_tf32": 0})], b"0"),
+        (["tensorrt", "cuda"], True, [(TENSORRT, {}), (CUDA, {})], None),
+    ],
+)
+def test_tf32_is_off_unless_it_is_allowed(
+    machine: Machine, providers: list[Provider], tf32: bool, passed: list[Any], override: bytes | None
+) -> None:
+    OnnxBackend(Path("m.onnx"), providers, tf32=tf32)
+    assert machine.sessions == [(passed, {"enable_fallback": 0})]  # with the fallback, a failure is only printed
+    getenv = ctypes.PyDLL(None).getenv  # what libraries see
+    getenv.restype = ctypes.c_char_p
+    assert getenv(OVERRIDE.encode()) == override
+
+
+def test_the_environment_of_the_user_is_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OVERRIDE, "1")
+    OnnxBackend(Path("m.onnx"), ["tensorrt"])
+    assert os.environ[OVERRIDE] == "1"
 
 
 @pytest.mark.skipif(not shutil.which("gcc") or sys.platform != "linux", reason="needs gcc, for a library")
