@@ -22,10 +22,9 @@ from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference
 from d2zero_export.plugin import with_body
 from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.onnx_backend import OnnxBackend
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.profile import Shape
-from d2zero_runtime.segmenter import RawOutput
+from d2zero_runtime.segmenter import RawOutput, onnx_backend
 from d2zero_runtime.tensorrt_backend import TensorrtBackend
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
@@ -101,7 +100,8 @@ def open_exported(path: Path, providers: Sequence[str] | None = None) -> Segment
     with TemporaryDirectory() as folder:
         runnable = Path(folder) / path.name
         onnx.save(with_body(onnx.load(path)), runnable)
-        return Segmenter(OnnxBackend(runnable, providers or ("cpu",)), *read_contract(path))
+        contract, vocabulary = read_contract(path)
+        return Segmenter(onnx_backend(runnable, contract, providers or ("cpu",)), contract, vocabulary)
 
 
 def attention_flipped(model: D2Zero, exported: Path) -> float:

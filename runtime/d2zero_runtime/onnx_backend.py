@@ -4,13 +4,14 @@ Inputs and outputs are bound to the device that computes: class embeddings are u
 and nothing is copied that does not have to be. What was asked for is what runs, or an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.backend import Backend
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
@@ -20,7 +21,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
-class OnnxBackend:
+class OnnxBackend(Backend):
     """A network in an ONNX Runtime session.
 
     Args:
@@ -60,8 +61,8 @@ class OnnxBackend:
         _require_chosen(names, self.session.get_providers())
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
-        on_gpu = first != _PROVIDERS["cpu"]
-        self._device = ("cuda", int(settings.get("device_id", 0))) if on_gpu else ("cpu", 0)
+        self.on_gpu = first != _PROVIDERS["cpu"]
+        self._device = ("cuda", int(settings.get("device_id", 0))) if self.on_gpu else ("cpu", 0)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
 
@@ -77,15 +78,32 @@ class OnnxBackend:
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
         """
+        binding = self._bound(images_B3HW, embeddings_KD)
+        self.session.run_with_iobinding(binding)
+        class_logits, mask_logits = binding.copy_outputs_to_cpu()
+        return class_logits, mask_logits
+
+    def resident(
+        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
+    ) -> Callable[[], None]:
+        """See `Backend`."""
+        binding = self._bound(images_B3HW, embeddings_KD)
+
+        def run_once() -> None:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run_once
+
+    def _bound(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Any:
+        """Inputs and outputs on the device that computes."""
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("images", self._value(images_B3HW, *self._device))
         if embeddings_KD is not None:
             binding.bind_ortvalue_input(EMBEDDINGS_INPUT, self._uploaded(embeddings_KD))
         for name in _OUTPUTS:
             binding.bind_output(name, *self._device)
-        self.session.run_with_iobinding(binding)
-        class_logits, mask_logits = binding.copy_outputs_to_cpu()
-        return class_logits, mask_logits
+        return binding
 
     def _uploaded(self, embeddings_KD: NDArray[np.float32]) -> Any:
         if self._embeddings is None or self._embeddings[0] is not embeddings_KD:

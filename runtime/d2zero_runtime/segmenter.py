@@ -141,7 +141,17 @@ def _load_onnx(path: Path, providers: Provider | Sequence[Provider], threads: in
         if len(names) > 1:
             raise D2ZeroError(f"openvino runs a model alone, got the providers {', '.join(names)}")
         return Segmenter(OpenVinoBackend(path, OPENVINO[names[0]], threads), contract, vocabulary)
-    return Segmenter(OnnxBackend(path, chosen, threads), contract, vocabulary)
+    return Segmenter(onnx_backend(path, contract, chosen, threads), contract, vocabulary)
+
+
+def onnx_backend(
+    path: Path, contract: ModelContract, providers: Sequence[Provider], threads: int | None = None
+) -> OnnxBackend:
+    """ONNX Runtime for a file, with the float32 math that its contract says; see `load`."""
+    backend = OnnxBackend(path, providers, threads, contract.tf32)
+    if backend.on_gpu:
+        backend.precision = contract.precision_on_gpu
+    return backend
 
 
 class Segmenter:
