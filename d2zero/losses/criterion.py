@@ -1,12 +1,15 @@
 """The training loss: the same three terms at every head, after matching queries to targets.
 
+All random numbers are drawn first, so that the heads can be matched together, with one wait for the device.
 Normalised over all processes together, so that a batch cut into processes has the loss of the whole
 (gradients being averaged over processes).
 
-Letters: B batch, Q queries, S seen and U unseen classes, T targets of the whole batch.
+Letters: B batch, Q queries, S seen and U unseen classes, M matched queries of the whole batch, P points.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,12 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2zero.losses.config import LossConfig
-from d2zero.losses.matcher import Targets, match
+from d2zero.losses.matcher import Targets, assign, matching_costs
 from d2zero.losses.points import Generators, draw_points, sample, sample_chosen, uncertain_points
-from d2zero.losses.unseen import draw_pseudo_labels, log_similarity
+from d2zero.losses.unseen import draw_pseudo_labels, draw_uniform, log_similarity
 from d2zero.model.d2zero import HeadOutput
 
 Losses = dict[str, Tensor]
+Pairs = Sequence[tuple[Tensor, Tensor]]  # of each image: queries, and the targets that they are matched to
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one head, uniform in 0..1. M counts the pairs: min(Q, T) in each image."""
+
+    matching_BP2: Tensor  # points at which masks are compared to match them
+    candidates_MC2: Tensor  # points of the mask losses to choose the uncertain ones from
+    uniform_MR2: Tensor  # the other points of the mask losses
+    pseudo_MU: Tensor | None  # for the pseudo labels of the unseen-constrained loss
 
 
 class Criterion:
@@ -54,42 +68,71 @@ class Criterion:
         device = heads[0].mask_logits.device
         num_masks = _mean_over_processes(torch.tensor(float(sum(len(t.labels) for t in targets)), device=device))
         masks = [target.masks.float() for target in targets]  # once: every head samples them
+        heads = [heads[-1], *heads[:-1]]
+        num_pairs = [min(heads[0].class_logits.shape[1], len(target.labels)) for target in targets]
+        draws = deque(self._draw(num_pairs, device, generators) for _ in heads)
         losses: Losses = {}
         with torch.autocast(device.type, enabled=False):
-            for index, head in enumerate([heads[-1], *heads[:-1]]):
+            pairs = self._match(heads, targets, masks, [drawn.matching_BP2 for drawn in draws])
+            for index, head in enumerate(heads):
                 suffix = f"_{index - 1}" if index else ""
-                terms = self._head_losses(head, targets, masks, num_masks.clamp(min=1), generators)
+                drawn = draws.popleft()  # so that it is freed: the candidates of all heads are large
+                terms = self._head_losses(head, targets, masks, pairs[index], num_masks.clamp(min=1), drawn)
                 losses |= {f"{name}{suffix}": value for name, value in terms.items()}
         return losses
+
+    def _draw(self, num_pairs: Sequence[int], device: torch.device, generators: Generators) -> Draws:
+        config = self.config
+        important = int(config.num_points * config.importance_ratio)
+        matching = draw_points([1] * len(num_pairs), config.num_points, device, generators)
+        candidates = draw_points(num_pairs, int(config.num_points * config.oversample_ratio), device, generators)
+        uniform = draw_points(num_pairs, config.num_points - important, device, generators)
+        table = self.log_similarity_SU
+        pseudo = None if table is None else draw_uniform(num_pairs, table.shape[1], device, generators)
+        return Draws(matching, candidates, uniform, pseudo)
+
+    @torch.no_grad()
+    def _match(
+        self,
+        heads: Sequence[HeadOutput],
+        targets: Sequence[Targets],
+        masks: Sequence[Tensor],
+        points: Sequence[Tensor],
+    ) -> list[Pairs]:
+        """The pairs of each head."""
+        labels = [target.labels for target in targets]
+        costs: list[Tensor] = []
+        for head, points_BP2 in zip(heads, points, strict=True):
+            costs += matching_costs(self._seen_logits(head), head.mask_logits, labels, masks, points_BP2, self.config)
+        pairs, images = assign(costs), len(targets)
+        return [pairs[start : start + images] for start in range(0, len(pairs), images)]
+
+    def _seen_logits(self, head: HeadOutput) -> Tensor:
+        """Class logits (B, Q, S + 1) without those of unseen classes."""
+        class_logits = head.class_logits.float()
+        return torch.cat([class_logits[..., : self.num_seen], class_logits[..., -1:]], dim=-1)
 
     def _head_losses(
         self,
         head: HeadOutput,
         targets: Sequence[Targets],
         masks: Sequence[Tensor],
+        pairs: Pairs,
         num_masks: Tensor,
-        generators: Generators,
+        draws: Draws,
     ) -> Losses:
         config = self.config
-        class_logits, mask_logits = head.class_logits.float(), head.mask_logits.float()
-        background = class_logits[..., -1:]
-        seen_logits_BQS = torch.cat([class_logits[..., : self.num_seen], background], dim=-1)
-        points_BP2 = draw_points([1] * len(targets), config.num_points, mask_logits.device, generators)
-        labels = [target.labels for target in targets]
-        pairs = match(seen_logits_BQS, mask_logits, labels, masks, points_BP2, config)
-        losses = {"loss_ce": config.class_weight * self._class_loss(seen_logits_BQS, targets, pairs)}
-        mask_loss, dice_loss = self._mask_losses(mask_logits, masks, pairs, num_masks, generators)
+        losses = {"loss_ce": config.class_weight * self._class_loss(self._seen_logits(head), targets, pairs)}
+        mask_loss, dice_loss = self._mask_losses(head.mask_logits.float(), masks, pairs, num_masks, draws)
         losses["loss_mask"] = config.mask_weight * mask_loss
         losses["loss_dice"] = config.dice_weight * dice_loss
-        if self.log_similarity_SU is not None:
-            unseen_logits_BQU = class_logits[..., self.num_seen : -1]
-            loss = self._unseen_loss(unseen_logits_BQU, targets, pairs, num_masks, generators)
+        if draws.pseudo_MU is not None:
+            unseen_logits_BQU = head.class_logits[..., self.num_seen : -1].float()
+            loss = self._unseen_loss(unseen_logits_BQU, targets, pairs, num_masks, draws.pseudo_MU)
             losses["loss_unseen"] = config.unseen_weight * loss
         return losses
 
-    def _class_loss(
-        self, logits_BQS: Tensor, targets: Sequence[Targets], pairs: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def _class_loss(self, logits_BQS: Tensor, targets: Sequence[Targets], pairs: Pairs) -> Tensor:
         labels_BQ = torch.full(logits_BQS.shape[:2], self.num_seen, device=logits_BQS.device)
         for image, (queries, chosen) in enumerate(pairs):
             labels_BQ[image, queries] = targets[image].labels[chosen]
@@ -99,52 +142,38 @@ class Criterion:
         return total / _mean_over_processes(weight[labels_BQ].sum())
 
     def _mask_losses(
-        self,
-        mask_logits_BQhw: Tensor,
-        masks: Sequence[Tensor],
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        num_masks: Tensor,
-        generators: Generators,
+        self, mask_logits_BQhw: Tensor, masks: Sequence[Tensor], pairs: Pairs, num_masks: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
-        config = self.config
-        counts = [len(queries) for queries, _ in pairs]
-        queries_T = torch.cat([queries for queries, _ in pairs])
-        images_T = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts)).to(queries_T.device)
+        queries_M = torch.cat([queries for queries, _ in pairs])
+        images_M = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
         # One look-up for the batch: of one an image, each would fill a gradient of the whole batch's size.
-        predicted_Thw = mask_logits_BQhw[images_T, queries_T]
-        if not len(predicted_Thw):
+        predicted_Mhw = mask_logits_BQhw[images_M, queries_M]
+        if not len(predicted_Mhw):
             nothing = 0 * mask_logits_BQhw.sum()
             return nothing, nothing
-        points_TP2 = uncertain_points(
-            predicted_Thw, counts, config.num_points, config.oversample_ratio, config.importance_ratio, generators
-        )
+        counts = [len(queries) for queries, _ in pairs]
+        points_MP2 = uncertain_points(predicted_Mhw, draws.candidates_MC2, draws.uniform_MR2, self.config.num_points)
         with torch.no_grad():
-            truth_TP = torch.cat(
+            truth_MP = torch.cat(
                 [
                     sample_chosen(mask_THW, chosen, points)
-                    for mask_THW, (_, chosen), points in zip(masks, pairs, points_TP2.split(counts), strict=True)
+                    for mask_THW, (_, chosen), points in zip(masks, pairs, points_MP2.split(counts), strict=True)
                 ]
             )
-        logits_TP = sample(predicted_Thw, points_TP2)
-        bce_T = F.binary_cross_entropy_with_logits(logits_TP, truth_TP, reduction="none").mean(1)
-        probability_TP = logits_TP.sigmoid()
-        overlap_T = 2 * (probability_TP * truth_TP).sum(1)
-        dice_T = 1 - (overlap_T + 1) / (probability_TP.sum(1) + truth_TP.sum(1) + 1)
-        return bce_T.sum() / num_masks, dice_T.sum() / num_masks
+        logits_MP = sample(predicted_Mhw, points_MP2)
+        bce_M = F.binary_cross_entropy_with_logits(logits_MP, truth_MP, reduction="none").mean(1)
+        probability_MP = logits_MP.sigmoid()
+        overlap_M = 2 * (probability_MP * truth_MP).sum(1)
+        dice_M = 1 - (overlap_M + 1) / (probability_MP.sum(1) + truth_MP.sum(1) + 1)
+        return bce_M.sum() / num_masks, dice_M.sum() / num_masks
 
     def _unseen_loss(
-        self,
-        logits_BQU: Tensor,
-        targets: Sequence[Targets],
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        num_masks: Tensor,
-        generators: Generators,
+        self, logits_BQU: Tensor, targets: Sequence[Targets], pairs: Pairs, num_masks: Tensor, uniform_MU: Tensor
     ) -> Tensor:
         assert self.log_similarity_SU is not None
         logits_MU = torch.cat([logits_BQU[image, queries] for image, (queries, _) in enumerate(pairs)])
-        labels = [t.labels[chosen] for t, (_, chosen) in zip(targets, pairs, strict=True)]
-        similarity = self.log_similarity_SU.to(logits_MU.device)
-        pseudo_M = draw_pseudo_labels(similarity, labels, generators)
+        labels_M = torch.cat([target.labels[chosen] for target, (_, chosen) in zip(targets, pairs, strict=True)])
+        pseudo_M = draw_pseudo_labels(self.log_similarity_SU.to(logits_MU.device), labels_M, uniform_MU)
         return F.cross_entropy(logits_MU, pseudo_M, reduction="sum") / num_masks
 
 

@@ -38,17 +38,15 @@ class Targets:
 
 
 @torch.no_grad()
-def match(
+def matching_costs(
     class_logits_BQK: Tensor,
     mask_logits_BQhw: Tensor,
     labels: Sequence[Tensor],
     masks: Sequence[Tensor],
     points_BP2: Tensor,
     config: LossConfig,
-) -> list[tuple[Tensor, Tensor]]:
-    """The assignments of least cost: class probability, point cross-entropy and dice.
-
-    The costs of all images travel to the host together: one wait for the device instead of one an image.
+) -> list[Tensor]:
+    """What pairing each query with each target would cost: class probability, point cross-entropy and dice.
 
     Args:
         class_logits_BQK: (B, Q, K + 1), the background last.
@@ -59,7 +57,7 @@ def match(
         config: the cost's weights.
 
     Returns:
-        For each image queries and targets, int64, min(Q, T) each; pair i is (queries[i], targets[i]).
+        For each image (Q, T), on the logits' device.
     """
     probabilities_BQK = class_logits_BQK.float().softmax(-1)
     logits_BQP = sample_shared(mask_logits_BQhw.float(), points_BP2)
@@ -71,13 +69,24 @@ def match(
             + config.mask_weight * _bce_cost(logits_BQP[image], truth_TP)
             + config.dice_weight * _dice_cost(logits_BQP[image], truth_TP)
         )
+    return costs
+
+
+def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The assignment of least total cost for each (Q, T) matrix; neither Q nor T need be the same in all.
+
+    All matrices travel to the host together, and all assignments back: one wait for the device.
+
+    Returns:
+        For each matrix queries and targets, int64, min(Q, T) each; pair i is (queries[i], targets[i]).
+    """
     on_host = torch.cat([cost_QT.flatten() for cost_QT in costs]).nan_to_num(1e6, 1e6, -1e6).cpu()
     parts = on_host.split([cost_QT.numel() for cost_QT in costs])
     pairs = [
         np.stack(linear_sum_assignment(part.view(cost_QT.shape).numpy()))
         for part, cost_QT in zip(parts, costs, strict=True)
     ]
-    joined = torch.from_numpy(np.concatenate(pairs, axis=1)).to(mask_logits_BQhw.device)
+    joined = torch.from_numpy(np.concatenate(pairs, axis=1)).to(costs[0].device)
     found = joined.split([pair.shape[1] for pair in pairs], dim=1)
     return [(pair[0], pair[1]) for pair in found]
 

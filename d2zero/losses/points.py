@@ -52,19 +52,16 @@ def sample_shared(masks_BThw: Tensor, points_BP2: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uncertain_points(
-    mask_logits_Thw: Tensor,
-    counts: Sequence[int],
-    points: int,
-    oversample_ratio: float,
-    importance_ratio: float,
-    generators: Generators,
-) -> Tensor:
-    """Points (T, P, 2), most of them where the sampled logit is nearest to zero, the rest uniform."""
-    device = mask_logits_Thw.device
-    candidates = draw_points(counts, int(points * oversample_ratio), device, generators)
-    uncertainty = -sample(mask_logits_Thw, candidates).abs()
-    important = int(points * importance_ratio)
-    chosen = uncertainty.topk(important, dim=1).indices
-    picked = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
-    return torch.cat([picked, draw_points(counts, points - important, device, generators)], dim=1)
+def uncertain_points(mask_logits_Thw: Tensor, candidates_TC2: Tensor, uniform_TR2: Tensor, points: int) -> Tensor:
+    """Points (T, P, 2): the candidates where the sampled logit is nearest to zero, then the R uniform ones.
+
+    Args:
+        mask_logits_Thw: (T, h, w).
+        candidates_TC2: to choose P - R from.
+        uniform_TR2: taken as they are.
+        points: P.
+    """
+    uncertainty = -sample(mask_logits_Thw, candidates_TC2).abs()
+    chosen = uncertainty.topk(points - uniform_TR2.shape[1], dim=1).indices
+    picked = candidates_TC2.gather(1, chosen[..., None].expand(-1, -1, 2))
+    return torch.cat([picked, uniform_TR2], dim=1)

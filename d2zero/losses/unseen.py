@@ -7,6 +7,8 @@ classes alone is added. Neither the temperature nor the weight is published.
 Letters: S seen and U unseen classes, D text width, M matched queries.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,19 +22,24 @@ def log_similarity(seen_SD: Tensor, unseen_UD: Tensor, temperature: float) -> Te
     return (cosine / temperature).log_softmax(-1)
 
 
-def draw_pseudo_labels(log_similarity_SU: Tensor, labels: list[Tensor], generators: Generators) -> Tensor:
+def draw_uniform(counts: Sequence[int], classes: int, device: torch.device, generators: Generators) -> Tensor:
+    """Uniform numbers (sum(counts), classes), each image's rows a draw of their own."""
+    sources = [None] * len(counts) if generators is None else generators
+    return torch.cat(
+        [
+            torch.rand(count, classes, device=device, generator=generator)
+            for count, generator in zip(counts, sources, strict=True)
+        ]
+    )
+
+
+def draw_pseudo_labels(log_similarity_SU: Tensor, labels_M: Tensor, uniform_MU: Tensor) -> Tensor:
     """One unseen class (M,) for each matched query, by the Gumbel-max trick.
 
     Args:
         log_similarity_SU: of `log_similarity`.
-        labels: seen labels of the matched queries, an image each.
-        generators: an image each.
+        labels_M: seen labels of the matched queries.
+        uniform_MU: of `draw_uniform`.
     """
-    drawn = []
-    for image, label in enumerate(labels):
-        generator = generators[image] if generators is not None else None
-        scores = log_similarity_SU[label]
-        uniform = torch.rand(scores.shape, device=scores.device, generator=generator)
-        gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
-        drawn.append((scores + gumbel).argmax(-1))
-    return torch.cat(drawn)
+    gumbel_MU = -(-uniform_MU.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+    return (log_similarity_SU[labels_M] + gumbel_MU).argmax(-1)

@@ -10,7 +10,10 @@ import torch
 from pretended_gpu import PretendedGpu, pretend
 
 from d2zero.inference import segmenter_of
-from d2zero.model import D2Zero, deformable
+from d2zero.losses.config import LossConfig
+from d2zero.losses.criterion import Criterion
+from d2zero.losses.matcher import Targets
+from d2zero.model import D2Zero, HeadOutput, deformable
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.distributed import Processes
 from d2zero.training.step import TrainingStep
@@ -99,6 +102,22 @@ def test_training_takes_the_same_steps(small_model: D2Zero, pretended_gpu: Prete
         found = [theirs(step, batch)[0]["loss"].item() for step in range(2)]
     assert all(parameter.pretended for parameter in small_model.parameters())
     np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "float32" else 0.1)
+
+
+def test_all_heads_are_matched_in_one_transfer(pretended_gpu: PretendedGpu) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    with pretended_gpu:
+        there = torch.device("cuda", 0)
+        heads = [
+            HeadOutput(torch.randn(2, 6, 6, generator=drawn).to(there), torch.randn(2, 6, 16, 16).to(there))
+            for _ in range(10)
+        ]
+        targets = [Targets(torch.arange(count), torch.ones(count, 64, 64) > 0).to(there) for count in (2, 0)]
+        criterion = Criterion(LossConfig(num_points=64), torch.eye(5).to(there))
+        pretended_gpu.uploads.clear(), pretended_gpu.downloads.clear()
+        losses = criterion(heads, targets)
+    assert len(losses) == 30
+    assert pretended_gpu.downloads == {"cpu": 1} and pretended_gpu.uploads == {"tensor": 1, "to": 1}
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses(pretended_gpu: PretendedGpu) -> None:
