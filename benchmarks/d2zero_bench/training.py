@@ -1,8 +1,9 @@
 """`python -m d2zero_bench.training`: the training step's variants side by side, and data loading alone.
 
 First every variant takes a step from the same weights on the same batch with the same seed: its losses and the
-gradient's norms must be the published form's, or it is not timed. Convolutions of float32 are exact while that is
-compared. Then the variants take a step each, round by round, in a new order each round. There is no dropout: its
+gradient's norms must be the published form's, or it is not timed. float32 is exact, convolutions too, except in
+variants with the part tf32 (torch 1.9, which the published code was written for, used TF32 wherever a GPU had it).
+Then the variants take a step each, round by round, in a new order each round. There is no dropout: its
 random numbers are others in compiled code.
 
 Without options: on a GPU the published model at 960x960, with the largest power of two of images that the
@@ -33,7 +34,6 @@ from d2zero_bench.training_steps import (
     Variant,
     drawn_batch,
     drawn_model,
-    exact_convolutions,
     largest_batch,
     variant_config,
 )
@@ -61,7 +61,6 @@ class Plan:
         classes: seen ones.
         rounds: of all variants.
         warmup: steps of each before the first round, after the one that is compared.
-        tf32: let float32 matrix products of all variants use it, as torch did when the published code was written.
         loading: measure it.
         loaded_size: sides of the images then.
         data: a COCO folder to load from; drawn images without it.
@@ -77,7 +76,6 @@ class Plan:
     classes: int = 48
     rounds: int = 5
     warmup: int = 1
-    tf32: bool = False
     loading: bool = True
     loaded_size: int = LOADED_SIZE
     data: Path | None = None
@@ -89,7 +87,6 @@ def measure(plan: Plan, report: TrainingReport) -> None:
     """Fill a report; what was found so far is in it at any moment."""
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
-    torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
     keep_freed_memory()  # as training does
     if plan.variants:
         model = drawn_model(plan.config, plan.classes)
@@ -152,13 +149,12 @@ class _Steps:
         result = Result(name, str(variant.step.precision or torch.float32).removeprefix("torch."))
         self.report.results.append(result)
         self.results[name] = result
-        with exact_convolutions():
-            result.first_step = variant.first_step(self.batch)
+        result.first_step = variant.first_step(self.batch)
         if name != PUBLISHED:
             base = self.results[PUBLISHED].first_step
             if base is None:
                 raise D2ZeroError(f"there is nothing to compare it with: {self.report.notes[PUBLISHED]}")
-            limits = LOW_PRECISION if variant.low_precision or self.plan.tf32 else EXACT
+            limits = LOW_PRECISION if variant.low_precision else EXACT
             result.equality = compare(result.first_step, base, limits)
             if result.equality.failures:
                 raise D2ZeroError("not the published step, not timed: " + "; ".join(result.equality.failures))
@@ -219,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--variants", help="with commas; published, model, or parts: kernel, amp, compiled, kernel+amp, …")
+    add("--variants", help="with commas; published, model, or parts: kernel, amp, tf32, compiled, kernel+amp, …")
     add("--preset", default="coco-48-17", choices=tuple(PRESETS), help="the run whose step is measured")
     add("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as of d2zero train")
     add("--device", default="auto", help="auto, cpu or cuda:N")
@@ -231,7 +227,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, help="each variant takes a step in each")
     add("--warmup", type=int, default=1, help="steps of each variant before the first round")
     add("--seed", type=int, default=0, help="of weights, images and orders")
-    add("--tf32", action="store_true", help="in the float32 matrix products of all variants, as torch 1.9 did")
     add("--only", choices=("steps", "loading"), help="one of the two")
     add("--data", type=Path, help="a COCO folder to load from; drawn images without it")
     add("--workers", default=WORKERS, help="processes that load, with commas; 0 is always measured")
@@ -267,7 +262,6 @@ def _plan(given: argparse.Namespace) -> Plan:
         classes=given.classes,
         rounds=given.rounds,
         warmup=given.warmup,
-        tf32=given.tf32,
         loading=given.only != "steps",
         loaded_size=given.size or LOADED_SIZE,
         data=given.data,
@@ -289,7 +283,6 @@ def _settings(plan: Plan) -> dict[str, object]:
         "rounds": plan.rounds,
         "warm-up steps": plan.warmup,
         "seed": config.seed,
-        "TF32 in matrix products": plan.tf32,
         "loaded size": plan.loaded_size if plan.loading else None,
         "loaded from": None if not plan.loading else "drawn images" if plan.data is None else plan.data.name,
         "training": config_to_dict(config),

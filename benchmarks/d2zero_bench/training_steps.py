@@ -6,8 +6,7 @@ part, name the settings that it changes in `PARTS_OF_VARIANTS`. Nothing here tak
 Letters: B batch, T instances, H and W the image's sides.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -30,7 +29,7 @@ from d2zero_bench.report import Sample
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 PUBLISHED = "published"
-PLAIN: dict[str, Any] = {"precision": "float32", "deformable": "grid_sample", "compile": False}
+PLAIN: dict[str, Any] = {"precision": "float32", "deformable": "grid_sample", "compile": False, "tf32": False}
 BASES: dict[str, dict[str, Any]] = {
     PUBLISHED: PLAIN | {"channels_last": False},  # and `published_sampling`
     "model": {},  # as `d2zero train` runs it on this device
@@ -38,6 +37,7 @@ BASES: dict[str, dict[str, Any]] = {
 PARTS_OF_VARIANTS: dict[str, dict[str, Any]] = {
     "kernel": {"deformable": "triton"},
     "amp": {"precision": "bfloat16"},
+    "tf32": {"tf32": True},
     "compiled": {"compile": True},
 }
 UNSCALED_TRIES = 20  # of a float16 scaler, halving each time, to find a scale whose gradients are finite
@@ -94,7 +94,7 @@ class Variant:
     @property
     def low_precision(self) -> bool:
         """Whether some of it is computed in less than float32."""
-        return self.step.precision is not None
+        return self.step.precision is not None or self.step.config.tf32
 
     def first_step(self, batch: Batch) -> FirstStep:
         """Take the first step, and keep what it found."""
@@ -173,17 +173,6 @@ class Clock:
             return [1000 * (end - start) for start, end in pairs]
         torch.cuda.synchronize(self._device)
         return [float(start.elapsed_time(end)) for start, end in pairs]
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Without TF32, which cuDNN uses by default: memory layouts would differ by its rounding."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def gradient_norms(model: D2Zero, scale: float) -> dict[str, float]:

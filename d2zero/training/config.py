@@ -57,6 +57,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     seed: int = 0
     precision: str = "auto"  # float16 on a GPU, float32 on a CPU
+    tf32: bool = False  # TF32 in float32 convolutions and matmuls on a GPU, e.g. of the float32 pixel decoder
     channels_last: bool = True
     deformable: str = "auto"  # form of deformable attention: the Triton kernel on a GPU, grid_sample on a CPU
     compile: bool = False  # torch.compile of the network: minutes at the start, then faster steps

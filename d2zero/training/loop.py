@@ -22,6 +22,7 @@ from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
 from d2zero.training.loader import training_loader
 from d2zero.training.memory import keep_freed_memory
+from d2zero.training.optim import load_optimizer
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError
@@ -95,6 +96,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "scale_watch": self.training_step.scale_watch.state_dict(),
             "inputs": self._inputs(),
             "bad_files": self.bad_files,
             "pending": self.record.pending,
@@ -111,7 +113,8 @@ class Run:
             D2ZeroError: it is absent, damaged, or of a run with other settings.
         """
         state = read_state(self.output)
-        ours, theirs = config_to_dict(self.config), {"compile": False, **json.loads(state["config"])}
+        ours = config_to_dict(self.config)
+        theirs = {"compile": False, "tf32": False, **json.loads(state["config"])}
         differing = _differences(ours, theirs)
         if differing:
             raise D2ZeroError(
@@ -125,8 +128,11 @@ class Run:
                     " folder"
                 )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # a device without float16 leaves it empty
+            self.scaler.load_state_dict(state["scaler"])
+        watched = state.get("scale_watch") or {"scale": self.scaler.get_scale(), "skipped": 0}
+        self.training_step.scale_watch.load_state_dict(watched)
         self.step = state["step"]
         self.bad_files = state["bad_files"]
         self.record.rewind(self.step, state["pending"])

@@ -1,19 +1,23 @@
-"""The optimiser's parameter groups and the learning rate as a function of the step."""
+"""The optimiser's parameter groups, the learning rate as a function of the step, and the scale of gradients."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from d2zero.model import D2Zero
 from d2zero.training.config import OptimConfig
+from d2zero_runtime import D2ZeroError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+LEAST_SCALE = 2**-4  # twenty halvings of the scale to begin with, 65 536
+MOST_SKIPPED = 20  # steps in a row
 _EMBEDDINGS = ("query_features", "query_positions", "level_embedding")
 
 
 def build_optimizer(model: D2Zero, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; the backbone learns slower, norms and embeddings have no weight decay."""
+    """AdamW, fused on a GPU; the backbone learns slower, norms and embeddings have no weight decay."""
     undecayed = {
         id(parameter)
         for module in model.modules()
@@ -37,7 +41,17 @@ def build_optimizer(model: D2Zero, config: OptimConfig) -> torch.optim.AdamW:
             for (in_backbone, decays), parameters in sorted(groups.items())
         ],
         lr=config.lr,
+        fused=True if next(model.parameters()).is_cuda else None,
     )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up a state saved on any device; whether steps are fused remains as the optimiser was built."""
+    groups = [
+        {**saved, "fused": own["fused"]}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -55,3 +69,49 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to `factor` times its own."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+class ScaleWatch:
+    """Stops a run whose float16 gradients overflow whatever they are scaled by.
+
+    A scaler skips a step whose gradients are not finite and halves its scale, so a step was skipped if the scale
+    has fallen since.
+
+    Args:
+        scaler: whose scale is watched; one that is not enabled has none.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+        self.scale = scaler.get_scale()
+        self.skipped = 0  # steps in a row
+
+    def check(self, step: int) -> None:
+        """Look at what became of the last step.
+
+        It reads the scale from the device: call it where the device has just been waited for.
+
+        Args:
+            step: how many were done.
+
+        Raises:
+            D2ZeroError: the scale has collapsed, or too many steps in a row were skipped.
+        """
+        if not self.scaler.is_enabled():
+            return
+        before, self.scale = self.scale, self.scaler.get_scale()
+        self.skipped = self.skipped + 1 if self.scale < before else 0
+        if self.scale < LEAST_SCALE or self.skipped >= MOST_SKIPPED:
+            raise D2ZeroError(
+                f"float16 gradients overflow at step {step} (steps skipped in a row: {self.skipped}, gradient scale:"
+                f" {self.scale:g}). Begin a new run with precision=bfloat16 or float32, or with a lower optim.lr, and"
+                " look at the images"
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {"scale": self.scale, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.scale, self.skipped = state["scale"], int(state["skipped"])

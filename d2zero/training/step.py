@@ -4,8 +4,8 @@ The loop (`d2zero.training.loop`) and the benchmark (`d2zero_bench.training`) ru
 come from, and what becomes of a step's losses, is left to them.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,10 @@ from d2zero.model.deformable import DeformableForm
 from d2zero.model.deformable_triton import FORMS
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
-from d2zero.training.optim import build_optimizer, lr_factor, set_lr
+from d2zero.training.optim import ScaleWatch, build_optimizer, lr_factor, set_lr
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.torch_math import float32_math
 
 PARTS = ("forward", "backward", "optimiser")  # what a step consists of, in order; forward has the losses in it
 
@@ -48,6 +49,7 @@ class TrainingStep:
         model.set_deformable(form_named(config.deformable))
         self.optimizer = build_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.scale_watch = ScaleWatch(self.scaler)
         vocabulary = model.vocabulary
         embeddings = torch.from_numpy(vocabulary.embeddings).to(device)
         seen = torch.from_numpy(vocabulary.seen).to(device)
@@ -86,13 +88,28 @@ class TrainingStep:
             The losses by name, of all processes together, their sum first as `loss`; and the gradient's norm.
 
         Raises:
-            D2ZeroError: the loss or the gradient is not finite.
+            D2ZeroError: the loss or the gradient is not finite; or, one step late, float16's gradients are not
+                whatever they are scaled by.
         """
+        with self._math():
+            return self._step(step, batch, finished)
+
+    @contextmanager
+    def _math(self) -> Iterator[None]:
+        """How a GPU is to compute a step, restored after it; compiled code is traced under it, too."""
+        if self.processes.device.type != "cuda":
+            yield
+            return
+        with float32_math(torch, self.config.tf32), without_cudnn_attention():
+            yield
+
+    def _step(self, step: int, batch: Batch, finished: Callable[[str], None]) -> tuple[dict[str, Tensor], Tensor]:
         torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + self.processes.rank)  # dropout
         set_lr(self.optimizer, lr_factor(step, self.config.steps, self.config.optim))
         losses = self._losses(batch)
         total = torch.stack(list(losses.values())).sum()
-        self._check_finite(total, losses, batch, step)
+        self._check_finite(total, losses, batch, step)  # waits for the device
+        self.scale_watch.check(step)
         finished("forward")
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
@@ -141,6 +158,21 @@ class TrainingStep:
             dist.all_reduce(values)
             values = values / self.processes.count
         return dict(zip(losses, values.unbind(), strict=True))
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Leave cuDNN out of `scaled_dot_product_attention`; restored after the block.
+
+    On Hopper it makes NaN gradients of masked attention where keys are 64 modulo 128 (pytorch#196678), and the
+    recipe's 960x960 images have 14 400.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def form_named(name: str) -> DeformableForm | None:

@@ -81,6 +81,8 @@ def test_variants_are_the_trainers_settings() -> None:
     assert variant_config("published+amp", config) == replace(plain, channels_last=False, precision="bfloat16")
     fastest = replace(plain, precision="bfloat16", deformable="triton", compile=True)
     assert variant_config("kernel+amp+compiled", config) == fastest
+    assert variant_config("published+tf32", config) == replace(plain, channels_last=False, tf32=True)
+    assert variant_config("published", replace(config, tf32=True)) == replace(plain, channels_last=False)
     for name in ("fast", "kernel+fast", "kernel+published", ""):
         with pytest.raises(D2ZeroError, match="parts joined by"):
             variant_config(name, config)

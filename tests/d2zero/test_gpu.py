@@ -16,6 +16,7 @@ from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable_triton import triton_form
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
+from d2zero.training.step import without_cudnn_attention
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_export.pt2_export import Pt2Config, export_pt2
 from d2zero_runtime import load
@@ -65,6 +66,18 @@ def test_training_in_every_precision(shapes_data: Path, tmp_path: Path, precisio
     start(with_settings(shapes(), settings), inputs, tmp_path / "run", device="cuda")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masked_attention_of_the_recipe_has_finite_gradients(dtype: torch.dtype) -> None:
+    queries, keys, values = (
+        torch.randn(2, 8, count, 32, device="cuda", dtype=dtype, requires_grad=True) for count in (100, 14_400, 14_400)
+    )
+    mask = torch.rand(2, 8, 100, 14_400, device="cuda") < 0.5
+    with without_cudnn_attention():
+        out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask)
+    out.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (queries, keys, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pretended_gpu import PretendedGpu, pretend
 
+from d2zero.data.training_set import Batch
 from d2zero.inference import segmenter_of
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
@@ -16,10 +17,11 @@ from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, HeadOutput, deformable
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.distributed import Processes
+from d2zero.training.optim import ScaleWatch
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
 from d2zero_bench.training_steps import drawn_batch
-from d2zero_runtime import device_images, device_masks
+from d2zero_runtime import D2ZeroError, device_images, device_masks
 from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.device_masks import DeviceLogits, Sizes
 from d2zero_runtime.images import Preprocessing
@@ -102,6 +104,50 @@ def test_training_takes_the_same_steps(small_model: D2Zero, pretended_gpu: Prete
         found = [theirs(step, batch)[0]["loss"].item() for step in range(2)]
     assert all(parameter.pretended for parameter in small_model.parameters())
     np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "float32" else 0.1)
+
+
+def training_step(model: D2Zero, *settings: str) -> tuple[TrainingStep, Batch]:
+    """On the device that is pretended, and a batch for it."""
+    settings = ("deformable=grid_sample", "batch_size=1", "augment.size=64", *settings)
+    config = with_settings(shapes(), list(settings))
+    batch = drawn_batch(config, classes=len(model.vocabulary.seen_names), instances=2, device=torch.device("cpu"))
+    return TrainingStep(config, model, Processes(0, 1, torch.device("cuda", 0))), batch
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_what_a_gpu_computes_with_is_decided_for_the_step(
+    small_model: D2Zero, pretended_gpu: PretendedGpu, tf32: bool
+) -> None:
+    def computing() -> tuple[bool, ...]:
+        backends = torch.backends
+        return backends.cuda.cudnn_sdp_enabled(), backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+    before, seen = computing(), []
+    assert before[0]
+    with pretended_gpu:
+        step, batch = training_step(small_model, "precision=float32", f"tf32={str(tf32).lower()}")
+        small_model.register_forward_pre_hook(lambda *_: seen.append(computing()))
+        small_model.decoder.query_features.register_hook(lambda _: seen.append(computing()))
+        step(0, batch, lambda part: seen.append(computing()))
+        assert computing() == before
+        with pytest.raises(D2ZeroError, match="not finite"):
+            step(1, replace(batch, images=torch.full_like(batch.images, float("nan"), dtype=torch.float32)))
+    assert len(seen) == 2 + 3 + 1 and set(seen) == {(False, tf32, tf32)}
+    assert computing() == before
+    assert all(group["fused"] for group in step.optimizer.param_groups)
+
+
+def test_a_collapsed_gradient_scale_stops_the_run_a_step_late(small_model: D2Zero, pretended_gpu: PretendedGpu) -> None:
+    with pretended_gpu:
+        step, batch = training_step(small_model, "precision=float16")
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 0.1})
+        step.scale_watch = ScaleWatch(step.scaler)
+        small_model.decoder.query_features.register_hook(lambda gradient: gradient * float("inf"))
+        weights = small_model.decoder.query_features.detach().clone()
+        step(0, batch)
+        with pytest.raises(D2ZeroError, match="overflow at step 1"):
+            step(1, batch)
+    assert torch.equal(weights, small_model.decoder.query_features)
 
 
 def test_all_heads_are_matched_in_one_transfer(pretended_gpu: PretendedGpu) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,11 @@ from d2zero.training.config import (
     with_settings,
 )
 from d2zero.training.loop import Run, read_state
-from d2zero.training.optim import build_optimizer, lr_factor
+from d2zero.training.optim import MOST_SKIPPED, ScaleWatch, build_optimizer, load_optimizer, lr_factor
 from d2zero.training.start import Inputs, start
-from d2zero.training.step import TrainingStep, form_named
+from d2zero.training.step import TrainingStep, form_named, without_cudnn_attention
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.torch_math import float32_math
 
 Command = Callable[..., Outcome]
 FAST = ["batch_size=4", "augment.size=64", "model.num_queries=6", "loss.num_points=64", "log_every=1"]
@@ -233,9 +235,108 @@ def test_a_run_from_before_these_settings_is_resumed(shapes_data: Path, tmp_path
     train(shapes_data, tmp_path / "run", "steps=1")
     state = read_state(tmp_path / "run")
     config = json.loads(state["config"])
-    del config["compile"], config["deformable"]
+    del config["compile"], config["deformable"], config["tf32"], state["scale_watch"]
+    assert not config_from_dict(config).tf32
     torch.save({**state, "config": json.dumps(config)}, tmp_path / "run/last.pt")
+    with pytest.raises(D2ZeroError, match="tf32: now True, then False"):
+        train(shapes_data, tmp_path / "run", "steps=1", "tf32=true", resume=True)
     train(shapes_data, tmp_path / "run", "steps=1", "deformable=gather", resume=True)
+
+
+def test_a_run_begun_without_float16_is_resumed_where_there_is(
+    shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `precision=auto` does when a run moves from a CPU to a GPU."""
+    train(shapes_data, tmp_path / "run", "steps=1")
+    assert read_state(tmp_path / "run")["scaler"] == {}
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+    train(shapes_data, tmp_path / "run", "steps=1", resume=True)
+    assert scaler.is_enabled() and scaler.get_scale() == 65536
+
+
+def scaled_step(scaler: torch.amp.GradScaler, parameter: torch.nn.Parameter, gradient: float) -> None:
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    optimizer.zero_grad()
+    scaler.scale(gradient * parameter.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_a_collapsed_gradient_scale_stops_the_run() -> None:
+    scaler, parameter = (
+        torch.amp.GradScaler("cpu", init_scale=0.25, growth_interval=1),
+        torch.nn.Parameter(torch.ones(1)),
+    )
+    watch = ScaleWatch(scaler)
+    for step, gradient in enumerate((float("inf"), 1.0, float("nan"), float("inf"))):
+        watch.check(step)
+        scaled_step(scaler, parameter, gradient)
+    watch.check(4)  # the scale is 1/16
+    scaled_step(scaler, parameter, float("inf"))
+    with pytest.raises(
+        D2ZeroError, match=r"at step 5 \(.* in a row: 3, gradient scale: 0\.03125\).*precision=bfloat16"
+    ):
+        watch.check(5)
+
+
+def test_steps_skipped_in_a_row_stop_the_run_across_a_resume() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    watch = ScaleWatch(scaler)
+    for step in range(MOST_SKIPPED):
+        watch.check(step)
+        if step == 5:
+            saved, seen = scaler.state_dict(), watch.state_dict()
+            scaler = torch.amp.GradScaler("cpu")
+            watch = ScaleWatch(scaler)
+            scaler.load_state_dict(saved)
+            watch.load_state_dict(seen)
+        scaled_step(scaler, parameter, float("inf"))
+    with pytest.raises(D2ZeroError, match=r"at step 20 \(steps skipped in a row: 20, gradient scale: 1024\)"):
+        watch.check(MOST_SKIPPED)
+
+
+def test_no_scale_is_watched_without_float16() -> None:
+    watch = ScaleWatch(torch.amp.GradScaler("cpu", enabled=False))
+    for step in range(2 * MOST_SKIPPED):
+        watch.check(step)
+
+
+@pytest.mark.parametrize("saved_fused", [None, True])
+@pytest.mark.parametrize("fused", [None, True])
+def test_the_optimiser_goes_on_from_any_device_as_it_was_built(saved_fused: bool | None, fused: bool | None) -> None:
+    """A GPU's is fused, a CPU's and those of before are not."""
+
+    def optimizer(fused: bool | None) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
+        parameter = torch.nn.Parameter(torch.ones(5))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.AdamW, number: int) -> None:
+        parameter.grad = torch.arange(5.0) - number
+        optimizer.step()
+
+    parameter, saved = optimizer(saved_fused)
+    step(parameter, saved, 1)
+    resumed, loaded = optimizer(fused)
+    load_optimizer(loaded, deepcopy(saved.state_dict()))
+    resumed.data.copy_(parameter.data)
+    for each in ((parameter, saved), (resumed, loaded)):
+        step(*each, 2)
+    assert loaded.param_groups[0]["fused"] is fused and saved.param_groups[0]["fused"] is saved_fused
+    assert loaded.state[resumed]["step"] == 2
+    torch.testing.assert_close(resumed, parameter)
+
+
+def test_attention_compiles_without_cudnns() -> None:
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    queries, keys = torch.randn(1, 3, 8), torch.randn(1, 64, 8)
+    expected = attention(queries, keys, keys, need_weights=False)[0]
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with float32_math(torch, True), without_cudnn_attention():
+        found = compiled(queries, keys, keys, need_weights=False)[0]
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_batch_is_pinned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

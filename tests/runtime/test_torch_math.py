@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from d2zero_runtime.torch_math import float32_math  # noqa: E402
+from d2zero_runtime.torch_math import float32_math
 
 BACKENDS = torch.backends
 STATES: dict[str, Callable[[], Any]] = {
