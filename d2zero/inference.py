@@ -1,6 +1,7 @@
 """A checkpoint's model behind the same door as an exported one: a `Segmenter` whose network runs in torch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class TorchBackend(Backend):
         return torch.from_numpy(images_B3HW).to(device), text
 
     def _network(self, images: Tensor, text: Tensor | None) -> HeadOutput:
-        with float32_math(torch, tf32=False):
+        with float32_math(torch, tf32=False) if images.is_cuda else nullcontext():
             heads: list[HeadOutput] = self.model(images, text, all_heads=self._all_heads)
             return heads[-1]
 

@@ -30,8 +30,13 @@ def embeddings(classes: int = CLASSES) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((classes, WIDTH)).astype(np.float32)
 
 
-def write_model(path: Path, baked: bool = False, images: tuple[object, ...] = ("batch", 3, "height", "width")) -> Path:
-    """Baked: the embeddings are an initializer and no input."""
+def write_model(
+    path: Path,
+    baked: bool = False,
+    images: tuple[object, ...] = ("batch", 3, "height", "width"),
+    **changes: object,
+) -> Path:
+    """Baked: the embeddings are an initializer and no input. `changes` are fields of the contract."""
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, images)]
     if not baked:
         inputs.append(helper.make_tensor_value_info(EMBEDDINGS_INPUT, TensorProto.FLOAT, ("classes", WIDTH)))
@@ -48,7 +53,9 @@ def write_model(path: Path, baked: bool = False, images: tuple[object, ...] = ("
         ],
         [numpy_helper.from_array(embeddings(), EMBEDDINGS_INPUT)],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract(baked=baked).to_json()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model.metadata_props.append(
+        onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract(baked=baked, **changes).to_json())
+    )
     onnx.save(model, path)
     return path

@@ -5,7 +5,7 @@ from d2zero_bench.report import CandidateInfo, Equality
 from d2zero_export.parity import LIMITS, difference
 from d2zero_runtime.backend import Raw
 
-_NARROWEST_FIRST = ("float32", "float16", "bfloat16", "int8")
+_NARROWEST_FIRST = ("float32", "tf32", "float16", "bfloat16", "int8")
 
 
 def compare(info: CandidateInfo, case: Case, theirs: Raw, ours: Raw, precision: str) -> Equality:

@@ -4,6 +4,7 @@ Letters: B batch, Q queries, K classes, D text width, H and W the padded input's
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ class D2Zero(nn.Module):
         self.eval()
         for size, members in self.preprocessing.groups(images):
             batch = self.preprocessing.batch([images[index] for index in members], size)
-            with float32_math(torch, tf32=False):
+            with float32_math(torch, tf32=False) if device.type == "cuda" else nullcontext():
                 out = self(torch.from_numpy(batch).to(device))[-1]
             missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
             padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)

@@ -100,7 +100,7 @@ class FusedAttention(nn.Module):
         mask_logits_BQN: Tensor | None = None,
     ) -> Tensor:
         """As of `MatmulAttention`, with keys (B, N, C)."""
-        if mask_logits_BQN is not None and queries_BQC.device.type == "cuda" and find_spec("triton"):
+        if mask_logits_BQN is not None and splits_keys(queries_BQC.device):
             attended = masked_attention(queries_BQC, keys_BNC, values_BNC, mask_logits_BQN, attention.num_heads)
         else:
             allowed = None if mask_logits_BQN is None else ~blocked(mask_logits_BQN)[:, None]
@@ -108,6 +108,11 @@ class FusedAttention(nn.Module):
             attended = F.scaled_dot_product_attention(asked, keys, values, allowed).transpose(1, 2).flatten(2)
         output: Tensor = attention.out_proj(attended)
         return output
+
+
+def splits_keys(device: torch.device) -> bool:
+    """Whether masked attention is our Triton operator on a device."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def blocked(mask_logits_BQN: Tensor) -> Tensor:

@@ -106,9 +106,10 @@ class OnnxBackend(Backend):
         return binding
 
     def _uploaded(self, embeddings_KD: NDArray[np.float32]) -> Any:
-        if self._embeddings is None or self._embeddings[0] is not embeddings_KD:
-            self._embeddings = embeddings_KD, self._value(embeddings_KD, *self._device)
-        return self._embeddings[1]
+        held = self._embeddings  # read once: another thread may replace it
+        if held is None or held[0] is not embeddings_KD:
+            held = self._embeddings = embeddings_KD, self._value(embeddings_KD, *self._device)
+        return held[1]
 
 
 def _onnxruntime() -> Any:

@@ -7,6 +7,7 @@ and say nothing, so it is refused there. Places to look at stay float32 (`openvi
 model's accuracy is for `d2zero verify` to say.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def computes_in_bfloat16(core: Any) -> bool:
 
 
 class OpenVinoBackend(Backend):
-    """A network compiled by OpenVINO for the CPU.
+    """A network compiled by OpenVINO for the CPU. Calls from several threads take turns.
 
     Args:
         path: the `.onnx` file.
@@ -66,7 +67,7 @@ class OpenVinoBackend(Backend):
             compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise D2ZeroError(f"openvino cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
-        self._request = compiled.create_infer_request()
+        self._request, self._lock = compiled.create_infer_request(), threading.Lock()
         self._default = None if contract.baked else vocabulary.embeddings
         self.precision = precision if contract.precision == "float32" else contract.precision
         self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {self.precision})"
@@ -78,6 +79,7 @@ class OpenVinoBackend(Backend):
         feed = {"images": images_B3HW}
         if self._default is not None:
             feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD
-        found = self._request.infer(feed)
-        class_logits, mask_logits = (np.array(found[name], np.float32) for name in _OUTPUTS)
+        with self._lock:  # until outputs are copied: the request's next run overwrites them (openvino#13519)
+            found = self._request.infer(feed)
+            class_logits, mask_logits = (np.array(found[name], np.float32) for name in _OUTPUTS)
         return class_logits, mask_logits

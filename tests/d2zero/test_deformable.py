@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from d2zero.model.deformable import DeformableForm, embedding_bag, gather, grid_sample
+from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.positions import pixel_centres
 
 FORMS = (grid_sample, gather, embedding_bag)
 
@@ -64,3 +66,17 @@ def test_sampling_a_pixel_centre_returns_the_pixel() -> None:
     for form in FORMS:
         out = form(values, sizes, locations, torch.ones(1, 2, 1, 1, 1))
         torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 5.0]))
+
+
+def test_a_merged_projection_is_the_same_attention() -> None:
+    torch.manual_seed(0)
+    sizes = [(2, 3), (4, 5)]
+    attention = DeformableAttention(8, heads=2, levels=2, points=3, form=lambda *given: grid_sample(*given))
+    torch.nn.init.normal_(attention.sampling_offsets.weight)
+    torch.nn.init.normal_(attention.attention_weights.weight)
+    source, reference = torch.randn(2, 26, 8), pixel_centres(sizes, torch.device("cpu"))
+    expected = attention(source, source, reference, sizes)
+    attention.merge_projections()
+    for part in (attention.sampling_offsets, attention.attention_weights):
+        torch.nn.init.zeros_(part.weight)  # no longer read
+    torch.testing.assert_close(attention(source, source, reference, sizes), expected)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import masked_attention_cases
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from deformable_cases import Case, assert_equals_float64, case, outputs
 from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable_triton import triton_form
+from d2zero.model.masked_attention import masked_attention
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
 from d2zero.training.step import without_cudnn_attention
@@ -130,6 +132,31 @@ def test_triton_form_beyond_two_to_the_31_elements() -> None:
     alone = alone._replace(grad=last.grad.bfloat16())
     for many, one in zip(outputs(triton_form, together), outputs(triton_form, alone), strict=True):
         torch.testing.assert_close(many[-1:], one, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"queries": 100, "keys": 950, "heads": 8, "width": 32},
+        {"queries": 100, "keys": 15_200, "heads": 8, "width": 32, "batch": 2},
+        {"queries": 67, "keys": 131, "heads": 3, "width": 12},
+    ],
+    ids=["small", "coarse", "fine", "odd"],
+)
+def test_masked_attention_equals_float64(shape: dict, dtype: torch.dtype) -> None:
+    masked_attention_cases.assert_equals_float64(masked_attention_cases.case(**shape, dtype=dtype, device="cuda"))
+
+
+def test_masked_attention_in_a_cuda_graph() -> None:
+    drawn = masked_attention_cases.case(queries=100, keys=3800, heads=8, width=32, dtype=torch.float16, device="cuda")
+    expected, graph = masked_attention(*drawn), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = masked_attention(*drawn)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
 
 
 def milliseconds(run: Callable[[], object], times: int = 20) -> float:

@@ -104,6 +104,12 @@ def test_baked_model_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert setting.called("IBuilderConfig.builder_optimization_level =") == [(0,)]
 
 
+def test_tf32_is_what_the_model_allows(setting: Setting, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.onnx", tf32=True)
+    sidecar = build_engine(model, tmp_path / "m.engine", EngineConfig(Shape(1, 64, 96, 1), Shape(1, 64, 96, 5)))
+    assert sidecar.tf32 and setting.called("IBuilderConfig.clear_flag") == []
+
+
 def test_parser_errors_come_in_one_message(setting: Setting, tmp_path: Path) -> None:
     def error(parser: Recorder, index: int) -> Recorder:
         answers = {"ParserError.node_name": f"/n{index}", "ParserError.desc": "no such operator"}

@@ -1,4 +1,4 @@
-"""A `.pt2` that calls the Triton form's operator, in Triton's interpreter on a CPU; run by `test_pt2` as a program.
+"""A `.pt2` that calls our Triton operators, in Triton's interpreter on a CPU; run by `test_pt2` as a program.
 
 The interpreter must be chosen before Triton is imported. How the operator is called from compiled code is then what a
 GPU would see; the kernel's own compilation is not.
@@ -13,7 +13,7 @@ from tiny_network import tiny
 
 from d2zero.inference import segmenter_of
 from d2zero.model.deformable_triton import triton_form
-from d2zero_export import pt2_export
+from d2zero_export import attention, pt2_export
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_runtime import load
 from d2zero_runtime.pt2_file import Pt2Description
@@ -23,9 +23,10 @@ def main(folder: Path) -> None:
     path = folder / "triton.pt2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pt2_export, "best_form", lambda *_, **__: triton_form)
+        patch.setattr(attention, "splits_keys", lambda device: True)
         pt2_export.export_pt2(tiny(), path, pt2_export.Pt2Config(export=ExportConfig(verify=False)))
     description = Pt2Description.read(path)
-    assert description.operators == ("d2zero::deformable_attention",)
+    assert description.operators == pt2_export.TRITON_OPERATORS and description.channels_last
     assert description.contract.deform_attn == "triton"
     image = np.random.default_rng(0).integers(0, 256, (32, 64, 3)).astype(np.uint8)  # small: the interpreter is slow
     ours, theirs = segmenter_of(tiny()).predict_raw([image]), load(path).predict_raw([image])

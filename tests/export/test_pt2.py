@@ -6,19 +6,25 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from own_results import assert_own_results
 from tiny_model import CLASSES, WIDTH, contract, embeddings
 from tiny_network import tiny
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from d2zero.data.shapes import vocabulary
+from d2zero.model import D2Zero, build
 from d2zero.model.deformable_triton import triton_form
+from d2zero.training.config import shapes
 from d2zero_export.graph import InferenceGraph
 from d2zero_export.onnx_export import ExportConfig, trace
 from d2zero_export.precision import lowered
@@ -72,6 +78,10 @@ def test_it_is_loaded_and_run_like_every_exported_model(compiled: Path) -> None:
         np.testing.assert_array_equal(class_logits[0], np.maximum(embeddings() if words is None else words, 0))
         np.testing.assert_array_equal(mask_logits, np.maximum(images, 0))
     assert "AOTInductor (CPU)" in segmenter.backend.name
+
+
+def test_threads_get_their_own_results(compiled: Path) -> None:
+    assert_own_results(load(compiled).backend, WIDTH, (32, 32))
 
 
 def test_its_contract_is_read_without_torch(compiled: Path) -> None:
@@ -135,8 +145,9 @@ def test_what_cannot_be_compiled_here_is_refused_before_any_work(tmp_path: Path)
             Pt2Config("cuda")
 
 
-def test_fused_attention_is_the_same_attention() -> None:
-    model, images = tiny(), torch.randn(2, 3, 64, 96)
+@pytest.mark.parametrize("make", [tiny, lambda: build(shapes().model, vocabulary()).eval()], ids=["one", "three"])
+def test_fused_attention_is_the_same_attention(make: Callable[[], D2Zero]) -> None:
+    model, images = make(), torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         for ours, theirs in zip(InferenceGraph(model)(images), InferenceGraph(model, fused=True)(images), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -155,6 +166,50 @@ def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
         program = trace(model, ExportConfig("float16"), "cuda", fused=True)
     values = [node.meta.get("val") for node in program.graph.nodes]
     assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
+    attentions = [node for node in program.graph.nodes if "attention" in str(node.target)]
+    if find_spec("triton"):
+        assert [str(node.target) for node in attentions].count("d2zero.masked_attention.default") == 1
+    for node in attentions:
+        if "scaled_dot_product" in str(node.target):  # what fused kernels ask for
+            assert all(entry.meta["val"].stride()[-1] == 1 for entry in node.args[:3])
+
+
+def test_fused_operators_are_what_torch_compiles() -> None:
+    from torch._inductor.decomposition import select_decomp_table
+
+    model = lowered(tiny(), "bfloat16").to(memory_format=torch.channels_last)
+    model.set_deformable(triton_form)
+    program = trace(model, ExportConfig("bfloat16", size=(64, 96), batch=1), fused=True)
+    nodes = program.run_decompositions(select_decomp_table()).graph.nodes
+    by_name = {name: [node for node in nodes if name in str(node.target)] for name in ("softmax", "bmm", "convolution")}
+    assert not by_name["softmax"]  # no attention falls back to matmuls
+    precise = [node for node in by_name["bmm"] if node.args[0].meta["val"].dtype == torch.float32]
+    assert max(node.meta["val"].numel() for node in precise) < 1000  # class logits and the background's convolution
+    for node in by_name["convolution"]:
+        shapes = [entry.meta["val"] for entry in (*node.args[:2], node)]
+        assert all(entry.is_contiguous(memory_format=torch.channels_last) for entry in shapes)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_math_is_the_contracts(compiled: Path, tmp_path: Path, tf32: bool) -> None:
+    description = described(compiled, contract=contract(tf32=tf32))
+    backend = load(rewritten(compiled, tmp_path / "m.pt2", description.to_json())).backend
+    seen, before = [], torch.backends.cudnn.allow_tf32
+    network = backend._network
+    backend._network = lambda *given: seen.append(torch.backends.cudnn.allow_tf32) or network(*given)
+    images = np.zeros((1, 3, 32, 32), np.float32)
+    backend.run(images, None)
+    backend.resident(images, None)()
+    assert seen == [tf32, tf32] and torch.backends.cudnn.allow_tf32 == before
+    assert backend.precision == "float32"  # a CPU has none
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_have_the_layout_that_was_compiled(compiled: Path, tmp_path: Path, channels_last: bool) -> None:
+    description = replace(described(compiled), channels_last=channels_last)
+    backend = load(rewritten(compiled, tmp_path / "m.pt2", description.to_json())).backend
+    images, _ = backend._moved(np.zeros((2, 3, 32, 64), np.float32), None)
+    assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")

@@ -11,6 +11,7 @@ import cuda.bindings.runtime as real_cuda
 import numpy as np
 import pytest
 from fake_engine import Setting
+from own_results import assert_own_results
 from tiny_engine import expected, inputs
 from tiny_model import CLASSES, QUERIES, WIDTH
 
@@ -29,6 +30,21 @@ def run_and_compare(backend: TensorrtBackend, *shape: int, seed: int = 0) -> Non
     images, words = inputs(*shape, seed=seed)
     for found, wanted in zip(backend.run(images, words), expected(images, words), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_threads_get_their_own_results(setting: Setting) -> None:
+    assert_own_results(setting.load(), WIDTH, (32, 64))
+
+
+def test_inputs_stay_on_the_gpu(setting: Setting) -> None:
+    backend = setting.load()
+    images, words = inputs(1, 32, 64, 5)
+    run_once = backend.resident(images, words)
+    before = setting.cuda.count("cudaMemcpyAsync")
+    for _ in range(3):
+        run_once()
+    assert setting.cuda.count("cudaMemcpyAsync") == before
+    run_and_compare(backend, 1, 32, 64, 5, seed=1)
 
 
 def test_data_flows_at_every_shape(setting: Setting) -> None:
