@@ -11,7 +11,7 @@ from PIL import Image
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Preprocessing, Size
-from d2zero_runtime.segmenter import expand
+from d2zero_runtime.sources import expand
 
 DRAWN = 8  # photos drawn of each size
 JPEG_QUALITY = 90

@@ -31,7 +31,7 @@ from d2zero_export.graph import value_projections
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.images import Preprocessing
-from d2zero_runtime.segmenter import expand
+from d2zero_runtime.sources import expand
 
 # Percentile was no better, and keeps every activation of every photo in memory; entropy, with the tools' own number of
 # bins, is the same as this.

@@ -5,9 +5,11 @@ preprocessing cannot differ between them. Layouts: `image_HWC` uint8 RGB 0..255;
 normalised, padded with zeros on the right and at the bottom.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
+from d2zero_runtime.errors import D2ZeroError
 
 Size = tuple[int, int]  # height, width
+LARGEST_SIDE = 8192  # of the network's input
+LARGEST_IMAGE = 89_478_485  # pixels; from here on Pillow warns of bombs
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # as Pillow calls them
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size, in the raw output of several
 
 
@@ -43,12 +49,19 @@ class Preprocessing:
     canvas: Size | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.shortest_edge <= self.longest_edge or self.size_divisor < 1:
+        if not 1 <= self.shortest_edge <= self.longest_edge <= LARGEST_SIDE:
             raise D2ZeroError(
-                "preprocessing needs 1 <= shortest_edge <= longest_edge and a size_divisor of at least 1, got"
-                f" {self.shortest_edge}, {self.longest_edge} and {self.size_divisor}"
+                f"preprocessing needs 1 <= shortest_edge <= longest_edge <= {LARGEST_SIDE}, got {self.shortest_edge}"
+                f" and {self.longest_edge}"
             )
-        if self.canvas and any(side < 1 or side % self.size_divisor for side in self.canvas):
+        if self.size_divisor % 32 or not 32 <= self.size_divisor <= LARGEST_SIDE:
+            raise D2ZeroError(f"size_divisor must be a multiple of 32, at most {LARGEST_SIDE}, got {self.size_divisor}")
+        for name, above in (("mean", -math.inf), ("std", 0.0)):
+            if len(getattr(self, name)) != 3:
+                raise D2ZeroError(f"{name} must have three numbers, got {getattr(self, name)}")
+            for value in getattr(self, name):
+                require_finite(name, value, above)
+        if self.canvas and any(not 1 <= side <= LARGEST_SIDE or side % self.size_divisor for side in self.canvas):
             raise D2ZeroError(
                 f"a fixed size must be multiples of {self.size_divisor}, got {self.canvas[0]}x{self.canvas[1]}"
             )
@@ -60,11 +73,8 @@ class Preprocessing:
         Raises:
             D2ZeroError: a key is unknown (written by a newer version, most likely).
         """
-        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise D2ZeroError(f"unknown preprocessing {listed(unknown)}; was this written by a newer d2zero?")
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**plain)
+        refuse_unknown(cls, values, "preprocessing")
+        return checked(cls, values, "preprocessing")
 
     def network_size(self, size: Size) -> Size:
         """The size that an image of `size` (height, width) is resized to."""
@@ -95,13 +105,18 @@ class Preprocessing:
         divisor = self.size_divisor
         return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
-    def resize(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize to `network_size` with Pillow's bilinear filter (antialiased, on uint8)."""
-        height, width = self.network_size(image_HWC.shape[:2])
-        if (height, width) == image_HWC.shape[:2]:
-            return image_HWC
-        resized = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(resized)
+    def resize(self, image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+        """Resize to `network_size` with Pillow's bilinear filter (antialiased, on uint8).
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or Pillow's image in RGB, of which no copy is made in the original size.
+        """
+        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        height, width = self.network_size(size)
+        if (height, width) != size:
+            picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            image = picture.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image)
 
     def padded_sizes(self, images: Sequence[NDArray[np.uint8]]) -> list[Size]:
         """`padded_size` of each image.
@@ -137,30 +152,82 @@ class Preprocessing:
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Read an image file as (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
 
-    Grey, palette, alpha, CMYK and 16-bit files are converted; transparency is dropped.
+    Grey, palette, alpha, CMYK, 16-bit and float files are converted; transparency is dropped.
 
     Raises:
-        D2ZeroError: the file is absent, empty, damaged or no image.
+        D2ZeroError: the file is absent, empty, damaged, too large, or no image of `FORMATS`.
     """
-    path = Path(path)
+    pixels: NDArray[np.uint8] = np.asarray(open_rgb(path))
+    return pixels
+
+
+def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """An image file, or an image that Pillow has opened, in RGB and upright.
+
+    Raises:
+        D2ZeroError: as of `read_image`.
+    """
+    if isinstance(source, Image.Image):
+        return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)
+    path = Path(source)
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_readable()) as image:
+            return _converted(image, str(path), in_place=True)
+    except D2ZeroError:
+        raise
     except FileNotFoundError as error:
         raise D2ZeroError(f"image {path} does not exist") from error
     except UnidentifiedImageError as error:
-        raise D2ZeroError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise D2ZeroError(f"image {path} is damaged or cut short: {error}") from error
+        raise D2ZeroError(f"{path} is not an image in a format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's, of many kinds
+        raise _damaged(str(path), error) from error
 
 
-def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Any Pillow image as (H, W, 3) uint8 RGB."""
+@lru_cache(maxsize=1)
+def _readable() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _converted(image: Image.Image, name: str, in_place: bool) -> Image.Image:
+    pixels = image.width * image.height
+    if pixels > LARGEST_IMAGE:
+        raise D2ZeroError(
+            f"image {name} has {pixels / 1e6:.0f} megapixels, at most {LARGEST_IMAGE / 1e6:.0f} are read; shrink it"
+        )
+    try:
+        image.load()
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
+        return _rgb(ImageOps.exif_transpose(image))
+    except D2ZeroError as error:
+        raise D2ZeroError(f"image {name}: {error}") from error
+    except Exception as error:  # Pillow decodes only now
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> D2ZeroError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return D2ZeroError(f"image {name} is damaged or cut short: {reason}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow would clip 16-bit greys at 255 instead of scaling them.
-        grey = (np.asarray(image).astype(np.float32) / 257.0 + 0.5).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+        return _grey(np.asarray(image).astype(np.float32) / 257.0)
+    if image.mode == "F":
+        levels = np.asarray(image)
+        low, high = float(levels.min()), float(levels.max())
+        if not 0 <= low <= high <= 255:  # nor where it is no number
+            raise D2ZeroError(f"its float values go from {low:g} to {high:g}; expected 0..1, or grey levels 0..255")
+        return _grey(levels * 255 if high <= 1 else levels)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(levels_HW: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray((levels_HW + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def as_image(image: object) -> NDArray[np.uint8]:

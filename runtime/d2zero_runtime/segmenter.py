@@ -11,20 +11,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from d2zero_runtime.backend import Backend, Input, Raw
 from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.device_images import PixelBatch
-from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, read_image, to_rgb
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, open_rgb
 from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.openvino_backend import OpenVinoBackend
@@ -32,16 +30,14 @@ from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postpro
 from d2zero_runtime.pt2_backend import Pt2Backend
 from d2zero_runtime.pt2_file import Pt2Description
 from d2zero_runtime.sidecar import Sidecar
+from d2zero_runtime.sources import ImageLike, expand, is_many
 from d2zero_runtime.tensorrt_backend import TensorrtBackend
 from d2zero_runtime.vocabulary import Vocabulary
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 EXPORTED_SUFFIXES = (".onnx", ".engine", ".pt2")
 READERS = min(4, os.cpu_count() or 1)  # images that are decoded and resized at once, by a thread each
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
 
-ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 OnError = Callable[[ImageLike, D2ZeroError], None]
 
 
@@ -219,7 +215,7 @@ class Segmenter:
         Returns:
             `Detections` for one image, a list of them otherwise, in the order of the sources.
         """
-        many = _is_many(source)
+        many = is_many(source)
         options: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections, "masks": masks}
         results = self.stream(expand(source), mode, vocabulary=vocabulary, batch_size=batch_size, **options)
         found = [detections for _, detections in results]
@@ -347,7 +343,19 @@ class Segmenter:
         if count < size:
             images_B3HW = _filled_up(images_B3HW, size)
         class_logits, mask_logits = self.backend.run(images_B3HW, embeddings)
+        self._require_shapes(images_B3HW, class_logits, mask_logits)
         return class_logits[:count], mask_logits[:count]
+
+    def _require_shapes(self, images: Input, class_logits: NDArray[np.float32], mask_logits: Any) -> None:
+        """Refuse outputs of another shape than the contract says: they would be read as something else."""
+        pixels = images.pixels_BHW3.shape[:3] if isinstance(images, PixelBatch) else (len(images), *images.shape[2:])
+        expected = (pixels[0], self.contract.num_queries)
+        wanted = (*expected, pixels[1] // 4, pixels[2] // 4)
+        if class_logits.shape[:2] != expected or tuple(mask_logits.shape) != wanted:
+            raise D2ZeroError(
+                f"the network made class logits of shape {class_logits.shape} and mask logits of shape"
+                f" {tuple(mask_logits.shape)}, expected {expected} by classes and {wanted}; export the model again"
+            )
 
     def _read(
         self, sources: Iterator[ImageLike], readers: ThreadPoolExecutor, ahead: int, on_error: OnError | None
@@ -362,10 +370,11 @@ class Segmenter:
             yield from _taken(*waiting.popleft(), on_error)
 
     def _prepared(self, source: ImageLike) -> "_Prepared":
-        image = _pixels(source)
+        image = as_image(source) if isinstance(source, np.ndarray) else open_rgb(source)
+        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         resized = self.preprocessing.resize(image)
         padded = self.preprocessing.padded_size(resized.shape[:2])
-        return _Prepared(source, self.input_of([resized], padded), resized.shape[:2], image.shape[:2], padded)
+        return _Prepared(source, self.input_of([resized], padded), resized.shape[:2], size, padded)
 
     def _finished(
         self, batch: "list[_Prepared]", raw: Raw, settings: dict[str, Any]
@@ -449,43 +458,3 @@ def _require_options(batch_size: int, options: dict[str, Any]) -> None:
 def _is_pair(providers: object) -> bool:
     """One provider with its options, `("cuda", {…})`, and not a sequence of providers."""
     return isinstance(providers, tuple) and len(providers) == 2 and isinstance(providers[1], dict)
-
-
-def expand(source: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """The images that a source names: a folder's, a pattern's, a list's, or the one.
-
-    Raises:
-        D2ZeroError: nothing is there.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        return list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
-    path = Path(source)
-    if path.is_dir():
-        found: list[ImageLike] = [*sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)]
-        if not found:
-            raise D2ZeroError(f"folder {path} holds no images ({listed(sorted(IMAGE_SUFFIXES), 10)})")
-        return found
-    if _is_pattern(path):
-        matched: list[ImageLike] = [Path(name) for name in sorted(glob(str(source), recursive=True))]  # noqa: PTH207 (absolute)
-        if not matched:
-            raise D2ZeroError(f"no file matches {source}")
-        return matched
-    return [path]
-
-
-def _is_many(source: object) -> bool:
-    if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_dir() or _is_pattern(Path(source))
-    return isinstance(source, (list, tuple))
-
-
-def _is_pattern(path: Path) -> bool:
-    return any(sign in str(path) for sign in "*?[") and not path.exists()
-
-
-def _pixels(source: ImageLike) -> NDArray[np.uint8]:
-    if isinstance(source, (str, os.PathLike)):
-        return read_image(source)
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    return as_image(source)

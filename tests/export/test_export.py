@@ -30,7 +30,7 @@ from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.contract import CONTRACT_KEY
 from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
-from d2zero_runtime.segmenter import expand
+from d2zero_runtime.sources import expand
 
 Command = Callable[..., Outcome]
 
