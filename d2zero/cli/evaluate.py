@@ -91,10 +91,11 @@ def evaluate(
         if run.kept:
             known = f"{run.kept} of {len(run.image_ids)} images were evaluated before, and not again"
             print(f"{known}: their detections are in {run.folder}", file=sys.stderr)
-    _show(list(summaries.values()), per_class)
-    if json_file:
+    if json_file:  # before anything is printed, which a terminal may refuse
         content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}
         write_text(json_file, json.dumps(content, indent=1))
+    _show(list(summaries.values()), per_class)
+    if json_file:
         print(f"all figures: {json_file}")
     if pictures and run is not None:
         _draw(run, pictures, checkpoint.name if checkpoint else "")

@@ -4,14 +4,18 @@ Sub-commands import what they need when they run, so that those which need no to
 """
 
 import importlib.util
+import io
 import os
+import signal
 import sys
+import threading
 from importlib.metadata import entry_points
 
 import typer
 
 from d2zero.cli import convert, data, demo, evaluate, predict, train, vocab
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import printable
 
 app = typer.Typer(
     name="d2zero",
@@ -39,6 +43,11 @@ def _options() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit: 0 done, 2 for what the user can mend, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal does not have is replaced
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=arguments, prog_name="d2zero", standalone_mode=False)
         if code == 130:  # typer gives the code of an interruption back instead of raising
@@ -47,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = _fail(str(error))
     except ModuleNotFoundError as error:
         code = _fail(_missing_package(error))
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        code = 143
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = 130
@@ -70,8 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what is done is kept, as at Ctrl-C."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
+
+
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

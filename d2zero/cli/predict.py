@@ -12,7 +12,7 @@ from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter
 from d2zero.cli.terminal import console, tracked
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, read_image
-from d2zero_runtime.segmenter import ImageLike, expand
+from d2zero_runtime.sources import ImageLike, expand
 
 
 def predict(

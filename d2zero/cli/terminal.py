@@ -7,9 +7,17 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from d2zero_runtime.errors import printable
 
 T = TypeVar("T")
 SILENCE = 15.0  # seconds between lines where the output is no terminal
+
+
+def plain(text: str) -> Text:
+    """A text from a file, such as a class name, for a table: neither markup nor commands to the terminal."""
+    return Text(printable(text))
 
 
 def console() -> Console:

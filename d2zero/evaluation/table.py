@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from d2zero_runtime.errors import printable
 
 
 def _number(value: float | None) -> str:
@@ -48,7 +51,7 @@ def per_class_table(summary: Mapping[str, Any], kind: str = "segm") -> Table:
         table.add_column(column, justify="right")
     for name, row in sorted(summary[kind]["per_class"].items(), key=lambda item: (not item[1]["seen"], item[0])):
         table.add_row(
-            name,
+            Text(printable(name)),
             "seen" if row["seen"] else "[bold]unseen[/bold]",
             str(row["instances"]),
             *(_number(row[key]) for key in ("ap50", "recall50", "ap")),

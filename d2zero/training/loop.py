@@ -101,10 +101,18 @@ class Run:
             "bad_files": self.bad_files,
             "pending": self.record.pending,
         }
-        with whole_file(self.output / STATE_FILE) as partial, partial.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        path = self.output / STATE_FILE
+        try:
+            with whole_file(path) as partial, partial.open("wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
+            reason = str(error).splitlines()[0]
+            raise D2ZeroError(
+                f"step {self.step} cannot be saved to {path} ({reason}); is the disk full? The checkpoint before it is"
+                " as it was: make room, then go on with --resume"
+            ) from error
 
     def resume(self) -> None:
         """Take up the state of the last checkpoint.

@@ -43,14 +43,14 @@ class Record:
         if not self.active or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):  # a line that the kill cut short
                 continue
         with whole_file(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def __enter__(self) -> "Record":
         self.started, self.first = time.perf_counter(), self.done
@@ -98,7 +98,7 @@ class Record:
         self.marked, self.marked_step = now, step
         self.pending.clear()
         entry: dict[str, Any] = {"step": step, **means, "lr": lr, "steps_per_second": rate}
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         for name, value in entry.items():
             if name != "step":

@@ -13,7 +13,7 @@ from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 from d2zero_runtime.images import Size
-from d2zero_runtime.segmenter import expand
+from d2zero_runtime.sources import expand
 
 if TYPE_CHECKING:
     from d2zero_export.engine import EngineConfig
@@ -270,9 +270,9 @@ def verify(
     given["hm_points"] = max_points
     changed = {name: value for name, value in given.items() if value is not None}
     result = compare(load_model(checkpoint), model, files, truth, images, changed, provider, tracked)
-    _show_verification(result, len(files))
     if json_file:
         write_text(json_file, json.dumps(_plain(result), indent=1))
+    _show_verification(result, len(files))
     for failure in result.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     print("not the same model" if result.failures else "the same model, within the limits")

@@ -7,16 +7,18 @@ dark label, unseen ones a thick white outline and a white label with a star.
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from d2zero_runtime.detections import Detections
+from d2zero_runtime.fonts import font_for
 
 SMALLEST_SIDE = 240  # pictures with shorter sides are drawn enlarged, so that labels can be read
+LARGEST_SIDE = 8192  # of an enlarged picture
 _GOLDEN = 0.618033988749895
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def class_colour(class_id: int) -> tuple[int, int, int]:
@@ -27,7 +29,11 @@ def class_colour(class_id: int) -> tuple[int, int, int]:
 
 
 def overlay(
-    image_HWC: NDArray[np.uint8], detections: Detections, with_scores: bool = True, shown_at: int | None = None
+    image_HWC: NDArray[np.uint8],
+    detections: Detections,
+    with_scores: bool = True,
+    shown_at: int | None = None,
+    font: str | None = None,
 ) -> Image.Image:
     """Masks, boxes, names and scores over an image (H, W, 3) uint8 RGB.
 
@@ -39,9 +45,10 @@ def overlay(
         with_scores: whether labels give scores.
         shown_at: the longest side, in pixels, that the picture will be shrunk to; labels are drawn larger so
             that they can be read then.
+        font: A font file for labels; `d2zero_runtime.fonts` finds one if left out.
     """
     height, width = image_HWC.shape[:2]
-    zoom = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    zoom = max(1, min(-(-SMALLEST_SIDE // min(height, width)), LARGEST_SIDE // max(height, width)))
     canvas = Image.fromarray(image_HWC).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
     shrink = max(1.0, max(canvas.size) / shown_at) if shown_at else 1.0
     thickness = max(1, round(min(canvas.size) / 300), round(shrink))
@@ -49,7 +56,7 @@ def overlay(
         if detections.masks is not None:
             _draw_mask(canvas, detections, index, thickness)
     draw = ImageDraw.Draw(canvas)
-    font = _font(max(round(11 * shrink), round(min(canvas.size) / 34)))
+    size = max(round(11 * shrink), round(min(canvas.size) / 34))
     taken: list[tuple[float, float, float, float]] = []
     for index in reversed(range(len(detections))):
         box = tuple(float(side) * zoom for side in detections.boxes[index])
@@ -58,7 +65,8 @@ def overlay(
         colour = class_colour(int(detections.class_ids[index]))
         seen = bool(detections.seen[index])
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour if seen else "white", width=thickness)
-        _draw_label(draw, font, canvas.size, box, _label(detections, index, with_scores), colour, seen, taken)
+        label = _Label(*font_for(_label(detections, index, with_scores), size, font), colour, seen)
+        _draw_label(draw, label, canvas.size, box, taken)
     return canvas
 
 
@@ -85,13 +93,10 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * (pair + gap) + gap, head + lines * (cell + gap) + gap), (32, 34, 38))
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 8), title, fill="white", font=_font(20))
-    draw.text(
-        (gap, 34),
-        "left: ground truth, right: prediction; thick white outline and *: class never seen in training",
-        fill=(200, 204, 210),
-        font=_font(14),
-    )
+    legend = "left: ground truth, right: prediction; thick white outline and *: class never seen in training"
+    for text, top, size, colour in ((title, 8, 20, (255, 255, 255)), (legend, 34, 14, (200, 204, 210))):
+        font, text = font_for(text, size)
+        draw.text((gap, top), text, fill=colour, font=font)
     for number, row in enumerate(rows):
         left = gap + (number % columns) * (pair + gap)
         top = head + (number // columns) * (cell + gap)
@@ -134,17 +139,24 @@ def _label(detections: Detections, index: int, with_scores: bool) -> str:
     return f"{star}{detections.names[index]}{score}"
 
 
+class _Label(NamedTuple):
+    """How a label looks."""
+
+    font: ImageFont.FreeTypeFont
+    text: str
+    colour: tuple[int, int, int]
+    seen: bool
+
+
 def _draw_label(
     draw: ImageDraw.ImageDraw,
-    font: Font,
+    label: _Label,
     canvas: tuple[int, int],
     box: tuple[float, ...],
-    text: str,
-    colour: tuple[int, int, int],
-    seen: bool,
     taken: list[tuple[float, float, float, float]],
 ) -> None:
     """Above the box if there is room, else inside; moved down past labels that are already there."""
+    font, text, colour, seen = label
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
     x = min(max(0.0, box[0]), max(0.0, canvas[0] - width))
@@ -158,7 +170,3 @@ def _draw_label(
     taken.append((x, y, x + width, y + height))
     draw.rectangle((x, y, x + width, y + height), fill=(20, 20, 22) if seen else "white", outline=colour)
     draw.text((x + 3 - left, y + 2 - top), text, fill=colour if seen else (20, 20, 22), font=font)
-
-
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size)

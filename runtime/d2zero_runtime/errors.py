@@ -11,6 +11,11 @@ class D2ZeroError(ValueError):
     """A mistake in what was given: a file, a flag, a size, a vocabulary."""
 
 
+def printable(text: str) -> str:
+    """A text without what would move a terminal's cursor or change its colours."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
 def listed(items: Iterable[object], limit: int = 5) -> str:
     """Join the first `limit` items for an error line and count the rest.
 
