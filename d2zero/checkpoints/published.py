@@ -4,17 +4,17 @@ Published files are detectron2's: `.pth` saved by torch (`{"model": {name: tenso
 dict of NumPy arrays). An older layout leaves `pixel_decoder.` out of the pixel decoder's names.
 """
 
-import io
-import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2zero.checkpoints.fit import require_fit
+from d2zero.checkpoints.plain_pickle import read_pickle
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
 
@@ -81,9 +81,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise D2ZeroError(f"checkpoint {path} does not exist")
     try:
-        content = _read_pkl(path) if path.suffix == ".pkl" else torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        content = read_pickle(path) if path.suffix == ".pkl" else _read_pth(path)
+    except Exception as error:  # torch's and Python's, of many kinds, for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise D2ZeroError(f"{path} is damaged, or is not a checkpoint of plain arrays: {reason}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -93,9 +93,33 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         for name, value in (content.items() if isinstance(content, dict) else ())
         if isinstance(value, (np.ndarray, Tensor))
     }
+    for name, array in arrays.items():
+        _require_numbers(path, name, array)
     if not arrays:
         raise D2ZeroError(f"{path} holds no arrays; expected a dict of names and tensors, or one under 'model'")
     return arrays
+
+
+def _read_pth(path: Path) -> object:
+    """What torch saved; it executes nothing of it (`weights_only`)."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch stores, so that no entry is larger than it looks
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it has compressed entries, which torch.save does not write")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old kinds of storages
+        return torch.load(path, "cpu", weights_only=True)
+
+
+def _require_numbers(path: Path, name: str, array: Tensor) -> None:
+    """Refuse what is no array of numbers, or claims more numbers than the file holds for it."""
+    plain = array.layout == torch.strided and not array.is_quantized and not array.is_complex()
+    if (
+        not plain
+        or array.device.type != "cpu"
+        or array.numel() * array.element_size() > array.untyped_storage().nbytes()
+    ):
+        raise D2ZeroError(f"{path} is damaged: {name} is no plain array of numbers")
 
 
 def load_published(model: D2Zero, arrays: dict[str, Tensor]) -> None:
@@ -111,15 +135,16 @@ def load_published(model: D2Zero, arrays: dict[str, Tensor]) -> None:
         if published == _LOSS_WEIGHT:
             if tuple(array.shape) != (seen + 1,):
                 wrong_split = (
-                    f"the checkpoint was trained on {array.shape[0] - 1} seen classes, the vocabulary has {seen}"
+                    f"the checkpoint was trained on {array.numel() - 1} seen classes, the vocabulary has {seen}"
                 )
             continue
         name = our_name(published)
         if name is None:
             unexpected.append(published)
             continue
-        array = array.float()
-        translated[name] = array.exp().reshape(()) if name == "classifier.logit_scale" else array
+        if name == "classifier.logit_scale" and array.numel() == 1:
+            array = array.float().exp().reshape(())
+        translated[name] = array
     if wrong_split:
         raise D2ZeroError(f"{wrong_split}; give the vocabulary of the split it was trained on")
     load_exactly(model, translated, unexpected)
@@ -131,36 +156,18 @@ def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str]
     Raises:
         D2ZeroError: lists each array that is missing, unexpected or misshapen.
     """
-    wanted = {name: value for name, value in model.state_dict().items() if name != "class_embeddings"}
-    arrays = {name: value for name, value in arrays.items() if name != "class_embeddings"}
-    require_fit("the checkpoint does not fit the model", wanted, arrays, unexpected or [])
-    model.load_state_dict(arrays, strict=False)
+    require_exactly(model, arrays, unexpected)
+    model.load_state_dict({name: value for name, value in arrays.items() if name != "class_embeddings"}, strict=False)
 
 
-NUMPY_CORE = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"  # as it is called here
+def require_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str] | None = None) -> None:
+    """Refuse a state that does not fit to the last array, as `load_exactly` does; the model may be on `meta`.
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers; anything else is refused."""
-
-    _ALLOWED = frozenset(
-        (module, name)
-        for names, modules in (
-            (("_reconstruct", "scalar"), ("numpy.core.multiarray", "numpy._core.multiarray")),
-            (("ndarray", "dtype"), ("numpy",)),
-            (("_frombuffer",), ("numpy.core.numeric", "numpy._core.numeric")),
-            (("OrderedDict",), ("collections",)),
-            (("encode",), ("_codecs",)),
-        )
-        for module in modules
-        for name in names
+    Raises:
+        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+    """
+    wanted, given = (
+        {name: value for name, value in state.items() if name != "class_embeddings"}
+        for state in (model.state_dict(), arrays)
     )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return super().find_class(re.sub(r"^numpy\._?core\b", NUMPY_CORE, module), name)
-
-
-def _read_pkl(path: Path) -> object:
-    return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    require_fit("the checkpoint does not fit the model", wanted, given, unexpected or [])

@@ -4,6 +4,7 @@ Published D2Zero uses ResNet-50 with stride in the 3×3 convolution and frozen b
 `resnet50` with its batch norms frozen. Leaves weights to `d2zero.checkpoints`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,34 @@ from torch import Tensor, nn
 from d2zero_runtime import D2ZeroError
 
 STRIDES = (4, 8, 16, 32)
+# Options of timm that say how large a backbone is. timm opens files and fetches addresses named in others, and a
+# checkpoint may be a stranger's.
+SIZES = frozenset(
+    [
+        "channels",
+        "layers",
+        "depths",
+        "dims",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "window_size",
+        "img_size",
+        "patch_size",
+        "stem_width",
+        "stem_chs",
+        "base_width",
+        "cardinality",
+        "drop_rate",
+        "drop_path_rate",
+        "mlp_ratio",
+        "strict_img_size",
+        "dynamic_img_size",
+        "always_partition",
+    ]
+)
+LARGEST_SIZE = 65_536
+MOST_LAYERS = 1000  # in one number
 
 
 class Backbone(nn.Module):
@@ -22,21 +51,23 @@ class Backbone(nn.Module):
 
     Args:
         name: a timm model that supports `features_only`.
-        options: further arguments of `timm.create_model`.
+        options: Further arguments of `timm.create_model`: sizes only (`SIZES`), numbers or lists of them.
         frozen_norm: replace batch norm by a fixed scale and shift.
 
     Raises:
-        D2ZeroError: timm has no such model, or it lacks features at strides 4, 8, 16 and 32.
+        D2ZeroError: timm has no such model, an option is no size, or it lacks features at strides 4, 8, 16 and 32.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None, frozen_norm: bool = True) -> None:
         super().__init__()
-        strides = _feature_strides(name, dict(options or {}))
+        options = dict(options or {})
+        _require_sizes(options)
+        strides = _feature_strides(name, options)
         missing = [stride for stride in STRIDES if stride not in strides]
         if missing:
             raise D2ZeroError(f"backbone {name!r} has features at strides {strides}, needs {list(STRIDES)}")
         indices = tuple(strides.index(stride) for stride in STRIDES)
-        net: Any = timm.create_model(name, features_only=True, out_indices=indices, **dict(options or {}))
+        net: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=indices, **options)
         self.channels: tuple[int, ...] = tuple(net.feature_info.channels())
         self.channels_last = net.feature_info.get_dicts()[0].get("format") == "NHWC" or (
             getattr(net, "output_fmt", "NCHW") == "NHWC"
@@ -50,13 +81,30 @@ class Backbone(nn.Module):
 
 
 def _feature_strides(name: str, options: dict[str, Any]) -> list[int]:
-    if not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
+    known = re.fullmatch(r"(\w+)(\.\w+)?", name)  # no "hf-hub:" or "local-dir:", which timm would fetch or open
+    if not known or not timm.is_model(known[1]):
+        close = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5] if known else []
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise D2ZeroError(f"timm has no backbone {name!r}{hint}")
     try:
         with torch.device("meta"):
-            probe: Any = timm.create_model(name, features_only=True, **options)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise D2ZeroError(f"backbone {name!r} gives no feature maps with options {options}: {error}") from error
+            probe: Any = timm.create_model(name, pretrained=False, features_only=True, **options)
+    except Exception as error:  # timm's, of many kinds, for sizes that do not fit together
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise D2ZeroError(f"backbone {name!r} gives no feature maps with options {options}: {reason}") from error
     return list(probe.feature_info.reduction())
+
+
+def _require_sizes(options: Mapping[str, Any]) -> None:
+    """Refuse options that are not sizes of a backbone.
+
+    Raises:
+        D2ZeroError: names the option.
+    """
+    for option, value in options.items():
+        if option not in SIZES:
+            raise D2ZeroError(f"backbone_options must be sizes ({', '.join(sorted(SIZES))}), got {option!r}")
+        most = MOST_LAYERS if option in ("layers", "depths", "depth") else LARGEST_SIZE
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(number, (int, float)) or not 0 <= number <= most:
+                raise D2ZeroError(f"backbone_options: {option} must be numbers from 0 to {most}, got {value!r}")

@@ -1,10 +1,10 @@
 """What a D2Zero model is made of, as data. Saved in every checkpoint."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
 from d2zero_runtime.images import Preprocessing
 
 
@@ -34,8 +34,6 @@ class ModelConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if isinstance(self.preprocessing, dict):
-            object.__setattr__(self, "preprocessing", Preprocessing.from_dict(self.preprocessing))
         for name in (
             "hidden_dim",
             "num_heads",
@@ -44,12 +42,19 @@ class ModelConfig:
             "semantic_dim",
             "encoder_points",
             "adaptation_heads",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "adaptation_ffn_dim",
         ):
             if getattr(self, name) < 1:
                 raise D2ZeroError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("encoder_layers", "decoder_layers", "adaptation_layers"):
             if getattr(self, name) < 0:
                 raise D2ZeroError(f"model.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("logit_scale", "softmax_temperature"):
+            require_finite(f"model.{name}", getattr(self, name), above=0)
+        if not 0 <= self.adaptation_dropout < 1:
+            raise D2ZeroError(f"model.adaptation_dropout must be from 0 to below 1, got {self.adaptation_dropout}")
         if self.hidden_dim % self.num_heads or self.hidden_dim % 4 or self.hidden_dim % 32:
             raise D2ZeroError(
                 f"model.hidden_dim must be a multiple of 32 and of num_heads ({self.num_heads}), got {self.hidden_dim}"
@@ -71,7 +76,7 @@ class ModelConfig:
         Raises:
             D2ZeroError: a key is unknown (written by a newer version, most likely).
         """
-        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise D2ZeroError(f"unknown model settings {listed(unknown)}; was this written by a newer d2zero?")
-        return cls(**values)
+        refuse_unknown(cls, values, "model settings")
+        if isinstance(values.get("preprocessing"), dict):
+            refuse_unknown(Preprocessing, values["preprocessing"], "preprocessing")
+        return checked(cls, values, "the model's configuration")

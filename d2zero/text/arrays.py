@@ -9,6 +9,7 @@ import numpy as np
 from d2zero.data.splits import COCO_IDS, find_split
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
+from d2zero_runtime.vocabulary import damage
 
 
 def read_names(text: str) -> list[str]:
@@ -25,11 +26,11 @@ def read_names(text: str) -> list[str]:
     if not path.is_file():
         raise D2ZeroError(f"file of names {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
             return [line.strip() for line in text.splitlines() if line.strip()]
         names = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise D2ZeroError(f"{path} is not UTF-8 text, or not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise D2ZeroError(f"{path} must be a JSON list of names")
@@ -47,10 +48,9 @@ def read_array(path: Path, names: list[str], split: str | None, encoder: str) ->
         raise D2ZeroError(f"embedding file {path} does not exist")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = "it is no file of NumPy" if "pickle" in str(error) else error  # NumPy's advice is to allow it
-        raise D2ZeroError(f"{path} is not a NumPy array of numbers (.npy), or is damaged: {reason}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
+    except Exception as error:  # NumPy's, of many kinds, for a damaged file
+        raise D2ZeroError(f"{path} is not a NumPy array of numbers (.npy), or is damaged: {damage(error)}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         raise D2ZeroError(f"{path} must hold one (K, D) array of numbers, got shape {np.shape(array)}")
     if len(array) != len(names):
         raise D2ZeroError(f"{path} has {len(array)} rows, but {len(names)} names were given")

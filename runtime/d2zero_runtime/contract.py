@@ -2,13 +2,14 @@
 
 import base64
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
+from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.postprocess import SOFTMAX_TEMPERATURE
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
@@ -65,6 +66,17 @@ class ModelContract:
     tools: dict[str, str] = field(default_factory=dict)
     version: int = CONTRACT_VERSION
 
+    def __post_init__(self) -> None:
+        for name in ("seen", "active"):
+            if len(getattr(self, name)) != len(self.class_names):
+                raise D2ZeroError(
+                    f"expected one flag per class in {name}, got {len(getattr(self, name))} for {len(self.class_names)}"
+                )
+        for name in ("text_dim", "num_queries", *(["batch"] if self.batch is not None else [])):
+            if getattr(self, name) < 1:
+                raise D2ZeroError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_finite("softmax_temperature", self.softmax_temperature, above=0)
+
     def to_json(self) -> str:
         """For the file's metadata."""
         return json.dumps(asdict(self))
@@ -80,27 +92,13 @@ class ModelContract:
         Raises:
             D2ZeroError: it is of a newer version, or lacks a field.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise D2ZeroError(f"{where}: the model contract is damaged: {error}") from error
-        if values.get("version", 0) > CONTRACT_VERSION:
-            raise D2ZeroError(
-                f"{where} follows version {values['version']} of the model contract, this d2zero reads up to"
-                f" {CONTRACT_VERSION}; upgrade d2zero"
-            )
-        names = [entry.name for entry in fields(cls)]
-        missing = [name for name in names if name not in values and name not in _LATER]
-        if missing:
-            raise D2ZeroError(f"{where}: the model contract lacks {listed(missing)}; export the model again")
-        flags = {name: tuple(values[name]) for name in ("class_names", "seen", "active")}
-        try:
-            preprocessing = Preprocessing.from_dict(values["preprocessing"])
-        except D2ZeroError as error:
-            raise D2ZeroError(f"{where}: {error}") from error
-        return cls(
-            **{**{name: values[name] for name in names if name in values}, **flags, "preprocessing": preprocessing}
-        )
+        described, remedy = f"{where}: the model contract", "export the model again"
+        values = parse_object(text, described)
+        refuse_newer(values.get("version", 0), CONTRACT_VERSION, where, "the model contract")
+        if isinstance(values.get("preprocessing"), dict):
+            refuse_unknown(Preprocessing, values["preprocessing"], f"preprocessing in {where}:")
+            checked(Preprocessing, values["preprocessing"], f"{described}: preprocessing", ("canvas",), remedy)
+        return checked(cls, values, described, _LATER, remedy)
 
     @property
     def precision_on_gpu(self) -> str:
@@ -149,8 +147,26 @@ def embeddings_to_json(embeddings_KD: NDArray[np.float32]) -> dict[str, Any]:
     return {"shape": list(embeddings_KD.shape), "float32": content}
 
 
-def embeddings_from_json(values: dict[str, Any]) -> NDArray[np.float32]:
-    """What `embeddings_to_json` wrote; KeyError, TypeError or ValueError if it is damaged."""
-    content = base64.b64decode(values["float32"], validate=True)
-    rows, width = (int(side) for side in values["shape"])
+def embeddings_from_json(values: object, where: str) -> NDArray[np.float32]:
+    """What `embeddings_to_json` wrote.
+
+    Raises:
+        D2ZeroError: it is damaged.
+    """
+    written = checked(_Embeddings, values, f"{where}: class embeddings")
+    rows, width = written.shape
+    try:
+        content = base64.b64decode(written.float32, validate=True)
+    except ValueError as error:
+        raise D2ZeroError(f"{where} is damaged: its class embeddings cannot be read ({error})") from error
+    if min(rows, width) < 1 or len(content) != 4 * rows * width:
+        raise D2ZeroError(
+            f"{where} is damaged: {len(content)} bytes of class embeddings are no {rows}x{width} float32 numbers"
+        )
     return np.frombuffer(content, "<f4").reshape(rows, width)
+
+
+@dataclass(frozen=True)
+class _Embeddings:
+    shape: tuple[int, int]
+    float32: str  # base64

@@ -59,6 +59,7 @@ class OnnxBackend(Backend):
         except Exception as error:  # onnxruntime has its own exceptions
             raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
         _require_chosen(names, self.session.get_providers())
+        _require_tensors(path, self.session)
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
         self.on_gpu = first != _PROVIDERS["cpu"]
@@ -78,9 +79,12 @@ class OnnxBackend(Backend):
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
         """
-        binding = self._bound(images_B3HW, embeddings_KD)
-        self.session.run_with_iobinding(binding)
-        class_logits, mask_logits = binding.copy_outputs_to_cpu()
+        try:
+            binding = self._bound(images_B3HW, embeddings_KD)
+            self.session.run_with_iobinding(binding)
+            class_logits, mask_logits = binding.copy_outputs_to_cpu()
+        except Exception as error:  # onnxruntime has its own exceptions
+            raise D2ZeroError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}") from error
         return class_logits, mask_logits
 
     def resident(
@@ -110,6 +114,25 @@ class OnnxBackend(Backend):
         if held is None or held[0] is not embeddings_KD:
             held = self._embeddings = embeddings_KD, self._value(embeddings_KD, *self._device)
         return held[1]
+
+
+def _require_tensors(path: Path, session: Any) -> None:
+    """Refuse a graph whose inputs and outputs are not those of an exported model.
+
+    Raises:
+        D2ZeroError: names what is different.
+    """
+    inputs = {entry.name: entry for entry in session.get_inputs()}
+    outputs = {entry.name: entry for entry in session.get_outputs()}
+    ranks = {"images": 4, EMBEDDINGS_INPUT: 2, "class_logits": 3, "mask_logits": 4}
+    for name, entry in {**inputs, **outputs}.items():
+        if name not in ranks or entry.type != "tensor(float)" or len(entry.shape) != ranks[name]:
+            raise D2ZeroError(
+                f"{path} is not a model of d2zero: {name} is {entry.type} of shape {entry.shape}; export it again"
+            )
+    missing = [name for name in ("images", *_OUTPUTS) if name not in {**inputs, **outputs}]
+    if missing:
+        raise D2ZeroError(f"{path} is not a model of d2zero: it lacks {listed(missing)}; export it again")
 
 
 def _onnxruntime() -> Any:

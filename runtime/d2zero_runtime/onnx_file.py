@@ -9,6 +9,7 @@ dims 1, data_type 2, name 8, raw_data 9; StringStringEntryProto key 1, value 2.
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _INITIALIZER = 5
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
 _FLOAT = 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_LONGEST_VARINT = 10  # bytes
 Buffer = mmap.mmap | bytes
 
 
@@ -41,7 +43,7 @@ def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
     Raises:
         D2ZeroError: the file is absent, damaged, or was not exported by d2zero.
     """
-    with _mapped(path) as buffer:
+    with _mapped(path) as buffer, _undamaged(path):
         contract = ModelContract.from_json(_value(buffer, _contract_field(buffer, path)).decode(), str(path))
         tensor = _embeddings_field(buffer, path)
         dims: list[int] = []
@@ -56,9 +58,23 @@ def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
                     dims.append(value)
             elif part.number == _RAW:
                 raw = bytes(buffer[part.body : part.end])
-        if len(dims) != 2 or len(raw) != 4 * dims[0] * dims[1]:
+        if len(dims) != 2 or not all(dims) or len(raw) != 4 * dims[0] * dims[1]:
             raise D2ZeroError(f"{path}: the class embeddings inside cannot be read; export the model again")
-        return contract, contract.vocabulary(np.frombuffer(raw, "<f4").reshape(dims))
+        try:
+            return contract, contract.vocabulary(np.frombuffer(raw, "<f4").reshape(dims))
+        except D2ZeroError as error:
+            raise D2ZeroError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Say which file is damaged where its bytes are no messages."""
+    try:
+        yield
+    except D2ZeroError:
+        raise
+    except (IndexError, ValueError) as error:
+        raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file ({error})") from error
 
 
 def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
@@ -78,7 +94,7 @@ def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         + _message(_NAME, EMBEDDINGS_INPUT.encode())
         + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
     )
-    with whole_file(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
+    with _undamaged(path), whole_file(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
         old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:
@@ -104,7 +120,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _contract_entry(buffer: Buffer, path: Path) -> _Field:
-    for part in _checked(buffer, path):
+    for part in _fields(buffer, 0, len(buffer)):
         if part.number == _METADATA:
             inner = {field.number: field for field in _fields(buffer, part.body, part.end)}
             if 1 in inner and _value(buffer, inner[1]) == CONTRACT_KEY.encode():
@@ -114,11 +130,14 @@ def _contract_entry(buffer: Buffer, path: Path) -> _Field:
 
 def _contract_field(buffer: Buffer, path: Path) -> _Field:
     entry = _contract_entry(buffer, path)
-    return next(field for field in _fields(buffer, entry.body, entry.end) if field.number == 2)
+    value = next((field for field in _fields(buffer, entry.body, entry.end) if field.number == 2), None)
+    if value is None:
+        raise D2ZeroError(f"{path} carries an empty d2zero contract; export the model again")
+    return value
 
 
 def _embeddings_field(buffer: Buffer, path: Path) -> _Field:
-    for part in _checked(buffer, path):
+    for part in _fields(buffer, 0, len(buffer)):
         if part.number != _GRAPH:
             continue
         for tensor in _fields(buffer, part.body, part.end):
@@ -128,13 +147,6 @@ def _embeddings_field(buffer: Buffer, path: Path) -> _Field:
             if names and _value(buffer, names[0]) == EMBEDDINGS_INPUT.encode():
                 return tensor
     raise D2ZeroError(f"{path} has no replaceable class embeddings inside")
-
-
-def _checked(buffer: Buffer, path: Path) -> Iterator[_Field]:
-    try:
-        yield from _fields(buffer, 0, len(buffer))
-    except (IndexError, ValueError) as error:
-        raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file") from error
 
 
 def _value(buffer: Buffer, part: _Field) -> bytes:
@@ -163,13 +175,14 @@ def _fields(buffer: Buffer, start: int, end: int) -> Iterator[_Field]:
 
 def _varint(buffer: Buffer, position: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    for _ in range(_LONGEST_VARINT):
         byte = buffer[position]
         value |= (byte & 0x7F) << shift
         position += 1
         shift += 7
         if byte < 0x80:
             return value, position
+    raise ValueError("a number is too long")
 
 
 def _encoded(value: int) -> bytes:
@@ -202,14 +215,11 @@ def graph_inputs(path: Path) -> dict[str, tuple[int | None, ...]]:
         D2ZeroError: the file is absent, damaged or no ONNX file.
     """
     found: dict[str, tuple[int | None, ...]] = {}
-    with _mapped(path) as buffer:
-        try:
-            for graph in _parts(buffer, _Field(0, _BYTES, 0, 0, len(buffer)), _GRAPH):
-                for entry in _parts(buffer, graph, _INPUT):
-                    name = _value(buffer, _parts(buffer, entry, 1)[0]).decode()
-                    found[name] = _dimensions(buffer, entry)
-        except (IndexError, ValueError) as error:
-            raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file") from error
+    with _mapped(path) as buffer, _undamaged(path):
+        for graph in _parts(buffer, _Field(0, _BYTES, 0, 0, len(buffer)), _GRAPH):
+            for entry in _parts(buffer, graph, _INPUT):
+                name = _value(buffer, _parts(buffer, entry, 1)[0]).decode()
+                found[name] = _dimensions(buffer, entry)
     return found
 
 
@@ -220,7 +230,7 @@ def without_default_embeddings(path: Path) -> bytes:
     could not be changed any more. Where the embeddings are no input, the file is returned as it is.
     """
     takes_embeddings = EMBEDDINGS_INPUT in graph_inputs(path)
-    with _mapped(path) as buffer:
+    with _mapped(path) as buffer, _undamaged(path):
         if not takes_embeddings:
             return bytes(buffer[:])
         tensor = _embeddings_field(buffer, path)

@@ -65,8 +65,12 @@ class OpenVinoBackend(Backend):
             if precision == "bfloat16":
                 lower_to_bfloat16(model)
             compiled = core.compile_model(model, "CPU", settings)
-        except RuntimeError as error:
-            raise D2ZeroError(f"openvino cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
+            for name in _OUTPUTS:
+                compiled.output(name)
+        except D2ZeroError:
+            raise
+        except Exception as error:  # openvino's, of many kinds
+            raise D2ZeroError(f"openvino cannot load {path}: {_reason(error)}") from error
         self._request, self._lock = compiled.create_infer_request(), threading.Lock()
         self._default = None if contract.baked else vocabulary.embeddings
         self.precision = precision if contract.precision == "float32" else contract.precision
@@ -80,6 +84,14 @@ class OpenVinoBackend(Backend):
         if self._default is not None:
             feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD
         with self._lock:  # until outputs are copied: the request's next run overwrites them (openvino#13519)
-            found = self._request.infer(feed)
+            try:
+                found = self._request.infer(feed)
+            except Exception as error:  # openvino's, of many kinds
+                raise D2ZeroError(f"openvino cannot run the model: {_reason(error)}") from error
             class_logits, mask_logits = (np.array(found[name], np.float32) for name in _OUTPUTS)
         return class_logits, mask_logits
+
+
+def _reason(error: Exception) -> str:
+    """Its last line: openvino begins with where in its own code it was."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

@@ -155,7 +155,8 @@ def postprocess(
             byte) or `none` (boxes and scores alone).
 
     Raises:
-        D2ZeroError: shapes do not fit the vocabulary, the mode does not, or there is no such kind of masks.
+        D2ZeroError: logits are not finite, shapes do not fit the vocabulary, the mode does not, or there is no such
+            kind of masks.
     """
     if masks not in MASK_KINDS:
         raise D2ZeroError(f"masks must be one of {', '.join(MASK_KINDS)}, got {masks!r}")
@@ -164,6 +165,10 @@ def postprocess(
         raise D2ZeroError(
             f"class logits must be (Q, {len(vocabulary) + 1}) for a vocabulary of {len(vocabulary)} classes and"
             f" the background, got {class_logits.shape}"
+        )
+    if not np.isfinite(class_logits).all():
+        raise D2ZeroError(
+            "the network's class logits are not finite: its weights are damaged, or a file in half precision overflows"
         )
     mode = Mode.parse(mode) if isinstance(mode, str) else mode
     chosen = selection(vocabulary, mode, max_detections)

@@ -5,9 +5,8 @@ input's sides, K classes. Written `BxHxWxK`, such as `1x800x1216x80`.
 """
 
 from dataclasses import astuple, dataclass, fields
-from typing import Any
 
-from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.errors import D2ZeroError, listed
 
 STEP = 32  # of heights and widths: the network's coarsest stride
 
@@ -50,7 +49,7 @@ class Shape:
             D2ZeroError: it is not four whole numbers, or they are no shape.
         """
         parts = text.lower().split("x")
-        if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
             raise D2ZeroError(f"a shape is batch x height x width x classes, such as 1x800x1216x80, got {text!r}")
         return cls(*(int(part) for part in parts))
 
@@ -104,6 +103,13 @@ class Profile:
         return {"min": str(self.min), "opt": str(self.opt), "max": str(self.max)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Profile":
-        """Read what `to_json` wrote."""
+    def from_json(cls, values: dict[str, str]) -> "Profile":
+        """Read what `to_json` wrote.
+
+        Raises:
+            D2ZeroError: a shape is absent, or is none.
+        """
+        missing = [name for name in ("min", "opt", "max") if name not in values]
+        if missing:
+            raise D2ZeroError(f"the shapes of an engine lack {listed(missing)}")
         return cls(Shape.parse(values["min"]), Shape.parse(values["opt"]), Shape.parse(values["max"]))

@@ -6,14 +6,16 @@ without torch.
 """
 
 import json
+import struct
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import whole_file
@@ -21,6 +23,21 @@ from d2zero_runtime.vocabulary import Vocabulary
 
 DESCRIPTION_VERSION = 1
 ENTRY = "extra/d2zero.json"
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, struct.error)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The fields in JSON."""
+
+    version: int
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    torch: str
+    operators: tuple[str, ...]
+    contract: dict[str, Any]
+    embeddings: dict[str, Any]
+    channels_last: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,24 +91,14 @@ class Pt2Description:
         Raises:
             D2ZeroError: it is damaged or of a newer version.
         """
-        try:
-            values: dict[str, Any] = json.loads(text)
-            if values["version"] > DESCRIPTION_VERSION:
-                raise D2ZeroError(
-                    f"{where} is described in version {values['version']}, this d2zero reads up to"
-                    f" {DESCRIPTION_VERSION}; upgrade d2zero"
-                )
-            return cls(
-                contract=ModelContract.from_json(json.dumps(values["contract"]), where),
-                embeddings=embeddings_from_json(values["embeddings"]),
-                operators=tuple(values["operators"]),
-                channels_last=bool(values.get("channels_last", False)),
-                device=str(values["device"]),
-                hardware=str(values["hardware"]),
-                torch=str(values["torch"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise D2ZeroError(f"{where} is damaged ({error!r}); export it again") from error
+        values = parse_object(text, where)
+        refuse_newer(values.get("version", 0), DESCRIPTION_VERSION, where, "the description")
+        written = checked(_Written, values, where, remedy="export it again")
+        return cls(
+            contract=ModelContract.from_json(json.dumps(written.contract), where),
+            embeddings=embeddings_from_json(written.embeddings, where),
+            **{name: getattr(written, name) for name in ("device", "hardware", "torch", "operators", "channels_last")},
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Pt2Description":
@@ -105,11 +112,17 @@ class Pt2Description:
                 names = [name for name in archive.namelist() if name.endswith(f"/{ENTRY}")]
                 if not names:
                     raise D2ZeroError(f"{path} was not made by `d2zero export --format pt2`: it lacks {ENTRY}")
-                return cls.from_json(archive.read(names[0]), str(path))
+                entry = archive.getinfo(names[0])
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                    raise D2ZeroError(f"{path} is damaged: {ENTRY} claims {entry.file_size} bytes; export it again")
+                text = archive.read(entry)
         except FileNotFoundError as error:
             raise D2ZeroError(f"model {path} does not exist") from error
-        except (zipfile.BadZipFile, OSError) as error:
-            raise D2ZeroError(f"{path} is damaged or no .pt2 ({error}); copy it again or export it anew") from error
+        except D2ZeroError:
+            raise
+        except _ZIP_ERRORS as error:
+            raise D2ZeroError(f"{path} is damaged or no .pt2 ({error}); copy it again or export it again") from error
+        return cls.from_json(text, str(path))
 
     def add_to(self, path: Path) -> None:
         """Add the description to an archive that has none."""

@@ -14,14 +14,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import whole_file
 from d2zero_runtime.profile import Profile
 from d2zero_runtime.vocabulary import Vocabulary
 
 SIDECAR_VERSION = 1
 _TEXTS = ("gpu", "compute_capability", "tensorrt", "onnx_sha256", "plan_sha256")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The fields in JSON."""
+
+    version: int
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+    onnx_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+    tf32: bool
+    profile: dict[str, str]
+    contract: dict[str, Any]
+    embeddings: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +93,7 @@ class Sidecar:
         )
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Sidecar":
+    def from_json(cls, text: str | bytes, where: str) -> "Sidecar":
         """Read and check a sidecar.
 
         Args:
@@ -85,21 +103,19 @@ class Sidecar:
         Raises:
             D2ZeroError: it is damaged, of a newer version, or lacks a field.
         """
-        values = _values(text, where)
+        values = parse_object(text, where)
+        refuse_newer(values.get("version", 0), SIDECAR_VERSION, where, "the sidecar")
+        written = checked(_Written, values, where, remedy="build the engine again")
         try:
-            return cls(
-                contract=ModelContract.from_json(json.dumps(values["contract"]), where),
-                embeddings=embeddings_from_json(values["embeddings"]),
-                profile=Profile.from_json(values["profile"]),
-                **{name: str(values[name]) for name in _TEXTS},
-                plan_bytes=int(values["plan_bytes"]),
-                tf32=bool(values["tf32"]),
-                version=int(values["version"]),
-            )
-        except D2ZeroError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise D2ZeroError(f"{where} is damaged ({error!r}); build the engine again") from error
+            profile = Profile.from_json(written.profile)
+        except D2ZeroError as error:
+            raise D2ZeroError(f"{where} is damaged: {error}; build the engine again") from error
+        return cls(
+            contract=ModelContract.from_json(json.dumps(written.contract), where),
+            embeddings=embeddings_from_json(written.embeddings, where),
+            profile=profile,
+            **{name: getattr(written, name) for name in (*_TEXTS, "plan_bytes", "tf32", "version")},
+        )
 
     @classmethod
     def read(cls, engine: Path) -> "Sidecar":
@@ -113,11 +129,7 @@ class Sidecar:
             raise D2ZeroError(
                 f"{path} is missing; an engine and its .json belong together: copy both, or build the engine again"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise D2ZeroError(f"{path} is damaged: it is no text; build the engine again") from error
-        return cls.from_json(text, str(path))
+        return cls.from_json(path.read_bytes(), str(path))
 
     def write(self, engine: Path) -> Path:
         """Write the sidecar beside an engine, atomically, and return its path."""
@@ -167,23 +179,3 @@ def replace_engine_vocabulary(engine: Path, vocabulary: Vocabulary) -> None:
         )
     contract = sidecar.contract.with_vocabulary(vocabulary)
     replace(sidecar, contract=contract, embeddings=vocabulary.embeddings).write(engine)
-
-
-def _values(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise D2ZeroError(f"{where} is damaged: it is no JSON ({error}); build the engine again") from error
-    if not isinstance(values, dict):
-        raise D2ZeroError(f"{where} is damaged: expected a JSON object; build the engine again")
-    version = values.get("version")
-    if isinstance(version, int) and version > SIDECAR_VERSION:
-        raise D2ZeroError(
-            f"{where} follows version {version} of the sidecar, this d2zero reads up to {SIDECAR_VERSION};"
-            " upgrade d2zero"
-        )
-    needed = ("version", *_TEXTS, "plan_bytes", "tf32", "profile", "contract", "embeddings")
-    missing = [name for name in needed if name not in values]
-    if missing:
-        raise D2ZeroError(f"{where} lacks {listed(missing)}; build the engine again")
-    return values

@@ -10,7 +10,6 @@ Letters: K classes, D text width.
 import json
 import os
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.files import whole_file
 
@@ -52,10 +52,10 @@ class Vocabulary:
     synonyms: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = tuple(str(name) for name in self.names)
-        embeddings = np.ascontiguousarray(self.embeddings, dtype=np.float32)
+        _check_names(self.names)
+        names = tuple(str(name) for name in self.names)  # NumPy's texts become Python's
+        embeddings = _floats(self.embeddings)
         count = len(names)
-        _check_names(names)
         _check_embeddings(names, embeddings)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "embeddings", embeddings)
@@ -158,36 +158,74 @@ class Vocabulary:
         path = Path(path)
         if not path.is_file():
             raise D2ZeroError(f"vocabulary {path} does not exist; make one with `d2zero vocab --help`")
-        try:
-            loaded = np.load(path, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                raise ValueError("it holds one array; make a vocabulary of it with `d2zero vocab npy`")
-            with loaded as arrays:
-                fields = {name: arrays[name] for name in arrays.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            reason = "it is no file of NumPy" if "pickle" in str(error) else error  # NumPy's advice is to allow it
-            raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {reason}") from error
+        fields = _members(path)
         missing = {"format_version", "names", "embeddings", "seen", "active", "source"} - fields.keys()
         if missing:
             raise D2ZeroError(f"{path} is not a vocabulary: it lacks {listed(sorted(missing))}")
-        if int(fields["format_version"]) > FORMAT_VERSION:
-            raise D2ZeroError(
-                f"{path} is a vocabulary of version {int(fields['format_version'])}, this d2zero reads up to"
-                f" {FORMAT_VERSION}; upgrade d2zero"
-            )
-        try:
-            source = json.loads(str(fields["source"]))
-            synonyms = json.loads(str(fields.get("synonyms", "{}")))
-        except json.JSONDecodeError as error:
-            raise D2ZeroError(f"{path} is damaged: its source or synonyms are no JSON") from error
-        return cls(
-            names=tuple(fields["names"].tolist()),
-            embeddings=fields["embeddings"],
-            seen=fields["seen"],
-            active=fields["active"],
-            source=source,
-            synonyms=synonyms,
+        for name, (kinds, dims) in _MEMBERS.items():
+            if name in fields and (fields[name].dtype.kind not in kinds or fields[name].ndim != dims):
+                raise D2ZeroError(f"{path} is damaged: {name} is {fields[name].dtype} of shape {fields[name].shape}")
+        refuse_newer(int(fields["format_version"]), FORMAT_VERSION, str(path), "the vocabulary's format")
+        source, synonyms = (
+            parse_object(str(fields.get(name, "{}")), f"{path}: {name}") for name in ("source", "synonyms")
         )
+        try:
+            return cls(
+                names=tuple(fields["names"].tolist()),
+                embeddings=fields["embeddings"],
+                seen=fields["seen"],
+                active=fields["active"],
+                source=source,
+                synonyms=checked(dict[str, str], synonyms, "synonyms"),
+            )
+        except D2ZeroError as error:
+            raise D2ZeroError(f"{path}: {error}") from error
+
+
+LARGEST_FILE = 1 << 30  # bytes of a vocabulary's arrays: half a million classes of CLIP's width
+_MEMBERS = {  # kinds of NumPy's types, and dimensions
+    "format_version": ("iu", 0),
+    "names": ("U", 1),
+    "embeddings": ("fiu", 2),
+    "seen": ("b", 1),
+    "active": ("b", 1),
+    "source": ("U", 0),
+    "synonyms": ("U", 0),
+}
+
+
+def _members(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a vocabulary's file.
+
+    Raises:
+        D2ZeroError: it is none, is damaged, or its arrays are larger than any vocabulary's.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > LARGEST_FILE:
+            raise D2ZeroError(
+                f"{path} holds {size / 1e9:.1f} GB of arrays, a vocabulary at most {LARGEST_FILE / 1e9:.1f}"
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files if name in _MEMBERS}
+    except D2ZeroError:
+        raise
+    except Exception as error:  # NumPy's, zip's and zlib's, of many kinds, for a damaged file
+        if isinstance(error, zipfile.BadZipFile) and _is_one_array(path):
+            error = ValueError("it holds one array; make a vocabulary of it with `d2zero vocab npy`")
+        raise D2ZeroError(f"{path} is not a vocabulary (.npz) or is damaged: {damage(error)}") from error
+
+
+def damage(error: Exception) -> str:
+    """Why NumPy cannot read a file, in one line; its advice to allow pickles is not passed on."""
+    text = str(error) or type(error).__name__
+    return "it is not a NumPy file" if "pickle" in text else text.splitlines()[0]
+
+
+def _is_one_array(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(6) == b"\x93NUMPY"
 
 
 def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None) -> None:
@@ -208,7 +246,18 @@ def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary
         )
 
 
+def _floats(embeddings: NDArray[Any]) -> NDArray[np.float32]:
+    array = np.asarray(embeddings)
+    if array.dtype.kind not in "fiu":
+        raise D2ZeroError(f"embeddings must be numbers, got {array.dtype}")
+    with np.errstate(over="ignore"):  # infinity is refused
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+
 def _check_names(names: tuple[str, ...]) -> None:
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise D2ZeroError(f"class names must be texts, got {wrong!r}")
     if not names:
         raise D2ZeroError("a vocabulary needs at least one class name, got none")
     if any(not name.strip() for name in names):
@@ -225,7 +274,7 @@ def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -
         )
     broken = [names[row] for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
     if broken:
-        raise D2ZeroError(f"embeddings hold NaN or infinity for {listed(broken)}; make them anew")
+        raise D2ZeroError(f"embeddings hold NaN or infinity for {listed(broken)}; compute them again")
     empty = [names[row] for row in np.flatnonzero(~embeddings.any(axis=1))]
     if empty:
         raise D2ZeroError(f"embeddings are all zero for {listed(empty)}; the encoder did not know these names")
@@ -249,7 +298,9 @@ def _class_of(names: tuple[str, ...], synonyms: Mapping[str, str]) -> NDArray[np
 
 
 def _flags(what: str, flags: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
-    flags = np.asarray(flags, dtype=bool)
+    flags = np.asarray(flags)
+    if flags.size and flags.dtype.kind != "b":
+        raise D2ZeroError(f"{what} must be true or false for each class, got {flags.dtype}")
     if flags.size == 0:
         return np.ones(count, bool)
     if flags.shape != (count,):

@@ -59,7 +59,12 @@ def test_profile_from_the_contract() -> None:
     sizes = Preprocessing(shortest_edge=96, longest_edge=160)
     assert str(profile_for(EngineConfig(), contract(preprocessing=sizes), OPEN).opt) == "1x96x160x5"
     names = tuple(f"c{number}" for number in range(2000))
-    assert profile_for(EngineConfig(), contract(class_names=names), OPEN).max.classes == 2000
+    assert (
+        profile_for(
+            EngineConfig(), contract(class_names=names, seen=(True,) * 2000, active=(True,) * 2000), OPEN
+        ).max.classes
+        == 2000
+    )
     small = profile_for(EngineConfig(max=Shape(1, 640, 640, 3)), contract(), OPEN)
     assert (str(small.min), str(small.opt)) == ("1x64x64x1", "1x640x640x3")
     large = profile_for(EngineConfig(opt=Shape(8, 1600, 1600, 3)), contract(), OPEN)

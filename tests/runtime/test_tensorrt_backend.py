@@ -44,7 +44,7 @@ def test_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"version": 2}, "follows version 2 of the sidecar, this d2zero reads up to 1; upgrade"),
         ({"gpu": None, "profile": None}, "lacks gpu, profile; build the engine again"),
-        ({"profile": {"min": "1x32x32x1"}}, r"is damaged \(KeyError\('opt'\)\)"),
+        ({"profile": {"min": "1x32x32x1"}}, r"is damaged: .*lack opt, max; build the engine again"),
         ({"embeddings": {"shape": [2, 2], "float32": "AAAA"}}, "is damaged"),
         ({"embeddings": {"shape": [2, 2], "float32": "?"}}, "is damaged"),
         ({"contract": []}, "is damaged"),
@@ -62,7 +62,7 @@ def test_bad_sidecars(tmp_path: Path, change: dict[str, Any], message: str) -> N
 
 def test_sidecars_that_are_none(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine")
-    for content, message in ((b"{", "no JSON"), (b"[1]", "expected a JSON object"), (b"\xff\xfe", "it is no text")):
+    for content, message in ((b"{", "not JSON"), (b"[1]", "expected a JSON object"), (b"\xff\xfe", "not JSON")):
         sidecar_path(path).write_bytes(content)
         with pytest.raises(D2ZeroError, match=message):
             Sidecar.read(path)
