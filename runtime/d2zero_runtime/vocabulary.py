@@ -208,7 +208,10 @@ def _members(path: Path) -> dict[str, NDArray[Any]]:
                 f"{path} holds {size / 1e9:.1f} GB of arrays, a vocabulary at most {LARGEST_FILE / 1e9:.1f}"
             )
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files if name in _MEMBERS}
+            found = {name: arrays[name] for name in arrays.files if name in _MEMBERS}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("one of its members is no array")
+        return found
     except D2ZeroError:
         raise
     except Exception as error:  # NumPy's, zip's and zlib's, of many kinds, for a damaged file

@@ -33,3 +33,20 @@ def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, error
         partial.write_bytes(b"half of the sec")
         raise error
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one_and_permissions_are_kept(tmp_path: Path) -> None:
+    target, link = tmp_path / "v3.onnx", tmp_path / "current.onnx"
+    target.write_bytes(b"first")
+    target.chmod(0o664)
+    link.symlink_to(target.name)
+    with whole_file(link) as partial:
+        partial.write_bytes(b"second")
+    assert link.is_symlink() and target.read_bytes() == b"second"
+    assert target.stat().st_mode & 0o777 == 0o664
+
+
+def test_names_may_have_the_most_bytes_that_a_name_can(tmp_path: Path) -> None:
+    with whole_file(tmp_path / ("é" * 120 + ".json")) as partial:
+        partial.write_bytes(b"whole")
+    assert len(list(tmp_path.iterdir())) == 1
