@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where this is set, each process compiles torch's sources again: 19 s to import it and torchvision instead of 7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup bindings demo test test-lowest check benchmark benchmark-gpu format clean
+.PHONY: setup bindings demo test fuzz test-lowest check benchmark benchmark-gpu format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ demo: setup
 # Two tests at a time, a thread each; whoever is done takes from the other.
 test: setup bindings
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Damaged and hostile files, many more of them than `test` tries.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/fuzz --hypothesis-profile=long
 
 # The same with the lowest versions that pyproject.toml promises, in an environment of their own.
 LOWEST ?= .venv-lowest
