@@ -31,9 +31,14 @@ class TorchBackend(Backend):
         self.name = f"torch {torch.__version__} ({model.class_embeddings.device})"
 
     @property
+    def on_gpu(self) -> bool:  # type: ignore[override]
+        """Whether the model is on a GPU now."""
+        return self.model.class_embeddings.is_cuda
+
+    @property
     def takes_pixels(self) -> bool:  # type: ignore[override]
         """Whether `run` takes a `PixelBatch`: on a GPU."""
-        return self.model.class_embeddings.is_cuda
+        return self.on_gpu
 
     def run(self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `Backend`. On a GPU, mask logits stay there."""

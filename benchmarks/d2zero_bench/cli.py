@@ -27,7 +27,9 @@ def benchmark(
     ] = None,
     peers: Annotated[
         str | None,
-        typer.Option("--peers", help="Others' networks, random weights: mask2former, -compiled, -float16, or all."),
+        typer.Option(
+            "--peers", help="Others' networks, random weights: mask2former, its -tf32, -float16, -compiled, or all."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="The candidate to compare with, by name; the first by default.")
@@ -72,7 +74,7 @@ def benchmark(
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots, one file.")] = None,
     max_p90: Annotated[
         list[str] | None,
-        typer.Option("--max-p90", help="Exit with 1 if it is slower, in ms end to end: 120, or NAME=120."),
+        typer.Option("--max-p90", help="Exit with 1 if file → detections is slower, in ms: 120, or NAME=120."),
     ] = None,
     min_hm: Annotated[
         list[str] | None,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from d2zero_bench.report import END_TO_END, Report, names
+from d2zero_bench.report import FILE, Report, names
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
@@ -58,14 +58,12 @@ def failures(report: Report, max_p90: list[Gate], min_hm: list[Gate]) -> list[st
 
 def _slow(report: Report, name: str, limit: float) -> list[str]:
     spreads = {
-        result.case: result.spread(END_TO_END)
-        for result in report.results
-        if result.candidate == name and result.samples
+        result.case: result.spread(FILE) for result in report.results if result.candidate == name and result.samples
     }
     if not spreads:
         return [f"{name}: p90 was not measured (limit {limit:g} ms)"]
     return [
-        f"{name}: p90 end to end {spread.p90:.1f} ms at {case} (limit {limit:g} ms)"
+        f"{name}: p90 of {FILE} {spread.p90:.1f} ms at {case} (limit {limit:g} ms)"
         for case, spread in spreads.items()
         if spread is not None and not spread.p90 <= limit
     ]

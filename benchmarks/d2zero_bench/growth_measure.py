@@ -21,11 +21,12 @@ from d2zero_bench.candidates import drawn_vocabulary
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.growth_curves import MEMORY, Curve, Point
 from d2zero_bench.memory import host_peak_mb, reset_host_peak
-from d2zero_bench.report import STAGES, Report, Result
+from d2zero_bench.report import NETWORK, Report, Result
 from d2zero_bench.session import Plan, Session
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 PHOTO = Case(480, 640)  # of a folder
+STAGES = ("decode", "preprocess", NETWORK, "postprocess")  # on a CPU the network is the stage of inference
 ALL_ONE = dict.fromkeys((*STAGES, MEMORY), 1.0)
 VOCABULARY = "vocabulary"
 OWN_LIMITS = {"network": 1.0, "postprocess": 1.0, MEMORY: 1.0}  # where decoding and preprocessing have no part

@@ -7,7 +7,7 @@ from typing import Any
 
 from d2zero_bench import svg
 from d2zero_bench.cases import Case
-from d2zero_bench.report import END_TO_END, STAGE_NAMES, STAGES, Report, Result, names
+from d2zero_bench.report import ARRAY, FILE, NETWORK, STAGE_NAMES, STAGES, Report, Result, names
 from d2zero_bench.table import ACCURACY_COLUMNS, best_ratio, milliseconds, ratio, scientific
 from d2zero_runtime.files import write_text
 
@@ -16,12 +16,17 @@ STYLE = Path(__file__).with_name("report.css")
 NOTES = (
     "Each candidate runs in a process of its own; one runs at a time, in turns, in a new order each round. Ratios are"
     " of pairs of one round: the median, and in brackets where 80 % of the rounds are.",
-    "Total is the sum of a batch's four stages, one after the other: file to pixels, pixels to padded tensor, network"
-    " (with the copies to and from a GPU), raw output to run-length encoded instances. Throughput follows from it; "
+    "File → detections is the sum of a batch's four stages, one after the other: file to pixels, pixels to padded"
+    " tensor, inference (the network, with the upload of its inputs and the download of what post-processing needs),"
+    " raw output to detections. Array → detections is all but the first. Throughput follows from file → detections; "
     "<code>Segmenter.stream</code> overlaps stages and is faster where cores are free.",
+    "Network is only the network: on a GPU it is measured separately in each round, with inputs on the device and"
+    " outputs left there, until they are complete, after one run that is not timed. On a CPU nothing is copied, and it"
+    " is the time of inference. Reports of earlier versions have the latter everywhere.",
     "Host memory is the high-water mark of the candidate's process, libraries included. GPU memory is what that"
     " process holds there, CUDA's context included.",
-    "Peers have random weights: they show what a network costs, nothing else, and only their network is measured.",
+    "Peers have random weights: they show what a network costs, nothing else, and only their network is measured, as"
+    " ours is.",
 )
 
 
@@ -81,20 +86,25 @@ def _latency(report: Report) -> str:
     plots = [(case, _stacked(report, case)) for case in report.cases]
     if not plots:
         return ""
-    used = {stage for result in report.results if result.samples for stage in result.samples[0]}
-    shown = legend((stage, STAGE_NAMES[stage]) for stage in STAGES if stage in used)
+    used = {stage for result in report.results if result.samples for stage in _parts(result)}
+    shown = legend((stage, STAGE_NAMES[stage]) for stage in STAGE_NAMES if stage in used)
     first = figure(f"{plots[0][0]}: milliseconds a batch, medians; thin line to p90", plots[0][1])
     others = "".join(f"<details><summary>{case}</summary><figure>{plot}</figure></details>" for case, plot in plots[1:])
     return f"{shown}{first}{others}"
 
 
+def _parts(result: Result) -> tuple[str, ...]:
+    """What a bar is made of; of a peer, its network."""
+    return STAGES if result.whole else (NETWORK,)
+
+
 def _stacked(report: Report, case: Case) -> str:
     rows = []
     for result in report.of_case(case):
-        medians = {stage: spread for stage in STAGES if (spread := result.spread(stage))}
-        total = result.spread(END_TO_END) or result.spread("network")
+        medians = {stage: spread for stage in _parts(result) if (spread := result.spread(stage))}
+        total = result.spread(FILE) or result.spread(NETWORK)
         parts = tuple((stage, STAGE_NAMES[stage], spread.p50) for stage, spread in medians.items())
-        note = "" if result.whole else " (network alone)"
+        note = "" if result.whole else " (only the network)"
         if total:
             rows.append(svg.Bar(result.candidate + note, parts, total.p50, total.p90))
     return svg.bars(rows, "milliseconds")
@@ -105,13 +115,13 @@ def _tradeoff(report: Report) -> str:
     for name in names(report, ("d2zero",)):
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
-        spread = result.spread(END_TO_END) if result else None
+        spread = result.spread(FILE) if result else None
         value = measured.figures.get("hm_ap50") if measured else None
         if value is not None and spread is not None:
             points[name] = svg.Point(spread.p50, value, f"{name}: {milliseconds(spread.p50)} ms, {value:.2f} %")
     if not points:
         return ""
-    plot = svg.scatter(list(points.values()), "milliseconds, end to end, median", "HM AP50, %")
+    plot = svg.scatter(list(points.values()), f"milliseconds, {FILE}, median", "HM AP50, %")
     note = f"{report.cases[0]}; accuracy at the model's own size. Up and left is better."
     return _legend(report, list(enumerate(points))) + figure(note, plot)
 
@@ -140,7 +150,7 @@ def _sweep(report: Report, what: str) -> str:
     ]
     plot = svg.lines(drawn, [_label(case, what) for case in chosen], _UNITS[what], "milliseconds an image")
     shown = [(line.colour, names(report)[line.colour]) for line in drawn]
-    return _legend(report, shown) + figure("Medians of the total; broad strokes from p10 to p90.", plot)
+    return _legend(report, shown) + figure(f"Medians of {FILE}; broad strokes from p10 to p90.", plot)
 
 
 def figure(caption: str, plot: str) -> str:
@@ -152,7 +162,7 @@ def _sweep_points(report: Report, name: str, cases: Sequence[Case]) -> tuple[svg
     points = []
     for place, case in enumerate(cases):
         result = report.find(name, case)
-        spread = (result.spread(END_TO_END) or result.spread("network")) if result else None
+        spread = (result.spread(FILE) or result.spread(NETWORK)) if result else None
         if spread:
             low, middle, high = (value / case.batch for value in (spread.p10, spread.p50, spread.p90))
             points.append(svg.Point(place, middle, f"{name}: {milliseconds(middle)} ms", low, high))
@@ -161,7 +171,7 @@ def _sweep_points(report: Report, name: str, cases: Sequence[Case]) -> tuple[svg
 
 def _legend(report: Report, shown: Sequence[tuple[int, str]]) -> str:
     peers = names(report, ("peer",))
-    texts = {name: f"{name} (network alone)" for name in peers}
+    texts = {name: f"{name} (only the network)" for name in peers}
     return legend((f"c{colour % svg.COLOURS}", texts.get(name, name)) for colour, name in shown)
 
 
@@ -180,7 +190,7 @@ def _label(case: Case, what: str) -> str:
 def _figures(report: Report, case: Case) -> str:
     results = report.of_case(case)
     gpu = any(result.gpu_mb is not None for result in results)
-    head = ["candidate", *STAGE_NAMES.values(), "total p50", "p90", "p99", "images/s", "× baseline", "host MB"]
+    head = ["candidate", *STAGE_NAMES.values(), ARRAY, FILE, "p90", "p99", "images/s", "× baseline", "host MB"]
     rows = [_row(report, result, gpu) for result in results]
     rounds = max(len(result.samples) for result in results)
     caption = f"{case}: milliseconds a batch, medians of {rounds} rounds"
@@ -188,10 +198,11 @@ def _figures(report: Report, case: Case) -> str:
 
 
 def _row(report: Report, result: Result, gpu: bool) -> list[str]:
-    total = result.spread(END_TO_END)
+    total = result.spread(FILE)
     cells = [escape(result.candidate)]
-    cells += [milliseconds(spread.p50 if spread else None) for spread in map(result.spread, STAGES)]
-    cells += [milliseconds(value) for value in ((total.p50, total.p90, total.p99) if total else (None,) * 3)]
+    shown = map(result.spread, (*STAGE_NAMES, ARRAY, FILE))
+    cells += [milliseconds(spread.p50 if spread else None) for spread in shown]
+    cells += [milliseconds(value) for value in ((total.p90, total.p99) if total else (None,) * 2)]
     rate = result.images_per_second
     cells += ["–" if rate is None else f"{rate:.2f}", ratio(best_ratio(report, result)), _megabytes(result.host_mb)]
     return [*cells, _megabytes(result.gpu_mb)] if gpu else cells

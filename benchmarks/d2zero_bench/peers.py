@@ -4,6 +4,7 @@ Random weights made from a configuration: nothing is downloaded, and no accuracy
 is measured, on the same sizes and with as many queries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -12,21 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.torch_math import float32_math
 
 
 @dataclass(frozen=True)
 class PeerForm:
-    """How a peer runs: eagerly or by torch.compile, in float32 or under torch's mixed precision in float16."""
+    """How a peer runs.
+
+    Args:
+        compiled: By torch.compile; eagerly otherwise.
+        precision: float32, tf32 (what GPUs make of float32 where that is allowed), or float16, weights and
+            images as ours.
+    """
 
     compiled: bool = False
-    half: bool = False
+    precision: str = "float32"
 
 
 PEERS = {
     "mask2former": PeerForm(),
     "mask2former-compiled": PeerForm(compiled=True),
-    "mask2former-float16": PeerForm(half=True),  # for GPUs
-    "mask2former-float16-compiled": PeerForm(compiled=True, half=True),
+    "mask2former-tf32": PeerForm(precision="tf32"),  # this and the next ones for GPUs
+    "mask2former-float16": PeerForm(precision="float16"),
+    "mask2former-float16-compiled": PeerForm(compiled=True, precision="float16"),
 }
 
 
@@ -48,18 +57,32 @@ class PeerNetwork:
         torch.manual_seed(0)
         self._device = pick_device(device)
         network = Mask2FormerForUniversalSegmentation(config).eval().to(self._device)
+        if form.precision == "float16":
+            network = network.half()
         self._network = torch.compile(network, dynamic=False) if form.compiled else network
-        self._half = form.half
-        how = f"{', float16' if form.half else ''}{', compiled' if form.compiled else ''}"
+        self._precision = form.precision
+        self.on_gpu = self._device.type == "cuda"
+        how = f", {form.precision}{', compiled' if form.compiled else ''}"
         self.name = f"transformers {_version()}, torch {torch.__version__} ({self._device}{how})"
 
-    def run(self, images_B3HW: NDArray[np.float32]) -> None:
-        """Run the network; outputs go to the host, as ours do."""
+    def resident(self, images_B3HW: NDArray[np.float32]) -> Callable[[], None]:
+        """Move the input to the device, as `d2zero_runtime.backend.Backend.resident` does.
+
+        Returns:
+            Runs the network once, leaves the outputs where they are, and waits until they are there.
+        """
         import torch
 
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=self._half):
-            out = self._network(pixel_values=torch.from_numpy(images_B3HW).to(self._device))
-            out.class_queries_logits.float().cpu(), out.masks_queries_logits.float().cpu()
+        dtype = torch.float16 if self._precision == "float16" else torch.float32
+        images = torch.from_numpy(images_B3HW).to(self._device, dtype)
+
+        def run_once() -> None:
+            with torch.inference_mode(), float32_math(torch, self._precision == "tf32"):
+                self._network(pixel_values=images)
+            if self.on_gpu:
+                torch.cuda.synchronize(self._device)
+
+        return run_once
 
 
 def mask2former_config(queries: int, labels: int, **changes: Any) -> Any:
@@ -84,7 +107,7 @@ def parse_peers(text: str) -> list[str]:
     Raises:
         D2ZeroError: there is no such peer, or transformers is not installed.
     """
-    everywhere = [name for name, form in PEERS.items() if not form.half]
+    everywhere = [name for name, form in PEERS.items() if form.precision == "float32"]
     chosen = everywhere if text.strip() == "all" else [name.strip() for name in text.split(",")]
     strangers = [name for name in chosen if name not in PEERS]
     if strangers:

@@ -22,11 +22,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 
 class OwnProcess:
-    """A candidate, opened in a new process; see `d2zero_bench.candidates.Candidate`.
+    """A candidate in a new process, which begins to open it; see `d2zero_bench.candidates.Candidate`."""
 
-    Raises:
-        D2ZeroError: it cannot be opened.
-    """
+    info: CandidateInfo  # once it is open
 
     def __init__(self, spec: Spec) -> None:
         context = get_context("spawn")  # a fork would copy what this process has loaded
@@ -36,11 +34,19 @@ class OwnProcess:
         with _thread_variables(spec.threads):
             self._process.start()
         theirs.close()
+
+    def open(self) -> "OwnProcess":
+        """Wait until the candidate is open. Others may be opening meanwhile.
+
+        Raises:
+            D2ZeroError: It cannot be opened; its process has ended then.
+        """
         try:
-            self.info: CandidateInfo = self._answer()
+            self.info = self._answer()
         except BaseException:
             self.close()
             raise
+        return self
 
     def prepare(self, case: Case) -> None:
         """See `Candidate`."""

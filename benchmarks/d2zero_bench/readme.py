@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2zero_bench.report import END_TO_END, Report
+from d2zero_bench.report import ARRAY, FILE, NETWORK, Report
 from d2zero_bench.table import best_ratio, difference, milliseconds
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 
 MARKER = "<!-- benchmark table -->"
 HEAD = (
-    "", "network ms", "total ms (p90)", "× baseline", "images a second", "memory MB", "\\|Δ\\| (largest)", "HM AP50",
+    "", "network ms", f"{ARRAY} ms", f"{FILE} ms (p90)", "× baseline", "images a second", "memory MB",
+    "\\|Δ\\| (largest)", "HM AP50",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _title(report: Report) -> str:
 def _row(report: Report, number: int) -> list[list[str]]:
     case, found = report.cases[number], []
     for result in report.of_case(case):
-        network, total = result.spread("network"), result.spread(END_TO_END)
+        network, array, total = (result.spread(what) for what in (NETWORK, ARRAY, FILE))
         times = best_ratio(report, result)
         equal, accuracy = report.equality_of(result.candidate, case), report.accuracy_of(result.candidate)
         hm = accuracy.figures.get("hm_ap50") if accuracy else None
@@ -87,6 +88,7 @@ def _row(report: Report, number: int) -> list[list[str]]:
             [
                 f"{result.candidate}, {case}",
                 milliseconds(network.p50) if network else "",
+                milliseconds(array.p50) if array else "",
                 f"{milliseconds(total.p50)} ({milliseconds(total.p90)})" if total else "",
                 f"{times.p50:.2f}" if times else "",
                 f"{result.images_per_second:.2f}" if result.images_per_second else "",

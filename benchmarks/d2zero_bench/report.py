@@ -14,12 +14,20 @@ from d2zero_bench.figures import Spread, ratios, throughput
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 
-FORMAT_VERSION = 1
-STAGES = ("decode", "preprocess", "network", "postprocess")
-STAGE_NAMES = {"decode": "decode", "preprocess": "preprocess", "network": "network", "postprocess": "post-process"}
-END_TO_END = "end to end"
+FORMAT_VERSION = 2  # 1 had no stage "inference": its "network" was that
+STAGES = ("decode", "preprocess", "inference", "postprocess")
+NETWORK = "network"  # measured separately: inputs on the device, outputs left there
+STAGE_NAMES = {
+    NETWORK: "network",
+    "decode": "decode",
+    "preprocess": "preprocess",
+    "inference": "inference",
+    "postprocess": "post-process",
+}
+ARRAY, FILE = "array → detections", "file → detections"
+SCOPES = {ARRAY: STAGES[1:], FILE: STAGES}
 
-Sample = dict[str, float]  # milliseconds by stage; a peer has its network alone
+Sample = dict[str, float]  # milliseconds by stage, and of the network; a peer has only its network
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,9 @@ class CandidateInfo:
 
     Args:
         name: unique in the report.
-        kind: `d2zero`, or `peer` (network alone, random weights).
+        kind: `d2zero`, or `peer` (only the network, random weights).
         backend: what ran its network, and where.
-        precision: float32 or float16.
+        precision: What it computes in.
         megabytes: of its file; None without one.
         queries: Q of the model.
         classes: in its own vocabulary.
@@ -65,24 +73,23 @@ class Result:
 
     @property
     def whole(self) -> bool:
-        """Whether all stages were measured, from file to instances."""
-        return bool(self.samples) and set(self.samples[0]) == set(STAGES)
+        """Whether all stages were measured, from file to detections."""
+        return bool(self.samples) and set(STAGES) <= set(self.samples[0])
 
-    def times(self, stage: str) -> list[float]:
-        """Milliseconds of a stage, or of all together (`END_TO_END`), a round each; nothing if not measured."""
-        if stage == END_TO_END:
-            return [sum(sample.values()) for sample in self.samples] if self.whole else []
-        return [sample[stage] for sample in self.samples if stage in sample]
+    def times(self, what: str) -> list[float]:
+        """Milliseconds of a stage, of the network or of a scope, one per round; empty if not measured."""
+        parts = SCOPES.get(what, (what,))
+        return [sum(sample[part] for part in parts) for sample in self.samples if set(parts) <= set(sample)]
 
-    def spread(self, stage: str) -> Spread | None:
-        """Percentiles of a stage."""
-        found = self.times(stage)
+    def spread(self, what: str) -> Spread | None:
+        """Percentiles of a stage, of the network or of a scope."""
+        found = self.times(what)
         return Spread.of(found) if found else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Throughput end to end, stages one after the other; of a peer, of its network."""
-        found = self.times(END_TO_END) or self.times("network")
+        """Throughput from files, stages one after the other; of a peer, of its network."""
+        found = self.times(FILE) or self.times(NETWORK)
         return throughput(found, self.case.batch) if found else None
 
 
@@ -156,10 +163,10 @@ class Report:
         found = (self.find(info.name, case) for info in self.candidates)
         return [result for result in found if result is not None]
 
-    def ratio(self, result: Result, stage: str = END_TO_END) -> Spread | None:
-        """How many times the baseline's time, from paired rounds; None if either lacks the stage."""
+    def ratio(self, result: Result, what: str = FILE) -> Spread | None:
+        """How many times the baseline's time, from paired rounds; None if either was not measured."""
         base = self.find(self.baseline, result.case)
-        ours, theirs = result.times(stage), base.times(stage) if base else []
+        ours, theirs = result.times(what), base.times(what) if base else []
         rounds = min(len(ours), len(theirs))  # one that failed has fewer
         return ratios(ours[:rounds], theirs[:rounds]) if rounds else None
 
@@ -191,8 +198,8 @@ class Report:
         return content
 
     def _figures(self, result: Result) -> dict[str, Any]:
-        spreads = {stage: result.spread(stage) for stage in (*STAGES, END_TO_END)}
-        both = {stage: self.ratio(result, stage) for stage in ("network", END_TO_END)}
+        spreads = {what: result.spread(what) for what in (*STAGES, NETWORK, *SCOPES)}
+        both = {what: self.ratio(result, what) for what in (NETWORK, *SCOPES)}
         return {
             "milliseconds": {stage: asdict(spread) for stage, spread in spreads.items() if spread},
             "ratio": {stage: asdict(spread) for stage, spread in both.items() if spread},
@@ -201,14 +208,14 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Report":
-        """Read what `to_dict` made.
+        """Read what `to_dict` made, now or in version 1.
 
         Raises:
             D2ZeroError: it was written by a newer version, or is something else.
         """
         version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
-            raise D2ZeroError(f"expected a benchmark's report of version {FORMAT_VERSION}, got version {version}")
+        if version not in (1, FORMAT_VERSION):
+            raise D2ZeroError(f"expected a benchmark's report up to version {FORMAT_VERSION}, got version {version}")
         try:
             return cls(
                 **{
@@ -216,7 +223,7 @@ class Report:
                     for key in ("title", "environment", "settings", "baseline", "failures", "complete")
                 },
                 candidates=[CandidateInfo(**entry) for entry in content["candidates"]],
-                results=[Result(**_with_case(entry, "figures")) for entry in content["results"]],
+                results=[Result(**_upgraded(_with_case(entry, "figures"), version)) for entry in content["results"]],
                 equality=[
                     Equality(**{**_with_case(entry, "judged"), "failures": tuple(entry["failures"])})
                     for entry in content["equality"]
@@ -253,6 +260,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:
     kept = {key: value for key, value in entry.items() if key not in left_out}
     return {**kept, "case": Case(**entry["case"])}
+
+
+def _upgraded(entry: dict[str, Any], version: int) -> dict[str, Any]:
+    """A result of version 1: its network ran between the other stages, copies included."""
+    if version > 1:
+        return entry
+    samples = [
+        {**sample, "inference": sample[NETWORK]} if "decode" in sample else sample for sample in entry["samples"]
+    ]
+    return {**entry, "samples": samples}
 
 
 def names(report: Report, kinds: Sequence[str] = ("d2zero", "peer")) -> list[str]:

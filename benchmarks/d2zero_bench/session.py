@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,10 +12,10 @@ from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import Spec
 from d2zero_bench.cases import Case, Photos, make_cases
 from d2zero_bench.environment import environment, without_folders
-from d2zero_bench.measure import Measurement, Settings
+from d2zero_bench.measure import Measurement, Progress, Settings
 from d2zero_bench.peers import parse_peers
 from d2zero_bench.process import OwnProcess
-from d2zero_bench.report import CandidateInfo, Report
+from d2zero_bench.report import Report
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Preprocessing
 from d2zero_runtime.errors import listed
@@ -88,13 +88,14 @@ class Session:
     Args:
         plan: what to measure.
         command: words of the command line, for the record.
+        progress: Wraps loops, as of `Measurement`.
 
     Raises:
         D2ZeroError: the plan does not fit together.
     """
 
-    def __init__(self, plan: Plan, command: Sequence[str] = ()) -> None:
-        self.plan, self._command = plan, command
+    def __init__(self, plan: Plan, command: Sequence[str] = (), progress: Progress | None = None) -> None:
+        self.plan, self._command, self._progress = plan, command, progress or tracked
         self.specs = plan.specs()
         self.report: Report | None = None
         exported = [path for path in plan.models if path.suffix in EXPORTED_SUFFIXES]
@@ -126,7 +127,7 @@ class Session:
             self.report = report = self._empty(cases, photos)
             report.settings.update(facts or {})
             candidates = {process.info.name: process for process in self._opened(stack, report)}
-            measurement = Measurement(candidates, photos, plan.settings, report, tracked)
+            measurement = Measurement(candidates, photos, plan.settings, report, self._progress)
             measurement.run(cases)
             if plan.annotations and plan.images:
                 measurement.accuracies(plan.annotations, plan.images, plan.limit)
@@ -134,28 +135,31 @@ class Session:
         return report
 
     def _opened(self, stack: ExitStack, report: Report) -> list[OwnProcess]:
-        """All candidates, the baseline first: peers are made to its measure."""
-        found: list[OwnProcess] = []
-        base: CandidateInfo | None = None
-        for spec in sorted(self.specs, key=lambda spec: (bool(spec.peer), spec.name != self.baseline)):
-            if spec.peer and base is not None:
-                spec = Spec(
-                    spec.name, peer=spec.peer, device=spec.device, threads=spec.threads,
-                    queries=base.queries, classes=self.plan.classes[0] or base.classes,
-                )  # fmt: skip
-            try:
-                process = OwnProcess(spec)
-            except D2ZeroError as error:
-                if self.plan.all_must_open or base is None:
-                    raise
-                report.failures[spec.name] = without_folders(str(error))
-                continue
-            stack.callback(process.close)
-            base = base or process.info
-            found.append(process)
+        """All candidates, ours first: peers are made to the baseline's measure."""
+        ours = sorted((spec for spec in self.specs if not spec.peer), key=lambda spec: spec.name != self.baseline)
+        found = self._opened_together(stack, report, ours)
+        base = found[0].info
+        classes = self.plan.classes[0] or base.classes
+        peers = [replace(spec, queries=base.queries, classes=classes) for spec in self.specs if spec.peer]
+        found += self._opened_together(stack, report, peers)
         order = [spec.name for spec in self.specs]
         found.sort(key=lambda process: order.index(process.info.name))
         report.candidates += [process.info for process in found]
+        return found
+
+    def _opened_together(self, stack: ExitStack, report: Report, specs: Sequence[Spec]) -> list[OwnProcess]:
+        """Start all processes, then wait for each; the baseline must open."""
+        found, opening = [], []
+        for spec in specs:
+            opening.append((spec, OwnProcess(spec)))
+            stack.callback(opening[-1][1].close)
+        for spec, process in opening:
+            try:
+                found.append(process.open())
+            except D2ZeroError as error:
+                if self.plan.all_must_open or spec.name == self.baseline:
+                    raise
+                report.failures[spec.name] = without_folders(str(error))
         return found
 
     def _cases(self) -> list[Case]:

@@ -6,10 +6,10 @@ from rich.text import Text
 
 from d2zero_bench.cases import Case
 from d2zero_bench.figures import Spread
-from d2zero_bench.report import END_TO_END, STAGES, Equality, Report, Result
+from d2zero_bench.report import ARRAY, FILE, NETWORK, STAGES, Equality, Report, Result
 
-COLUMNS = (
-    "decode", "prep", "network", "post", "p50", "p90", "p99", "img/s", "× baseline", "MB", "|Δ| (largest)",
+COLUMNS = (  # decoding is what file has more than array
+    "network", "prep", "inference", "post", "array", "file", "p90", "img/s", "× baseline", "MB", "|Δ| (largest)",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def _case_table(report: Report, case: Case) -> Table:
     results = report.of_case(case)
     rounds = max(len(result.samples) for result in results)
     table = Table(
-        title=f"{case}: milliseconds, {rounds} rounds",
+        title=f"{case}: milliseconds, {rounds} rounds; array and file → detections",
         box=box.SIMPLE,
         title_justify="left",
         pad_edge=False,
@@ -38,11 +38,14 @@ def _case_table(report: Report, case: Case) -> Table:
 
 
 def _cells(report: Report, result: Result) -> list[str | Text]:
-    total = result.spread(END_TO_END)
+    total = result.spread(FILE)
     rate = result.images_per_second
     return [
-        *(milliseconds(spread.p50 if spread else None) for spread in map(result.spread, STAGES)),
-        *(milliseconds(value) for value in ((total.p50, total.p90, total.p99) if total else (None,) * 3)),
+        *(
+            milliseconds(spread.p50 if spread else None)
+            for spread in map(result.spread, (NETWORK, *STAGES[1:], ARRAY, FILE))
+        ),
+        milliseconds(total.p90 if total else None),
         "–" if rate is None else f"{rate:.2f}",
         ratio(best_ratio(report, result)),
         "–" if result.host_mb is None else f"{result.host_mb:.0f}",
@@ -51,8 +54,8 @@ def _cells(report: Report, result: Result) -> list[str | Text]:
 
 
 def best_ratio(report: Report, result: Result) -> Spread | None:
-    """End to end where both were measured so, else of the networks."""
-    return report.ratio(result) or report.ratio(result, "network")
+    """From file to detections where both were measured so, else of the networks."""
+    return report.ratio(result) or report.ratio(result, NETWORK)
 
 
 def milliseconds(value: float | None) -> str:

@@ -24,6 +24,9 @@ class Backend(Protocol):
     precision: str | None = None
     """What it computes in, where that is not what the model's file says."""
 
+    on_gpu: bool = False
+    """Whether the network runs on a GPU, so that `run` copies its inputs and outputs."""
+
     takes_pixels: bool = False
     """Whether `run` takes a `PixelBatch` and normalises images where the network runs."""
 

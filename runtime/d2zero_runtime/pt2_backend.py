@@ -55,7 +55,7 @@ class Pt2Backend(Backend):
     ) -> None:
         self._torch = torch = _torch()
         _require_fit(path, description, torch)
-        on_gpu = self.takes_pixels = description.device == "cuda"
+        on_gpu = self.on_gpu = self.takes_pixels = description.device == "cuda"
         self._device = torch.device("cuda", device) if on_gpu else torch.device("cpu")
         if threads:
             torch.set_num_threads(threads)

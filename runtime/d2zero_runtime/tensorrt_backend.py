@@ -46,6 +46,8 @@ class TensorrtBackend(Backend):
         D2ZeroError: TensorRT or the GPU is absent, or the plan is not for them, damaged, or not the sidecar's.
     """
 
+    on_gpu = True
+
     def __init__(self, path: Path, sidecar: Sidecar, device: int = 0, cuda_graphs: bool = True) -> None:
         self._environment = require_tensorrt(device)
         self._sidecar, self._graphs_wanted = sidecar, cuda_graphs

@@ -19,7 +19,7 @@ from d2zero_bench.figures import Spread, percentile, ratios, throughput
 from d2zero_bench.gates import Gate, failures
 from d2zero_bench.html import page
 from d2zero_bench.measure import Measurement, Settings, round_order
-from d2zero_bench.report import END_TO_END, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.report import ARRAY, FILE, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
 from d2zero_bench.session import Plan
 from d2zero_bench.svg import ticks
 from d2zero_bench.table import difference, tables
@@ -29,7 +29,8 @@ CASE = Case(96, 128)
 
 
 def sample(network: float, rest: float = 1.0) -> Sample:
-    return {"decode": rest, "preprocess": rest, "network": network, "postprocess": rest}
+    """On a GPU, with half a millisecond of copies."""
+    return {"decode": rest, "preprocess": rest, "inference": network + 0.5, "postprocess": rest, "network": network}
 
 
 def full_report() -> Report:
@@ -62,11 +63,12 @@ def test_percentiles_are_numpys(count: int) -> None:
     assert Spread.of(values).p99 == pytest.approx(np.percentile(values, 99), rel=1e-12)
 
 
-def test_stages_add_up_to_the_whole() -> None:
-    result = Result("a", CASE, [sample(10, 2), sample(30, 4)])
-    assert result.times(END_TO_END) == [16, 42] and result.whole
-    assert sum(result.times(stage)[1] for stage in STAGES) == result.times(END_TO_END)[1]
-    assert Result("peer", CASE, [{"network": 5.0}]).times(END_TO_END) == []
+def test_stages_add_up_to_the_scopes() -> None:
+    result = Result("a", CASE, [sample(9.5, 2), sample(29.5, 4)])
+    assert result.times(FILE) == [16, 42] and result.times(ARRAY) == [14, 38] and result.whole
+    assert sum(result.times(stage)[1] for stage in STAGES) == result.times(FILE)[1]
+    peer = Result("peer", CASE, [{"network": 5.0}])
+    assert peer.times(FILE) == peer.times(ARRAY) == [] and peer.times("network") == [5.0] and not peer.whole
     assert throughput([16, 42], 4) == pytest.approx(1000 * 8 / 58)
     assert Result("a", Case(96, 128, 4), result.samples).images_per_second == pytest.approx(1000 * 8 / 58)
 
@@ -182,8 +184,10 @@ def test_limits_name_candidate_value_and_limit() -> None:
     report = full_report()
     assert failures(report, [Gate.parse("--max-p90", "1000")], [Gate.parse("--min-hm", "50")]) == []
     slow = failures(report, [Gate(50.0)], [])
-    assert len(slow) == 4 and slow[0] == "b:published: p90 end to end 83.0 ms at 96×128, batch 1 (limit 50 ms)"
-    assert failures(report, [Gate.parse("--max-p90", "a=20")], [])[0].startswith("a: p90 end to end 31.0 ms")
+    assert (
+        len(slow) == 4 and slow[0] == "b:published: p90 of file → detections 83.5 ms at 96×128, batch 1 (limit 50 ms)"
+    )
+    assert failures(report, [Gate.parse("--max-p90", "a=20")], [])[0].startswith("a: p90 of file → detections 31.5 ms")
     assert failures(report, [], [Gate(61.0)]) == ["b:published: HM AP50 60.00 (limit 61)"]
     report.accuracy = []
     assert "a: HM AP50 was not measured" in failures(report, [], [Gate(1.0)])[0]
@@ -205,10 +209,29 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(D2ZeroError, match=message):
             Report.read(tmp_path / "bad.json")
+    assert set(figures["ratio"]) == {"network", ARRAY, FILE}
     content = report.to_dict()
     del content["results"][0]["samples"], content["baseline"]
     with pytest.raises(D2ZeroError, match="damaged"):
         Report.from_dict(content)
+
+
+def test_a_report_of_version_1_is_read_with_its_network_as_inference() -> None:
+    content = full_report().to_dict() | {"format_version": 1}
+    for result in content["results"]:
+        result["samples"] = [
+            {stage: value for stage, value in entry.items() if stage != "inference"} for entry in result["samples"]
+        ]
+    report = Report.from_dict(content)
+    assert report.results[0].times(FILE)[0] == 13 and report.results[0].times("inference")[0] == 10
+    assert report.results[2].times("network") == [15.0] * 3 and not report.results[2].whole
+    assert "96×128" in page(report)
+
+
+def test_published_results_are_read() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks/results"
+    reports = [Report.read(path) for path in sorted(folder.glob("*.json"))]
+    assert reports and all(report.results[0].spread(FILE) for report in reports)
 
 
 def test_the_page_is_well_formed_and_fetches_nothing() -> None:
@@ -305,7 +328,7 @@ def test_the_readme_table_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert readme.main(arguments) == 0
     once = (tmp_path / "README.md").read_text()
     assert once.startswith("before\n\n") and once.endswith(f"{readme.MARKER}\n\nafter\n") and "old" not in once
-    assert "| b:published, 96×128, batch 1 | 40.0 | 43.0 (83.0) |" in once and "**differs**" in once
+    assert "| b:published, 96×128, batch 1 | 40.0 | 42.5 | 43.5 (83.5) |" in once and "**differs**" in once
     assert readme.main(arguments) == 0 and (tmp_path / "README.md").read_text() == once
     (tmp_path / "README.md").write_text("no place")
     assert readme.main(arguments) == 2 and "must have two lines" in capsys.readouterr().err

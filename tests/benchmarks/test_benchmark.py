@@ -20,7 +20,7 @@ from d2zero_bench.candidates import Model, Peer, Spec, open_candidate
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_host_peak
 from d2zero_bench.process import OwnProcess
-from d2zero_bench.report import STAGES, Report
+from d2zero_bench.report import NETWORK, STAGES, Report
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.images import PADDING_LOGIT
@@ -83,10 +83,32 @@ def test_a_candidate_has_all_stages(kind: str, exported: Path, photos: Photos) -
         started = time.perf_counter()
         sample = candidate.run(case, photos.batch(case, 0))
         elapsed = 1000 * (time.perf_counter() - started)
-        assert tuple(sample) == STAGES and all(value > 0 for value in sample.values())
-        assert 0.9 * elapsed < sum(sample.values()) <= elapsed
+        assert tuple(sample) == (*STAGES, NETWORK) and all(value > 0 for value in sample.values())
+        assert 0.9 * elapsed < sum(sample[stage] for stage in STAGES) <= elapsed
+        assert sample[NETWORK] == sample["inference"]  # nothing is copied on a CPU, so it is not run again
         raw = candidate.raw(case, photos.batch(case, 0))
         assert raw is not None and raw[0].shape == (case.batch, 15, (case.classes or 36) + 1)
+
+
+def test_on_a_gpu_the_network_is_timed_again_with_resident_inputs(
+    exported: Path, photos: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = open_candidate(Spec("m.onnx", exported))
+    assert isinstance(candidate, Model)
+    backend, calls = candidate._segmenter.backend, list[str]()
+    real = backend.resident
+
+    def resident(images: np.ndarray, embeddings: np.ndarray | None) -> Callable[[], None]:
+        run_once = real(images, embeddings)
+        calls.append("moved")
+        return lambda: (calls.append("run"), run_once())[1]
+
+    monkeypatch.setattr(backend, "on_gpu", True)
+    monkeypatch.setattr(backend, "resident", resident)
+    candidate.prepare(CASE)
+    sample = candidate.run(CASE, photos.batch(CASE, 0))
+    assert calls == ["moved", "run", "run"]  # the first is not timed
+    assert 0 < sample[NETWORK] != sample["inference"]
 
 
 def test_an_exported_model_of_one_batch_says_so(exported: Path) -> None:
@@ -150,14 +172,14 @@ def test_the_memory_mark_follows_what_is_allocated() -> None:
 
 def test_a_process_of_its_own_answers_refuses_and_ends(photos: Photos) -> None:
     with pytest.raises(D2ZeroError, match=r"checkpoint absent\.safetensors does not exist"):
-        OwnProcess(Spec("absent", Path("absent.safetensors")))
-    process = OwnProcess(Spec("m", packaged_checkpoint(), threads=1))
+        OwnProcess(Spec("absent", Path("absent.safetensors"))).open()
+    process = OwnProcess(Spec("m", packaged_checkpoint(), threads=1)).open()
     try:
         process.prepare(CASE)
-        assert set(process.run(CASE, photos.batch(CASE, 0))) == set(STAGES)
+        assert set(process.run(CASE, photos.batch(CASE, 0))) == {*STAGES, NETWORK}
         with pytest.raises(D2ZeroError, match=r"nowhere\.jpg does not exist"):
             process.run(CASE, [Path("nowhere.jpg")])
-        assert set(process.run(CASE, photos.batch(CASE, 0))) == set(STAGES)  # goes on after an error
+        assert set(process.run(CASE, photos.batch(CASE, 0))) == {*STAGES, NETWORK}  # goes on after an error
         assert 50 < (process.memory()[0] or 0) < 5000
         process._process.kill()
         with pytest.raises(D2ZeroError, match="its process"):
@@ -177,7 +199,7 @@ def test_the_command_measures_compares_and_holds_to_limits(
     )  # fmt: skip
     outcome = command(*arguments, "--max-p90", "demo.onnx=0.001", "--min-hm", "99.5")
     assert outcome.code == 1, outcome.err
-    assert "FAILED: demo.onnx: p90 end to end" in outcome.err and "(limit 0.001 ms)" in outcome.err
+    assert "FAILED: demo.onnx: p90 of file → detections" in outcome.err and "(limit 0.001 ms)" in outcome.err
     assert "FAILED: demo.onnx: HM AP50" in outcome.err and "(limit 99.5)" in outcome.err
     assert "64×96, batch 1" in outcome.out and "unseen R@100" in outcome.out
     report = Report.read(tmp_path / "r.json")
