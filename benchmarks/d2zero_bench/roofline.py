@@ -4,7 +4,8 @@ Counted on tensors without content (torch's `FakeTensorMode`): floating-point op
 attention, as torch's own counter has them, and of deformable attention; and the bytes that those operators read and
 write once each, everything between them being taken as fused away. The floor is the larger of two times: operations
 at the rate of a large product or convolution on this device, bytes at the rate of a large copy. What is measured is
-above it by what is not fused, by small operators that do not fill the device, and by waiting.
+above it by what is not fused, by small operators that do not fill the device, and by waiting. Rates are those of what
+is run: float32 does not become TF32, unless that is the precision.
 """
 
 import time
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2zero_bench.cases import Case
+from d2zero_runtime.torch_math import float32_math
 
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHANNELS = 256  # of the convolution that is measured
 SAMPLING_FLOPS = 8  # of a sample's channel: four corners, each a product and a sum
 
@@ -96,14 +98,15 @@ def work_of(checkpoint: Path, case: Case, precision: str = "float32") -> Work:
     Args:
         checkpoint: `.safetensors`.
         case: size, batch, number of classes.
-        precision: of the graph.
+        precision: Of the graph, one of `TYPES`.
     """
     from d2zero.checkpoints.files import load_model
     from d2zero_export.graph import InferenceGraph
     from d2zero_export.precision import lowered
 
     model = load_model(checkpoint)
-    graph: nn.Module = InferenceGraph(lowered(model, precision), fused=True).eval().requires_grad_(False)
+    stored = "float32" if precision == "tf32" else precision
+    graph: nn.Module = InferenceGraph(lowered(model, stored), fused=True).eval().requires_grad_(False)
     height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
     classes = case.classes or len(model.vocabulary)
 
@@ -118,7 +121,7 @@ def measured_rates(device: str, precision: str = "float32", side: int = 4096, me
 
     Args:
         device: `cpu` or `cuda`.
-        precision: of the product and the convolution.
+        precision: Of the product and the convolution, one of `TYPES`.
         side: of the product's square matrices; a sixteenth of it is the side of what is convolved.
         megabytes: of the copy.
     """
@@ -130,7 +133,7 @@ def measured_rates(device: str, precision: str = "float32", side: int = 4096, me
         torch.randn(shape, device=device).to(TYPES[precision]).contiguous(memory_format=torch.channels_last)
         for shape in shapes
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_math(torch, precision == "tf32"):
         product = 2 * side**3 / _best(lambda: matrix @ matrix, device)
         spent = _best(lambda: F.conv2d(maps, kernel, padding=1), device)
         convolved = 2 * kernel.numel() * maps[0, 0].numel() / spent

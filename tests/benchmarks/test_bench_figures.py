@@ -371,8 +371,24 @@ def test_the_faster_of_product_and_convolution_is_the_rate(monkeypatch: pytest.M
     for seconds, rate in (((1.0, 50.0, 1.0), product), ((1e3, 1.0, 1.0), convolution)):
         spans = iter(seconds)  # product, convolution, copy
         monkeypatch.setattr(roofline, "_best", lambda run, device, spans=spans: (run(), next(spans))[1])
-        found = roofline.measured_rates("cpu", side=64, megabytes=1)
+        found = roofline.measured_rates("cpu", "tf32", side=64, megabytes=1)
         assert found.operations == pytest.approx(rate) and found.bytes == 2 << 20
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
+def test_rates_are_measured_with_the_float32_math_of_the_precision(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from d2zero_bench import roofline
+
+    seen = []
+    monkeypatch.setattr(roofline, "_best", lambda *_: seen.append(torch.get_float32_matmul_precision()) or 1.0)
+    before = torch.get_float32_matmul_precision()
+    roofline.measured_rates("cpu", precision, side=64, megabytes=1)
+    assert set(seen) == {"high" if precision == "tf32" else "highest"}
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_the_gpu_plan_needs_a_gpu(tmp_path: Path) -> None:
