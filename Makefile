@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where this is set, each process compiles torch's sources again: 19 s to import it and torchvision instead of 7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup bindings demo test fuzz test-lowest check benchmark benchmark-gpu format clean
+.PHONY: setup bindings demo test fuzz test-lowest check benchmark format clean
 
 setup: $(STAMP)
 
@@ -55,11 +55,6 @@ check: setup
 RESULTS ?= runs/benchmark
 benchmark: setup
 	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
-
-# On a machine with a GPU: what must be right, then what it costs. PYTHON is one with torch for CUDA; nothing is installed.
-# MINUTES=13 fits it to a machine that is lent; ONLY=kernel,training takes some of its steps.
-benchmark-gpu:
-	$(PYTHON) benchmarks/gpu/everything.py $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 format: setup
 	$(BIN)/ruff format .

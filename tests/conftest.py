@@ -1,5 +1,6 @@
 """What tests share: the reference data beside the checkout, the published model, a small model, the command."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from d2zero.training.config import shapes
 from d2zero_export.onnx_export import ExportConfig, export_onnx
 from d2zero_runtime import Vocabulary
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.environ.get("D2ZERO_SHARED") or Path(__file__).parents[2] / "shared")
 SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
 
 # A shell ignores interrupts for what it starts in the background, and so would each process that a test interrupts.
@@ -34,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def shared() -> Path:
     """The folder of reference cases, photos and embeddings; tests that need it skip without it."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared (reference cases, photos, embeddings), which is absent")
+        pytest.skip("needs reference cases and embeddings in ../shared or where D2ZERO_SHARED says; they are absent")
     return SHARED
 
 

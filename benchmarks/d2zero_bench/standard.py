@@ -2,8 +2,7 @@
 
 Two reports: the demo's model, also in eight bits, with its accuracy; and the published architecture with random
 weights, whose speed is that of a trained one (but for post-processing, which depends on the masks), also with one
-size for good, and that in eight bits. With `--gpu`, one: the published architecture on this machine's GPU, in all
-precisions, beside its peers.
+size for good, and that in eight bits.
 
 Heavy imports are inside functions: a candidate's process imports this module anew, and its memory is measured.
 """
@@ -11,8 +10,8 @@ Heavy imports are inside functions: a candidate's process imports this module an
 import argparse
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,15 +31,12 @@ from d2zero_runtime import D2ZeroError, Vocabulary
 if TYPE_CHECKING:
     from d2zero.model import D2Zero
     from d2zero_export.onnx_export import ExportConfig
-    from d2zero_export.pt2_export import Pt2Config
 
 ACCURACY_IMAGES = 60
 CALIBRATION_IMAGES = 32
 CALIBRATION_DRAWN = 1  # of the random model, whose accuracy is nobody's concern
 CLASSES = 65
 SIZE = (800, 1216)
-GPU_PRECISIONS = ("float16", "float32", "bfloat16")
-GPU_PEERS = "mask2former,mask2former-float16-compiled"  # what the aims are held against; compiling takes minutes
 
 
 def providers() -> tuple[str, ...]:
@@ -59,14 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="the folder for JSON and HTML")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
-    parser.add_argument("--gpu", action="store_true", help="the published architecture on this machine's GPU")
-    parser.add_argument("--peers", default=GPU_PEERS, help="of --gpu, as of d2zero benchmark")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
     given = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as folder:
-            chosen = [gpu_plan(Path(folder), given.peers)] if given.gpu else _plans(Path(folder), given.only)
-            for plan, name in chosen:
+            for plan, name in _plans(Path(folder), given.only):
                 settings = replace(plan.settings, rounds=given.rounds or plan.settings.rounds)
                 _run(replace(plan, threads=given.threads, settings=settings), given.output / name)
     except D2ZeroError as error:
@@ -112,9 +105,9 @@ def _export(job: Export) -> int:
 
 
 def _run(plan: Plan, output: Path) -> None:
-    session = Session(plan, [f"(make benchmark{'-gpu' if plan.device == 'cuda' else ''})"])
+    session = Session(plan, ["(make benchmark)"])
     try:
-        session.run(_floors(plan))
+        session.run(floors(plan))
     finally:
         if session.report is not None and session.report.cases:
             show(session.report, output.with_suffix(".json"), output.with_suffix(".html"))
@@ -148,14 +141,19 @@ def _demo(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     return plan, "demo-cpu"
 
 
-def _floors(plan: Plan) -> dict[str, str]:
-    """What the hardware needs at least, for each case of the first checkpoint: lines for the report's settings."""
+def floors(plan: Plan, precisions: Sequence[str] = ("float32",)) -> dict[str, str]:
+    """What the hardware needs at least, for each case of the first checkpoint: lines for the report's settings.
+
+    Args:
+        plan: What is measured, where.
+        precisions: What is computed in, of `d2zero_bench.roofline.TYPES`.
+    """
     from d2zero_bench.cases import make_cases
     from d2zero_bench.roofline import described, measured_rates, work_of
 
     on_gpu = plan.device.startswith("cuda")
     found = {}
-    for precision in ("float32", "float16") if on_gpu else ("float32",):
+    for precision in precisions:
         rates = measured_rates("cuda", precision, 8192) if on_gpu else measured_rates("cpu", precision, 2048, 256)
         for case in make_cases(plan.sizes, plan.batches, plan.classes):
             found[f"floor, {precision}, {case}"] = described(work_of(plan.models[0], case, precision), rates)
@@ -173,7 +171,8 @@ def random_published() -> "D2Zero":
     return build(ModelConfig(), drawn_vocabulary(width_of, CLASSES)).eval()
 
 
-def _random_checkpoint(folder: Path) -> Path:
+def random_checkpoint(folder: Path) -> Path:
+    """A checkpoint of `random_published`."""
     from d2zero.checkpoints.files import save_model
 
     checkpoint = folder / "resnet50.safetensors"
@@ -185,7 +184,7 @@ def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     """The published architecture, random weights, at 800x1216; a few rounds."""
     from d2zero_export.onnx_export import ExportConfig
 
-    checkpoint = _random_checkpoint(folder)
+    checkpoint = random_checkpoint(folder)
     exported, fixed, eight_bits = (folder / f"resnet50{name}.onnx" for name in ("", "-fixed", "-fixed-int8"))
     case = Case(*SIZE)
     photos = Photos.of(folder / "drawn", None, [case]).batch(case, 0)[0].parent
@@ -204,77 +203,6 @@ def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
         title="The published architecture, random weights",
     )
     return plan, "published-800x1216-cpu"
-
-
-def gpu_plan(folder: Path, peers: str = GPU_PEERS) -> tuple[Plan, str]:
-    """The published architecture on a GPU: as published, compiled in three precisions, ONNX Runtime, and peers.
-
-    What cannot be exported or opened is left out with the reason: the machine may not be there a second time.
-
-    Raises:
-        D2ZeroError: there is no GPU.
-    """
-    from d2zero_export.onnx_export import ExportConfig
-    from d2zero_export.pt2_export import Pt2Config
-
-    plain = {precision: ExportConfig(precision, verify=False) for precision in GPU_PRECISIONS}
-    files: dict[Path, Pt2Config | ExportConfig] = {
-        folder / f"{precision}.pt2": Pt2Config("cuda", config) for precision, config in plain.items()
-    }
-    with_onnx = "CUDAExecutionProvider" in _onnx_providers()
-    for precision in ("float32", "float16") if with_onnx else ():
-        files[folder / f"{precision}.onnx"] = plain[precision]
-    checkpoint = _random_checkpoint(folder)
-    wrong = _exported_at_once(checkpoint, files)
-    made = [path for path in files if path not in wrong]
-    plan = Plan(
-        models=(checkpoint, *made),
-        variants=("published", "model"),
-        providers=("cuda",) if any(path.suffix == ".onnx" for path in made) else None,
-        peers=peers,
-        sizes=(SIZE,),
-        batches=(1, 8),
-        device="cuda",
-        masks="packed",
-        settings=Settings(rounds=20, warmup=3),
-        left_out={path.name: reason for path, reason in wrong.items()},
-        all_must_open=False,
-        title="The published architecture, random weights, on a GPU",
-    )
-    return plan, "published-800x1216-gpu"
-
-
-def _exported_at_once(checkpoint: Path, files: Mapping[Path, "Pt2Config | ExportConfig"]) -> dict[Path, str]:
-    """Export one checkpoint in several ways, a process each; what went wrong, by file."""
-    wrong = {}
-    with _processes(len(files)) as pool:
-        futures = {pool.submit(_export_for_gpu, checkpoint, path, config): path for path, config in files.items()}
-        for future in tracked(as_completed(futures), len(futures), "exporting"):
-            try:
-                future.result()
-            except Exception as error:  # the compiler's, of many kinds, CUDA's, and a killed process's
-                wrong[futures[future]] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return wrong
-
-
-def _export_for_gpu(checkpoint: Path, output: Path, config: "Pt2Config | ExportConfig") -> None:
-    from d2zero.checkpoints.files import load_model
-    from d2zero_export.onnx_export import export_onnx
-    from d2zero_export.pt2_export import Pt2Config, export_pt2
-
-    if isinstance(config, Pt2Config):
-        export_pt2(load_model(checkpoint), output, config)
-    else:
-        export_onnx(load_model(checkpoint), output, config)
-
-
-def _onnx_providers() -> list[str]:
-    try:
-        import onnxruntime
-    except ImportError:
-        return []
-    found: list[str] = onnxruntime.get_available_providers()
-    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Time the forms of deformable attention on a GPU, against each other and against what the hardware allows.
 
-    python benchmarks/gpu/deformable.py deformable_h200.json
-    python benchmarks/gpu/deformable.py dry.json --dry-run    # tiny shapes on a CPU, in Triton's interpreter
+    python benchmarks/gpu/deformable.py --json deformable_h200.json
+    python benchmarks/gpu/deformable.py --json dry.json --rehearsal    # tiny shapes on a CPU, in Triton's interpreter
 
-First every form is held against `grid_sample` in float64; the Triton form must pass. Then forward, and forward
+First every form is compared with `grid_sample` in float64; the Triton form must pass. Then forward, and forward
 with backward, are timed with CUDA events at the encoder's shapes (M=8 heads, N=32 channels, L=3 levels, P=4
-points, every pixel a query). Calls repeat on the same tensors, so the cache is as warm as it gets.
+points, every pixel a query); what matters most first. Calls repeat on the same tensors, so the cache is as warm as it
+gets. The file is written after each row.
 
 The floor of a call is the larger of two times: that of its bytes, each input read and each output written
 once, at the bandwidth of a large copy on this GPU; and that of its float32 operations at the rate of a large
@@ -15,28 +16,31 @@ Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, L lev
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:
+if "--rehearsal" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before torch, which imports Triton
 
 import torch
+from stages import write_json
+from timing import milliseconds
 from torch import Tensor
 
 from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
 from d2zero.model.deformable_triton import FORMS
 from d2zero.model.positions import pixel_centres
 from d2zero_bench.environment import without_folders
+from d2zero_runtime.torch_math import float32_math
 
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES: dict[str, LevelSizes] = {
     "800x1216": [(25, 38), (50, 76), (100, 152)],
     "1024x1024": [(32, 32), (64, 64), (128, 128)],
@@ -75,54 +79,33 @@ def errors(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> di
     return {name: ((got - want).abs().max() / want.abs().max()).item() for name, got, want in pairs}
 
 
-def correctness(shapes: dict[str, LevelSizes], device: str) -> list[dict[str, Any]]:
+def correctness(shapes: dict[str, LevelSizes], device: str) -> Iterator[dict[str, Any]]:
     """Errors of all forms in all types at batch 1.
 
     Raises:
         SystemExit: the Triton form is off by more than one rounding of its results.
     """
-    rows = []
     for shape, sizes in shapes.items():
         for type_name, dtype in TYPES.items():
             for name, form in FORMS.items():
                 found = errors(form, sizes, draw(sizes, 1, dtype, device))
-                rows.append({"shape": shape, "type": type_name, "form": name, "errors": found})
+                yield {"shape": shape, "type": type_name, "form": name, "errors": found}
                 print(f"{shape:>10} {type_name:>8} {name:>11}  largest error {max(found.values()):.1e}")
                 limit = max(torch.finfo(dtype).eps, 1e-5)
                 if name == "triton" and not max(found.values()) <= limit:
                     raise SystemExit(f"the Triton form is wrong, expected errors up to {limit:.1e}: {found}")
-    return rows
-
-
-def milliseconds(run: Callable[[], object], device: str, times: int) -> list[float]:
-    """Times of calls; on a GPU after three to warm up."""
-    spans = []
-    if device == "cpu":
-        for _ in range(times):
-            begin = time.perf_counter()
-            run()
-            spans.append(1000 * (time.perf_counter() - begin))
-        return spans
-    for _ in range(times + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        spans.append(start.elapsed_time(end))
-    return spans[3:]
 
 
 def measured_limits(device: str, dry: bool) -> dict[str, float]:
     """Bytes a second of a copy and float32 operations a second of a matrix product, the best of ten."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     source = torch.empty(2**20 if dry else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = min(milliseconds(lambda: target.copy_(source), device, 10)) / 1000
     side = 256 if dry else 8192
     matrix = torch.randn(side, side, device=device)
-    product = min(milliseconds(lambda: matrix @ matrix, device, 10)) / 1000
-    return {"bytes_a_second": 2 * source.numel() / copy, "float32_operations_a_second": 2 * side**3 / product}
+    with float32_math(torch, tf32=False):
+        multiplied = min(milliseconds(lambda: matrix @ matrix, device, 10)) / 1000
+    return {"bytes_a_second": 2 * source.numel() / copy, "float32_operations_a_second": 2 * side**3 / multiplied}
 
 
 def work(sizes: LevelSizes, batch: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
@@ -158,24 +141,25 @@ def forward(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> T
         return form(tensors[0], sizes, tensors[1], tensors[2])
 
 
+PASSES: dict[str, Callable[..., object]] = {"forward": forward, "forward+backward": outputs}
+
+
 def timings(
     shapes: dict[str, LevelSizes], batches: list[int], limits: dict[str, float], device: str, times: int
 ) -> Iterator[dict[str, Any]]:
-    """Every form at every shape, batch and type, forward and with backward."""
-    for shape, sizes in shapes.items():
-        for batch in batches:
-            for type_name, dtype in TYPES.items():
-                tensors = draw(sizes, batch, dtype, device)
-                for pass_, call in (("forward", forward), ("forward+backward", outputs)):
-                    todo = work(sizes, batch, dtype, pass_ != "forward")
-                    by_bytes = todo["bytes"] / limits["bytes_a_second"]
-                    floor = 1000 * max(by_bytes, todo["operations"] / limits["float32_operations_a_second"])
-                    what = {"shape": shape, "batch": batch, "type": type_name, "pass": pass_}
-                    for name, form in FORMS.items():
-                        row = what | {"form": name} | measure(call, form, sizes, tensors, device, times)
-                        row |= todo | {"floor_ms": floor, "floor_share": floor / row["median_ms"]}
-                        print(line(row))
-                        yield row
+    """Every form in every type at every shape and batch, forward and with backward."""
+    for (shape, sizes), batch in product(shapes.items(), batches):
+        for (pass_, call), (type_name, dtype) in product(PASSES.items(), TYPES.items()):
+            tensors = draw(sizes, batch, dtype, device)
+            todo = work(sizes, batch, dtype, pass_ != "forward")
+            by_bytes = todo["bytes"] / limits["bytes_a_second"]
+            floor = 1000 * max(by_bytes, todo["operations"] / limits["float32_operations_a_second"])
+            what = {"shape": shape, "batch": batch, "type": type_name, "pass": pass_}
+            for name, form in FORMS.items():
+                row = what | {"form": name} | measure(call, form, sizes, tensors, device, times)
+                row |= todo | {"floor_ms": floor, "floor_share": floor / row["median_ms"]}
+                print(line(row), flush=True)
+                yield row
 
 
 def measure(
@@ -225,32 +209,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
+    parser.add_argument("--json", type=Path, required=True, help="file to write")
+    parser.add_argument("--rehearsal", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     parser.add_argument("--times", type=int, default=30, help="timed calls of each kind")
     args = parser.parse_args()
-    device = "cpu" if args.dry_run else "cuda"
+    device = "cpu" if args.rehearsal else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device: run on a machine with one, or give --dry-run")
-    shapes, batches, times = (TINY, [1], 1) if args.dry_run else (SHAPES, [1, 8], args.times)
-    checked = correctness(shapes, device)
-    limits = measured_limits(device, args.dry_run)
-    rows: list[dict[str, Any]] = []
+        parser.error("torch sees no CUDA device: run on a machine with one, or give --rehearsal")
+    shapes, batches, times = (TINY, [1], 1) if args.rehearsal else (SHAPES, [1, 8], args.times)
     report = machine(device) | {
         "command": " ".join(["python benchmarks/gpu/deformable.py", *map(without_folders, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
-        "dry_run": args.dry_run,
-        "limits": limits,
-        "correctness": checked,
-        "timings": rows,
+        "rehearsal": args.rehearsal,
+        "correctness": [],
+        "timings": [],
     }
+
+    def take(part: str, rows: Iterator[dict[str, Any]]) -> None:
+        for row in rows:
+            report[part].append(row)
+            write_json(args.json, report)
+
     try:
-        for row in timings(shapes, batches, limits, device, times):
-            rows.append(row)  # noqa: PERF402 -- one by one: an interruption keeps what there is
+        take("correctness", correctness(dict(list(shapes.items())[:1]), device))
+        report["limits"] = measured_limits(device, args.rehearsal)
+        take("timings", timings(shapes, batches, report["limits"], device, times))
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:  # what was measured until then
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

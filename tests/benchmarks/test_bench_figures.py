@@ -391,18 +391,6 @@ def test_rates_are_measured_with_the_float32_math_of_the_precision(
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_the_gpu_plan_needs_a_gpu(tmp_path: Path) -> None:
-    import torch
-
-    from d2zero_bench.standard import gpu_plan
-
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(D2ZeroError, match="torch sees no CUDA device here"):
-        gpu_plan(tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
 def test_a_gpu_is_measured_without_pycocotools() -> None:
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"
