@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary
+from d2zero_runtime.errors import listed
 from d2zero_runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -136,9 +137,19 @@ def _of_detections(
     else:
         chosen = find_split(str(split))
     with open_coco(annotations) as truth:
+        _report_without_pixels(truth)
         chosen.is_seen(truth.categories)  # refuses a file of another split
         with open_results(detections, truth) as found:
             return {modes[0]: score(truth, found, chosen.seen, modes[0])}
+
+
+def _report_without_pixels(truth: "CocoFile") -> None:
+    if truth.without_pixels:
+        print(
+            f"warning: {len(truth.without_pixels)} annotations of {truth.path.name} have masks of no pixel"
+            f" (ids {listed(truth.without_pixels)}): they count, as in pycocotools, and nothing can match them",
+            file=sys.stderr,
+        )
 
 
 def _model(
@@ -172,6 +183,7 @@ def _test_data(
             raise D2ZeroError("the model does not say its split; give --split or --annotations")
         annotations = find_annotations(data, split, "unseen" if modes == [Mode.ZSIS] else "gzsi")
     truth = read_coco(annotations)
+    _report_without_pixels(truth)
     if images is None:
         if data is None:
             raise D2ZeroError("give --images DIR (or --data DIR) to find the images of the annotations")

@@ -3,13 +3,14 @@
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from d2zero.cli.models import open_segmenter
-from d2zero.cli.results import CocoWriter
+from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, tracked
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, read_image
 from d2zero_runtime.sources import ImageLike, expand
@@ -26,6 +27,14 @@ def predict(
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")] = 0.3,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
+    results_for: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-for",
+            help="Also write results.json, a COCO results list with the ids of this annotation file: for `d2zero eval"
+            " --detections` and pycocotools. For accuracy, give --score 0, too.",
+        ),
+    ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
@@ -44,6 +53,7 @@ def predict(
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
     output.mkdir(parents=True, exist_ok=True)
+    listing = _results_writer(output / "results.json", results_for, sources)
     counts: Counter[str] = Counter()
     failed: list[str] = []
     started = time.perf_counter()
@@ -52,10 +62,12 @@ def predict(
         failed.append(str(error))
 
     results = segmenter.stream(sources, chosen, batch_size=batch_size, score_threshold=score, on_error=skipped)
-    with CocoWriter(output / "detections.json", segmenter.vocabulary.names) as written:
+    with CocoWriter(output / "detections.json", segmenter.vocabulary.names) as written, listing or nullcontext():
         for item, found in tracked(results, len(sources), "segmenting"):
             path = Path(str(item))
             number = written.add(str(path), found)
+            if listing:
+                listing.add(path, found)
             counts.update(found.names)
             if pictures:
                 shown = found.without_duplicates().plot(read_image(path))
@@ -65,6 +77,14 @@ def predict(
         for line in failed:
             print(f"skipped: {line}", file=sys.stderr)
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+
+
+def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -> ResultsWriter | None:
+    if annotations is None:
+        return None
+    from d2zero.data.coco import read_coco
+
+    return ResultsWriter(path, read_coco(annotations), sources)
 
 
 def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path) -> None:

@@ -1,7 +1,7 @@
 """COCO annotation files: reading them, finding them in a data folder, decoding their masks."""
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,144 +10,221 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero.data.coco_entries import checked_categories, checked_images, lacking
+from d2zero.data.coco_values import (
+    NO_PIXEL,
+    Id,
+    Size,
+    WaitingMasks,
+    decoded,
+    encoded,
+    foreign,
+    form_problem,
+    mask_problem,
+    shown,
+    tidy,
+)
 from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import listed
 
 PARTS = ("images", "annotations", "categories")
+KEYS = frozenset(("id", "image_id", "category_id"))  # of annotations, besides the mask
+NAMED = 3  # unusable annotations that a message describes
 Keep = Callable[[dict[str, Any], int, int], None]  # of an annotation, its place in the file, the place after it
+
+
+@dataclass
+class Unusable:
+    """Annotations that cannot be used: how many of how many, and what is wrong with the first."""
+
+    total: int = 0
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, problem: str, count: int = 1) -> None:
+        """Count annotations with a problem."""
+        self.count += count
+        if len(self.first) < NAMED:
+            self.first.append(problem)
+
+    def __str__(self) -> str:
+        more = f"; and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        return f"{self.count} of {self.total} annotations cannot be used: {'; '.join(self.first)}{more}"
 
 
 @dataclass(frozen=True, eq=False)
 class CocoFile:
-    """An annotation file.
+    """An annotation file, checked: ids of a kind are all numbers or all texts, masks fit their images.
 
     Args:
         path: where it came from.
         images: image entries by id, in the file's order.
-        annotations: annotation entries by image id; images without any are left out.
+        annotations: annotation entries by image id; images without any are left out. `iscrowd` is 0 or 1; `bbox` and
+            `area` are there if they are usable numbers.
         categories: category ids by name, in the file's order.
+        left_out: annotations that could not be used; none unless they were to be left out.
+        without_pixels: ids of annotations that are kept although their masks have no pixel, as pycocotools keeps them.
     """
 
     path: Path
-    images: dict[int, dict[str, Any]]
-    annotations: Mapping[int, list[dict[str, Any]]]
-    categories: dict[str, int]
+    images: dict[Id, dict[str, Any]]
+    annotations: Mapping[Id, list[dict[str, Any]]]
+    categories: dict[str, Id]
+    left_out: Unusable = field(default_factory=Unusable)
+    without_pixels: list[Any] = field(default_factory=list)
 
     @property
-    def names(self) -> dict[int, str]:
+    def names(self) -> dict[Id, str]:
         """Category names by id."""
         return {number: name for name, number in self.categories.items()}
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Path, leave_out: bool = False) -> CocoFile:
     """Read and check a COCO instance annotation file.
 
+    Args:
+        path: the file.
+        leave_out: leave out annotations that cannot be used or have no pixel, instead of refusing the file.
+
     Raises:
-        D2ZeroError: it is absent, no JSON, lacks a part, has no images, or annotations lack masks.
+        D2ZeroError: it is absent, no JSON, lacks a part, has no images, or ones whose entries are wrong; annotations
+            cannot be used, which are named.
     """
-    annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    annotations: dict[Id, list[dict[str, Any]]] = defaultdict(list)
 
     def keep(entry: dict[str, Any], _start: int, _end: int) -> None:
-        entry.setdefault("iscrowd", 0)
         annotations[entry["image_id"]].append(entry)
 
     with open_seekable(path) as stream:
-        images, categories = _read(path, stream, keep)
-    return CocoFile(path, images, dict(annotations), categories)
+        reading = _Reading(path, keep, leave_out)
+        found = reading.read(stream, annotations)
+    if found.left_out.count:
+        names, bad = found.names, set(map(id, reading.refused))  # some are known only after they were kept
+        for number, entries in list(annotations.items()):
+            annotations[number] = [e for e in entries if id(e) not in bad and e["category_id"] in names]
+            if not annotations[number]:
+                del annotations[number]
+    return found
 
 
 @contextmanager
 def open_coco(path: Path) -> Iterator[CocoFile]:
-    """As `read_coco`, but annotations stay on disk until an image's are asked for, and are as the file has them.
+    """As `read_coco`, but annotations stay on disk until an image's are asked for.
 
     Raises:
         D2ZeroError: as `read_coco`.
     """
     with open_seekable(path) as stream:
-        annotations = EntriesOnDisk(stream)
-        images, categories = _read(path, stream, lambda entry, *place: annotations.note(entry["image_id"], *place))
-        yield CocoFile(path, images, annotations, categories)
+        annotations = EntriesOnDisk(stream, _tidied)
+        reading = _Reading(path, lambda entry, *place: annotations.note(entry["image_id"], *place))
+        yield reading.read(stream, annotations)
 
 
-def _read(path: Path, stream: IO[bytes], keep: Keep) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
-    """Images by id and category ids by name; annotations are checked and given away, each with its place."""
-    survey = _Survey(path)
-
-    def take(entry: Any, start: int, end: int) -> None:
-        survey.add(entry)
-        keep(entry, start, end)
-
-    lists = _lists(JsonStream(stream, path), take)
-    if lists.keys() != set(PARTS):
-        raise D2ZeroError(f"{path} is not a COCO annotation file: it needs the lists {', '.join(PARTS)}")
-    images = _checked_images(path, lists["images"])
-    _require(path, "categories", lists["categories"], ("id", "name"))
-    categories = {entry["name"]: entry["id"] for entry in lists["categories"]}
-    survey.check(images.keys(), categories.values())
-    return images, categories
+def _tidied(entry: dict[str, Any]) -> dict[str, Any]:
+    tidy(entry)
+    return entry
 
 
-def _lists(text: JsonStream, take: Keep) -> dict[str, list[Any]]:
-    """The parts that are lists; that of annotations empty, since they are given away one by one."""
-    lists: dict[str, list[Any]] = {}
-    if text.next() != "{":
-        text.value()  # which tells whether it is JSON at all
-    else:
-        for part in text.members():
-            if part == "annotations" and text.next() == "[":
-                lists[part] = []
-                for element in text.elements():
-                    take(*element)
-            else:
-                value = text.value()
-                if part in PARTS and isinstance(value, list):
-                    lists[part] = value
-    text.end()
-    return lists
+class _Reading:
+    """Reads a file once: images and categories whole, annotations one by one, each checked and given away.
 
+    Masks are compared with the sizes of images: annotations that come before those are read when they are known.
+    """
 
-def _checked_images(path: Path, entries: list[Any]) -> dict[int, dict[str, Any]]:
-    if not entries:
-        raise D2ZeroError(f"{path} lists no images")
-    _require(path, "images", entries, ("id", "file_name", "height", "width"))
-    for entry in entries:
-        sides = (entry["height"], entry["width"])
-        if not all(isinstance(side, int) and side > 0 for side in sides):
-            raise D2ZeroError(f"{path}: image {entry['id']} has a size of {sides}, expected positive whole numbers")
-    return {entry["id"]: entry for entry in entries}
+    def __init__(self, path: Path, keep: Keep, leave_out: bool = False) -> None:
+        self._path, self._keep, self._leave_out = path, keep, leave_out
+        self._images: dict[Id, dict[str, Any]] = {}
+        self._unusable = Unusable()
+        self.refused: list[Any] = []  # what `keep` is not told of, or was told of too early
+        self._without_pixels: list[Any] = []
+        self._categories: dict[Id, list[Any]] = {}  # how many annotations have it, and the id of the first
 
+    def read(self, stream: IO[bytes], annotations: Mapping[Id, list[dict[str, Any]]]) -> CocoFile:
+        lists, place = self._lists(JsonStream(stream, self._path))
+        if lists.keys() != set(PARTS):
+            raise D2ZeroError(f"{self._path} is not a COCO annotation file: it needs the lists {', '.join(PARTS)}")
+        if place is not None:
+            stream.seek(place)
+            self._take(JsonStream(stream, self._path).elements())
+        categories = checked_categories(self._path, lists["categories"])
+        self._refuse_foreign(dict.fromkeys(categories.values()))
+        if self._unusable.count and not self._leave_out:
+            raise D2ZeroError(f"{self._path}: {self._unusable}; correct or remove them")
+        return CocoFile(self._path, self._images, annotations, categories, self._unusable, self._without_pixels)
 
-@dataclass
-class _Survey:
-    """What is wrong with annotations, told when all have been seen."""
+    def _lists(self, text: JsonStream) -> tuple[dict[str, list[Any]], int | None]:
+        """The parts that are lists, that of annotations empty; and where that is, if it still has to be read."""
+        lists: dict[str, list[Any]] = {}
+        place = None
+        if text.next() != "{":
+            text.value()  # which tells whether it is JSON at all
+        else:
+            for part in text.members():
+                if part in lists:
+                    raise D2ZeroError(f"{self._path} has two parts called '{part}'; remove or join them")
+                if part == "annotations" and text.next() == "[":
+                    lists[part] = []
+                    if self._images:
+                        self._take(text.elements())
+                    else:
+                        place = text.position
+                        deque(text.elements(), maxlen=0)
+                else:
+                    value = text.value()
+                    if part in PARTS and isinstance(value, list):
+                        lists[part] = value
+                        if part == "images":
+                            self._images = checked_images(self._path, value)
+        text.end()
+        return lists, place
 
-    path: Path
-    count: int = 0
-    without: list[Any] = field(default_factory=list)  # ids of annotations that have no mask
-    images: set[int] = field(default_factory=set)
-    categories: set[int] = field(default_factory=set)
+    def _take(self, elements: Iterator[tuple[Any, int, int]]) -> None:
+        waiting = WaitingMasks(self._judge)
+        for entry, start, end in elements:
+            self._unusable.total += 1
+            problem = self._problem(entry)
+            if problem:
+                self._refuse(entry, problem)
+                continue
+            waiting.add(entry, entry["segmentation"], self._size(entry))
+            self._categories.setdefault(entry["category_id"], [0, entry["id"]])[0] += 1
+            self._keep(entry, start, end)
+        waiting.check()
 
-    def add(self, entry: Any) -> None:
-        _require(self.path, "annotations", [entry], ("id", "image_id", "category_id"))
-        self.count += 1
-        if not entry.get("segmentation"):
-            self.without.append(entry["id"])
-        self.images.add(entry["image_id"])
-        self.categories.add(entry["category_id"])
+    def _judge(self, entry: dict[str, Any], problem: str) -> None:
+        if problem == NO_PIXEL and not self._leave_out:
+            self._without_pixels.append(entry["id"])
+        else:
+            self._refuse(entry, problem)
 
-    def check(self, images: Collection[int], categories: Collection[int]) -> None:
-        if self.without:
-            raise D2ZeroError(
-                f"{self.path}: {len(self.without)} of {self.count} annotations have no mask ('segmentation'),"
-                f" ids {listed(self.without)}; instance segmentation needs masks, not boxes alone"
-            )
-        foreign = sorted(self.categories.difference(categories))
-        if foreign:
-            raise D2ZeroError(f"{self.path}: annotations of categories that it does not list: ids {listed(foreign)}")
-        strays = sorted(self.images.difference(images))
-        if strays:
-            raise D2ZeroError(f"{self.path}: annotations refer to images that it does not list: {listed(strays)}")
+    def _refuse(self, entry: Any, problem: str) -> None:
+        known = isinstance(entry, dict) and "id" in entry
+        name = f"annotation {shown(entry['id'])}" if known else f"annotation number {self._unusable.total - 1}"
+        self._unusable.add(f"{name} {problem}")
+        if self._leave_out:
+            self.refused.append(entry)
+
+    def _problem(self, entry: Any) -> str:
+        """What is wrong with an annotation but for numbers in its mask, or nothing."""
+        problem = lacking(entry, KEYS) or tidy(entry)
+        if problem:
+            return problem
+        if entry["image_id"] not in self._images:
+            return f"is of image {foreign(entry['image_id'], self._images, 'the file')}"
+        return form_problem(entry.get("segmentation"), self._size(entry))
+
+    def _refuse_foreign(self, known: Mapping[Id, Any]) -> None:
+        for category, (count, first) in self._categories.items():
+            if category not in known:
+                more = f" (and {count - 1} more)" if count > 1 else ""
+                self._unusable.add(
+                    f"annotation {shown(first)}{more} is of category {foreign(category, known, 'the file')}", count
+                )
+
+    def _size(self, entry: dict[str, Any]) -> Size:
+        image = self._images[entry["image_id"]]
+        return image["height"], image["width"]
 
 
 def find_annotations(data: Path, split: str, part: str) -> Path:
@@ -189,7 +266,7 @@ def find_image_folder(data: Path, annotations: Path) -> Path:
     raise D2ZeroError(f"{data} has no folder of images for {annotations.name}; name one with --images")
 
 
-def read_listed_image(annotations: CocoFile, folder: Path, image_id: int) -> NDArray[np.uint8]:
+def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDArray[np.uint8]:
     """An annotation file's image (H, W, 3) uint8 RGB, of the size that the file says.
 
     Raises:
@@ -209,23 +286,11 @@ def encode_mask(annotation: Mapping[str, Any], height: int, width: int) -> dict[
     Raises:
         D2ZeroError: the segmentation cannot be read or has another size.
     """
-    from pycocotools import mask as coco_mask  # what trains on drawn masks does without
-
-    segmentation = annotation["segmentation"]
-    try:
-        if isinstance(segmentation, list):
-            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-        else:
-            encoded = segmentation
-        size = tuple(encoded["size"])
-    except Exception as error:  # pycocotools raises bare exceptions of many kinds
-        raise D2ZeroError(f"annotation {annotation.get('id')} has a mask that cannot be read: {error}") from error
-    if size != (height, width):
-        raise D2ZeroError(f"annotation {annotation.get('id')} has a mask of {size}, its image is {(height, width)}")
-    found: dict[str, Any] = encoded
-    return found
+    mask, size = annotation.get("segmentation"), (height, width)
+    problem = mask_problem(mask, size)
+    if problem:
+        raise D2ZeroError(f"annotation {shown(annotation.get('id'))} {problem}")
+    return encoded(mask, size)
 
 
 def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
@@ -234,18 +299,4 @@ def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArr
     Raises:
         D2ZeroError: the segmentation cannot be read or has another size.
     """
-    from pycocotools import mask as coco_mask
-
-    encoded = encode_mask(annotation, height, width)
-    try:
-        mask: NDArray[np.bool_] = coco_mask.decode(encoded).astype(bool)
-    except Exception as error:  # as above
-        raise D2ZeroError(f"annotation {annotation.get('id')} has a mask that cannot be read: {error}") from error
-    return mask
-
-
-def _require(path: Path, part: str, entries: list[Any], keys: tuple[str, ...]) -> None:
-    for entry in entries:
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise D2ZeroError(f"{path}: an entry of '{part}' lacks {listed(missing)}")
+    return decoded(encode_mask(annotation, height, width), (height, width))

@@ -8,15 +8,17 @@ import json
 import re
 import shutil
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from d2zero.data.coco_values import Id
 from d2zero_runtime import D2ZeroError
 
 BLOCK = 1 << 20  # bytes read at a time
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 _SPACES = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -55,7 +57,7 @@ def read_json(path: Path) -> Any:
     with open_seekable(path) as stream:
         try:
             return json.loads(stream.read())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of thousands of digits, nesting
             raise D2ZeroError(f"{path} is not JSON or is cut short: {error}") from error
 
 
@@ -69,8 +71,13 @@ class JsonStream:
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         self._stream, self._path = stream, path
-        self._text, self._at = "", 0
-        self._start = stream.tell()  # place of the text's first character
+        self._at, self._start = 0, stream.tell()  # place of the text's first character
+        head = stream.read(len(BYTE_ORDER_MARK))
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise D2ZeroError(f"{path} is in UTF-16 or UTF-32, expected UTF-8; save it as that")
+        if head == BYTE_ORDER_MARK:
+            self._start, head = stream.tell(), b""
+        self._text = head.decode("latin-1")
 
     @property
     def position(self) -> int:
@@ -80,10 +87,13 @@ class JsonStream:
     def next(self) -> str:
         """The next character that is no space, not taken yet; nothing at the end."""
         while True:
+            here = self._text[self._at : self._at + 1]
+            if here and here not in " \t\n\r":
+                return here
             spaces = _SPACES.match(self._text, self._at)
             self._at = spaces.end() if spaces else self._at
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
+            if self._at == len(self._text) and not self._more():
+                return ""
 
     def value(self) -> Any:
         """Take a whole value.
@@ -99,6 +109,8 @@ class JsonStream:
                 if not self._more():
                     raise self._error(error.msg, self._start + error.pos) from error
                 continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise self._error(f"a value that is too long or nested too deep ({error})", self.position) from error
             if end + 2 >= len(self._text) and self._more():  # a number may go on, as 1e-
                 continue
             if not self._text.isascii():
@@ -123,6 +135,8 @@ class JsonStream:
             D2ZeroError: it is no object, or cut short.
         """
         for _ in self._separated("{", "}"):
+            if self.next() != '"':
+                raise self._error("Expecting a key in double quotes", self.position)
             key = self.value()
             self._take(":")
             yield str(key)
@@ -169,21 +183,22 @@ class JsonStream:
         return D2ZeroError(f"{self._path} is not JSON or is cut short: {problem} at byte {place}")
 
 
-class EntriesOnDisk(Mapping[int, Entries]):
+class EntriesOnDisk(Mapping[Id, Entries]):
     """Entries of a JSON file by a key, parsed again each time they are asked for.
 
     In memory are two numbers for each stretch of entries of one key, which commas part; in whatever order they are.
 
     Args:
         stream: of the file, open for as long as this is used.
+        prepare: what is made of each entry, which is as the file has it.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._places: dict[int, array[int]] = {}  # begin, end, begin, end …
-        self._last: int | None = None
+    def __init__(self, stream: IO[bytes], prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+        self._stream, self._prepare = stream, prepare
+        self._places: dict[Id, array[int]] = {}  # begin, end, begin, end …
+        self._last: Id | None = None
 
-    def note(self, key: int, start: int, end: int) -> None:
+    def note(self, key: Id, start: int, end: int) -> None:
         """The file's next entry: its key and its place."""
         if key == self._last:
             self._places[key][-1] = end
@@ -191,17 +206,17 @@ class EntriesOnDisk(Mapping[int, Entries]):
         self._last = key
         self._places.setdefault(key, array("q")).extend((start, end))
 
-    def __getitem__(self, key: int) -> Entries:
+    def __getitem__(self, key: Id) -> Entries:
         places, found = self._places[key], []
         for start, end in zip(places[::2], places[1::2], strict=True):
             self._stream.seek(start)
             found += json.loads(b"[" + self._stream.read(end - start) + b"]")
-        return found
+        return list(map(self._prepare, found)) if self._prepare else found
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Id]:
         return iter(self._places)
 
     def __len__(self) -> int:

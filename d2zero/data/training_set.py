@@ -20,7 +20,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
 from d2zero.data.augment import AugmentConfig, training_transform
-from d2zero.data.coco import CocoFile, decode_mask, read_listed_image
+from d2zero.data.coco import CocoFile, read_listed_image
+from d2zero.data.coco_values import Id, decoded
 from d2zero.losses.matcher import Targets
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
@@ -90,14 +91,15 @@ class TrainingSet(Dataset[Sample]):
         self.folder = images
         self.annotations = annotations
         self.transform = training_transform(augment)
-        self.cache: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]] | None = (
+        self.cache: dict[Id, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]] | None = (
             {} if cache else None
         )
         present = {path.name for path in images.iterdir()} if images.is_dir() else set()
         usable = [number for number in annotations.images if self._instances(number)]
         if not usable:
+            reason = f"; {annotations.left_out}" if annotations.left_out.count else ""
             raise D2ZeroError(
-                f"{annotations.path} holds no instance of the vocabulary's seen classes ({listed(label_of)})"
+                f"{annotations.path} holds no instance of the vocabulary's seen classes ({listed(label_of)}){reason}"
             )
         file_names = {number: annotations.images[number]["file_name"] for number in usable}
         self.missing = [name for name in file_names.values() if Path(name).name == name and name not in present]
@@ -129,7 +131,7 @@ class TrainingSet(Dataset[Sample]):
         reason = f"; {problems[-1]}" if problems else "; augmentation left them all empty"
         raise D2ZeroError(f"{MAX_REPLACEMENTS} images in a row could not be used{reason}")
 
-    def _augmented(self, image_id: int) -> tuple[Tensor, Targets]:
+    def _augmented(self, image_id: Id) -> tuple[Tensor, Targets]:
         image_HWC, masks_THW, labels_T = self._decoded(image_id)
         image = tv_tensors.Image(torch.from_numpy(image_HWC.copy()).permute(2, 0, 1))
         image, masks = self.transform(image, tv_tensors.Mask(torch.from_numpy(masks_THW)))
@@ -137,19 +139,19 @@ class TrainingSet(Dataset[Sample]):
         kept = masks.flatten(1).amax(dim=1).bool()
         return image.as_subclass(Tensor), Targets(torch.from_numpy(labels_T)[kept], masks.view(torch.bool)[kept])
 
-    def _decoded(self, image_id: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
+    def _decoded(self, image_id: Id) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
         if self.cache is not None and image_id in self.cache:
             return self.cache[image_id]
         image_HWC = read_listed_image(self.annotations, self.folder, image_id)
-        height, width = image_HWC.shape[:2]
+        size = (image_HWC.shape[0], image_HWC.shape[1])
         instances = self._instances(image_id)
-        masks = np.stack([decode_mask(instance, height, width) for instance in instances]).astype(np.uint8)
+        masks = np.stack([decoded(instance["segmentation"], size) for instance in instances]).astype(np.uint8)
         labels = np.array([self.labels[instance["category_id"]] for instance in instances], np.int64)
         if self.cache is not None:
             self.cache[image_id] = (image_HWC, masks, labels)
         return image_HWC, masks, labels
 
-    def _instances(self, image_id: int) -> list[dict[str, Any]]:
+    def _instances(self, image_id: Id) -> list[dict[str, Any]]:
         return [
             entry
             for entry in self.annotations.annotations.get(image_id, [])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2zero.data.coco import CocoFile
+from d2zero.data.coco_values import Id
 from d2zero.data.splits import Split
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
@@ -77,14 +78,14 @@ def write_split(
     return written
 
 
-def _ids(source: CocoFile, names: tuple[str, ...]) -> set[int]:
+def _ids(source: CocoFile, names: tuple[str, ...]) -> set[Id]:
     lacking = [name for name in names if name not in source.categories]
     if lacking:
         raise D2ZeroError(f"{source.path} lacks categories of the split: {listed(lacking)}; expected COCO's own file")
     return {source.categories[name] for name in names}
 
 
-def _content(source: CocoFile, image_ids: list[int], names: tuple[str, ...]) -> dict[str, Any]:
+def _content(source: CocoFile, image_ids: list[Id], names: tuple[str, ...]) -> dict[str, Any]:
     kept = _ids(source, names)
     annotations = [
         entry for number in image_ids for entry in source.annotations[number] if entry["category_id"] in kept

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero.data.coco import CocoFile, encode_mask
+from d2zero.data.coco import CocoFile
+from d2zero.data.coco_values import Id, encoded
 from d2zero.evaluation.matching import (
     IOU_THRESHOLDS,
     IOU_TYPES,
@@ -82,20 +83,20 @@ class ZeroShotScores:
     def __init__(self, annotations: CocoFile, seen: Iterable[str]) -> None:
         self.annotations = annotations
         self.seen = frozenset(seen)
-        self.records: dict[int, _ClassRecord] = defaultdict(_ClassRecord)
+        self.records: dict[Id, _ClassRecord] = defaultdict(_ClassRecord)
         self.images = 0
         self.detections = 0
         self._matchers = {kind: Matcher(kind) for kind in IOU_TYPES}
         self._categories = frozenset(annotations.categories.values())
 
-    def add(self, image_id: int, detections: Entries) -> None:
+    def add(self, image_id: Id, detections: Entries) -> None:
         """Add an image with all its detections (COCO result entries).
 
         Raises:
             D2ZeroError: a detection is of another image or an unknown category.
         """
         found = self._by_category(image_id, detections)
-        truth: dict[int, Entries] = defaultdict(list)
+        truth: dict[Id, Entries] = defaultdict(list)
         for entry in self.annotations.annotations.get(image_id, ()):
             truth[entry["category_id"]].append(entry)
         self.images += 1
@@ -106,7 +107,7 @@ class ZeroShotScores:
             best = sorted(entries, key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
             self._add(category, self._complete(truth.get(category, ())), best)
 
-    def _add(self, category: int, truth: Entries, detections: Entries) -> None:
+    def _add(self, category: Id, truth: Entries, detections: Entries) -> None:
         record = self.records[category]
         record.scores.extend(entry["score"] for entry in detections)
         for kind, matcher in self._matchers.items():
@@ -119,7 +120,7 @@ class ZeroShotScores:
         found = []
         for entry in entries:
             image = self.annotations.images[entry["image_id"]]
-            mask = encode_mask(entry, image["height"], image["width"])
+            mask = encoded(entry["segmentation"], (image["height"], image["width"]))  # read_coco has checked it
             found.append(
                 {
                     "segmentation": mask,
@@ -130,13 +131,13 @@ class ZeroShotScores:
             )
         return found
 
-    def _by_category(self, image_id: int, detections: Entries) -> dict[int, Entries]:
-        found: dict[int, Entries] = defaultdict(list)
+    def _by_category(self, image_id: Id, detections: Entries) -> dict[Id, Entries]:
+        found: dict[Id, Entries] = defaultdict(list)
         for entry in detections:
             if entry["image_id"] != image_id:
                 raise D2ZeroError(f"detections of images that are not evaluated: ids {listed([entry['image_id']])}")
             found[entry["category_id"]].append(entry)
-        strange = sorted(found.keys() - self._categories)
+        strange = found.keys() - self._categories
         if strange:
             raise D2ZeroError(
                 f"detections of categories that {self.annotations.path.name} does not have: ids {listed(strange)}"
@@ -191,14 +192,19 @@ def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 
-def score(annotations: CocoFile, detections: Mapping[int, Entries], seen: Iterable[str], mode: Mode) -> dict[str, Any]:
+def in_order(ids: Iterable[Id]) -> list[Id]:
+    """Ids of one kind, rising."""
+    return sorted(ids, key=lambda number: (number, "") if isinstance(number, int) else (0, number))
+
+
+def score(annotations: CocoFile, detections: Mapping[Id, Entries], seen: Iterable[str], mode: Mode) -> dict[str, Any]:
     """Evaluate COCO result entries by image id; images without any count too.
 
     Raises:
         D2ZeroError: entries are of categories that the annotation file does not have.
     """
     scores = ZeroShotScores(annotations, seen)
-    for number in sorted(annotations.images):
+    for number in in_order(annotations.images):
         scores.add(number, detections.get(number, []))
     return scores.summary(mode)
 

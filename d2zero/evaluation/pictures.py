@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2zero.data.coco import CocoFile, decode_mask
+from d2zero.data.coco import CocoFile
+from d2zero.data.coco_values import Id, decoded
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
 from d2zero_runtime.draw import SheetRow, contact_sheet
@@ -15,7 +16,7 @@ from d2zero_runtime.draw import SheetRow, contact_sheet
 SCORE_THRESHOLD = 0.3
 
 
-def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -> Detections:
+def ground_truth(annotations: CocoFile, image_id: Id, vocabulary: Vocabulary) -> Detections:
     """An image's annotations as a result with scores of 1, leaving out crowds and foreign classes."""
     entry = annotations.images[image_id]
     size = (entry["height"], entry["width"])
@@ -26,7 +27,7 @@ def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -
         if names[a["category_id"]] in vocabulary.names and not a.get("iscrowd")
     ]
     class_ids = np.array([vocabulary.names.index(names[a["category_id"]]) for a in kept], np.int64)
-    masks = [decode_mask(a, *size) for a in kept]
+    masks = [decoded(a["segmentation"], size) for a in kept]
     return Detections(
         boxes=np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4),
         scores=np.ones(len(kept), np.float32),
@@ -39,8 +40,8 @@ def ground_truth(annotations: CocoFile, image_id: int, vocabulary: Vocabulary) -
 
 
 def predictions(
-    model: D2Zero, annotations: CocoFile, images: Path, image_ids: Sequence[int], mode: Mode = Mode.GZSIS
-) -> dict[int, Detections]:
+    model: D2Zero, annotations: CocoFile, images: Path, image_ids: Sequence[Id], mode: Mode = Mode.GZSIS
+) -> dict[Id, Detections]:
     """What a model finds in some images, by image id; files that cannot be read are left out."""
     found = {}
     for image_id in image_ids:
@@ -54,7 +55,7 @@ def draw_predictions(
     annotations: CocoFile,
     images: Path,
     vocabulary: Vocabulary,
-    found: Mapping[int, Detections],
+    found: Mapping[Id, Detections],
     *,
     columns: int = 3,
     cell: int = 300,

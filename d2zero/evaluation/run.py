@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile, read_listed_image
+from d2zero.data.coco_values import Id
 from d2zero.data.json_stream import EntriesOnDisk
-from d2zero.evaluation.metrics import ZeroShotScores
+from d2zero.evaluation.metrics import ZeroShotScores, in_order
 from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Size
 
-Progress = Callable[[Iterator[list[int]], int, str], Iterator[list[int]]]
+Progress = Callable[[Iterator[list[Id]], int, str], Iterator[list[Id]]]
 
 
 class Segmenting(Protocol):
@@ -67,8 +68,9 @@ class EvaluationRun:
         model: a `D2Zero` in evaluation mode or a `Segmenter`, with the vocabulary to use.
         annotations: the ground truth; its categories must be classes of the vocabulary.
         images: the folder of its images.
-        output: where detections are kept, in a folder named after all that they depend on: model, vocabulary,
-            annotations, images. A run of something else never touches them.
+        output: where detections are kept, in a folder named after all that they depend on: model, vocabulary, images
+            and categories. Masks are not among it: detections outlast their repair. A run of something else never
+            touches them.
         modes: evaluated from the same pass of the network.
         batch_size: images at a time.
         identity: what tells this model from others, such as its file's hash and what runs it.
@@ -85,7 +87,7 @@ class EvaluationRun:
     identity: str = ""
     limit: int | None = None
     require_all: bool = False
-    unreadable: dict[int, str] = field(default_factory=dict)  # what was wrong, by image id
+    unreadable: dict[Id, str] = field(default_factory=dict)  # what was wrong, by image id
     kept: int = field(default=0, init=False)  # images that an earlier run had evaluated
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class EvaluationRun:
                 self._predict(batch, pictures)
         return {mode: self._sum_up(mode) for mode in self.modes}
 
-    def detections(self, mode: Mode, image_ids: Sequence[int]) -> dict[int, Detections]:
+    def detections(self, mode: Mode, image_ids: Sequence[Id]) -> dict[Id, Detections]:
         """What was found in some of the images that have been evaluated."""
         names, wanted = self.annotations.names, set(image_ids)
         found = {}
@@ -142,21 +144,21 @@ class EvaluationRun:
                     break
         return found
 
-    def _predict(self, image_ids: list[int], pictures: list[NDArray[np.uint8] | None]) -> None:
+    def _predict(self, image_ids: list[Id], pictures: list[NDArray[np.uint8] | None]) -> None:
         readable = [
             (number, picture) for number, picture in zip(image_ids, pictures, strict=True) if picture is not None
         ]
-        entries: dict[tuple[Mode, int], list[dict[str, Any]]] = {}
+        entries: dict[tuple[Mode, Id], list[dict[str, Any]]] = {}
         if readable:
             resized = [self.model.preprocessing.resize(picture) for _, picture in readable]
             out = self.model.predict_raw(resized)
             input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
             output_sizes = [(picture.shape[0], picture.shape[1]) for _, picture in readable]
-            category_ids = self._category_ids()
             for mode in self.modes:
                 found = self.model.postprocess(out, input_sizes, output_sizes, mode)
                 for (number, _), detections in zip(readable, found, strict=True):
-                    entries[mode, number] = self._known(detections.to_coco(number, category_ids))
+                    known = detections.named(self.annotations.categories)  # others are not evaluated
+                    entries[mode, number] = known.to_coco(number, self.annotations.categories)
         for mode in self.modes:
             with self._file(mode).open("a") as stream:
                 for number in image_ids:
@@ -165,14 +167,7 @@ class EvaluationRun:
                         line["unreadable"] = self.unreadable[number]
                     stream.write(json.dumps(line) + "\n")
 
-    def _category_ids(self) -> dict[str, int]:
-        return {name: self.annotations.categories.get(name, -1) for name in self.model.vocabulary.names}
-
-    def _known(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Drop detections of classes that the annotation file does not evaluate."""
-        return [entry for entry in entries if entry["category_id"] >= 0]
-
-    def _read(self, image_ids: list[int]) -> list[NDArray[np.uint8] | None]:
+    def _read(self, image_ids: list[Id]) -> list[NDArray[np.uint8] | None]:
         pictures: list[NDArray[np.uint8] | None] = []
         for number in image_ids:
             try:
@@ -187,7 +182,7 @@ class EvaluationRun:
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
         """In the order of image ids, as COCO's evaluation goes: a run that was stopped may have another."""
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
-        unreadable: dict[int, str] = {}
+        unreadable: dict[Id, str] = {}
         with self._file(mode).open("rb") as stream:
             evaluated = EntriesOnDisk(stream)
             for line, start, end in self._lines(mode):
@@ -195,13 +190,13 @@ class EvaluationRun:
                     unreadable[line["image_id"]] = line["unreadable"]
                 elif line["image_id"] not in evaluated:
                     evaluated.note(line["image_id"], start, end)
-            ids = sorted(self.image_ids)
+            ids = in_order(self.image_ids)
             for number in ids:
                 scores.add(number, evaluated[number][0]["detections"] if number in evaluated else [])
         lost = [unreadable[number] for number in ids if number not in evaluated]
         return {**scores.summary(mode), "unreadable": lost}
 
-    def _done(self, mode: Mode) -> set[int]:
+    def _done(self, mode: Mode) -> set[Id]:
         return {line["image_id"] for line, *_ in self._lines(mode) if "unreadable" not in line}
 
     def _lines(self, mode: Mode) -> Iterator[tuple[dict[str, Any], int, int]]:
@@ -221,7 +216,10 @@ class EvaluationRun:
     def _identity(self) -> str:
         """A digest of all that detections depend on."""
         vocabulary = self.model.vocabulary
-        digest = hashlib.sha256(self.annotations.path.read_bytes())
+        digest = hashlib.sha256()
+        for entry in self.annotations.images.values():
+            digest.update(repr([entry[key] for key in ("id", "file_name", "height", "width")]).encode())
+        digest.update(repr(self.annotations.categories).encode())
         for array in (vocabulary.embeddings, vocabulary.seen, vocabulary.active):
             digest.update(array.tobytes())
         digest.update(repr((vocabulary.names, vocabulary.synonyms, self.identity, str(self.images.resolve()))).encode())

@@ -26,7 +26,7 @@ def read_word2vec(path: Path, split: Split) -> Vocabulary:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an empty file, refused below
-            table_DK = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
+            table_DK = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2, encoding="utf-8-sig")
     except (ValueError, UnicodeDecodeError) as error:
         raise D2ZeroError(f"{path} is not a table of comma-separated numbers: {error}") from error
     if not table_DK.size:

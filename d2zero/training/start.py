@@ -10,7 +10,7 @@ import torch
 from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_exactly, read_arrays
-from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+from d2zero.data.coco import CocoFile, find_annotations, find_image_folder, read_coco
 from d2zero.data.splits import SPLITS
 from d2zero.data.training_set import TrainingSet
 from d2zero.evaluation.pictures import draw_predictions, predictions
@@ -54,7 +54,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         raise D2ZeroError(f"{output} already holds a run; go on with --resume, or choose another folder")
     path = inputs.annotations or find_annotations(inputs.data, config.split, "seen")
     images = inputs.images or find_image_folder(inputs.data, path)
-    data = TrainingSet(read_coco(path), images, vocabulary, config.augment, config.cache)
+    data = TrainingSet(read_coco(path, leave_out=True), images, vocabulary, config.augment, config.cache)
     torch.manual_seed(config.seed)
     model = build(config.model, vocabulary)
     if inputs.init:
@@ -80,6 +80,7 @@ def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
     if not run.processes.is_main:
         return None
     _report_problems(problems)
+    _report_left_out(run.data.annotations)  # again: what was said first has scrolled away
     return finished
 
 
@@ -134,6 +135,12 @@ def _announce(run: Run, annotations: Path) -> None:
     if run.data.missing:
         lost = run.data.missing
         print(f"warning: {len(lost)} images are missing and left out: {listed(lost)}", file=sys.stderr)
+    _report_left_out(run.data.annotations)
+
+
+def _report_left_out(annotations: CocoFile) -> None:
+    if annotations.left_out.count:
+        print(f"warning: {annotations.path.name}: {annotations.left_out}; they are left out", file=sys.stderr)
 
 
 def _report_problems(problems: list[str]) -> None:

@@ -3,7 +3,7 @@
 Letters: N instances, H and W the output image's sides.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,11 @@ class Detections:
         """The instances with at least this score."""
         return self[self.scores >= score]
 
+    def named(self, names: Container[str]) -> "Detections":
+        """The instances of these classes."""
+        kept = np.array([name in names for name in self.names], bool)
+        return self if kept.all() else self[kept]
+
     def without_duplicates(self, iou: float = 0.7) -> "Detections":
         """Leave out instances whose mask (or box, without masks) overlaps a better one's by more than `iou`.
 
@@ -147,7 +152,7 @@ class Detections:
             return tuple(self.masks.encoded(row) for row in rows)
         return tuple(self.masks[row] for row in rows)
 
-    def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str, category_ids: Mapping[str, int | str]) -> list[dict[str, Any]]:
         """COCO result entries (`image_id, category_id, bbox xywh, score, segmentation`).
 
         `category_ids` maps class names to the ids of the annotation file in question.
@@ -174,7 +179,7 @@ class Detections:
     def from_coco(
         cls,
         entries: Sequence[Mapping[str, Any]],
-        category_names: Mapping[int, str],
+        category_names: Mapping[Any, str],
         vocabulary: "Vocabulary",
         image_size: tuple[int, int],
     ) -> "Detections":

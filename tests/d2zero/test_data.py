@@ -252,7 +252,7 @@ def test_polygons_and_both_kinds_of_rle() -> None:
     assert np.array_equal(decode_mask({"segmentation": {"size": [8, 10], "counts": counts}}, 8, 10), mask)
     with pytest.raises(D2ZeroError, match="annotation 1 has a mask of"):
         decode_mask({"id": 1, "segmentation": {"size": [8, 10], "counts": counts}}, 9, 10)
-    with pytest.raises(D2ZeroError, match="cannot be read"):
+    with pytest.raises(D2ZeroError, match="has a polygon with 'x', expected numbers"):
         decode_mask({"id": 1, "segmentation": [["x"]]}, 8, 10)
 
 

@@ -230,12 +230,15 @@ def test_several_modes_share_a_pass(small_model: D2Zero, shapes_data: Path, tmp_
     ("change", "message"),
     [
         ({"image_id": 5}, "is of image 5, which"),
-        ({"category_id": 99}, "does not have: ids 99"),
+        ({"category_id": 99}, "is of category 99, which"),
         ({"score": None}, "needs a finite score"),
         ({"score": float("nan")}, "needs a finite score"),
         ({"bbox": [1, 2]}, r"bbox \[x, y, width, height\]"),
-        ({"segmentation": None}, "needs a compressed RLE mask"),
-        ({"segmentation": {"size": [5, 5], "counts": "11"}}, r"size \[96, 96\], got \[5, 5\]"),
+        ({"segmentation": None}, "has no mask"),
+        (
+            {"segmentation": {"size": [5, 5], "counts": "11"}},
+            r"of size \[5, 5\], its image has \[height, width\] \[96, 96\]",
+        ),
     ],
 )
 def test_detections_that_do_not_fit(change: dict, message: str, shapes_data: Path) -> None:
@@ -328,7 +331,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (lambda _: '{"annotations": []}', "found.json must be a list of COCO results, got a dict"),
         (lambda _: "", "is not JSON or is cut short: Expecting value at byte 0"),
         (lambda text: text.replace('"score"', '"scores"', 1), "detection number 0 lacks score"),
-        (lambda text: text.replace('"counts": "', '"counts": "é', 1), "needs a compressed RLE mask"),
+        (lambda text: text.replace('"counts": "', '"counts": "é', 1), "has run lengths that are no ASCII text"),
     ],
 )
 def test_damaged_files_of_detections(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from d2zero_runtime import rle
+from d2zero_runtime import D2ZeroError, rle
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 
@@ -44,3 +44,30 @@ def test_window_of_full_height() -> None:
 def test_reads_bytes_as_well() -> None:
     mask = np.eye(9, dtype=bool)
     assert np.array_equal(rle.decode(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))), mask)
+
+
+@pytest.mark.parametrize("mask", masks())
+def test_uncompressed_runs(mask: np.ndarray) -> None:
+    flat = mask.T.ravel()
+    runs = np.diff(np.flatnonzero(np.diff(flat, prepend=False)), prepend=0, append=flat.size).tolist()
+    assert rle.from_runs(runs, *mask.shape) == rle.encode(mask)
+    split = [part for run in runs for part in ([run - 1, 0, 1] if run > 1 else [run])]
+    assert rle.from_runs([*split, 0], *mask.shape) == rle.encode(mask)
+
+
+def test_masks_checked_together_are_each_what_they_are_on_their_own() -> None:
+    good = [rle.encode(mask) for mask in masks()]
+    counts, sizes = [mask["counts"] for mask in good], [(mask["size"][0], mask["size"][1]) for mask in good]
+    assert rle.problems(counts, sizes) == [""] * len(good) and rle.problems([], []) == []
+    for place in range(len(good)):
+        changed = [*counts[:place], counts[place] + "1", *counts[place + 1 :]]
+        assert [bool(problem) for problem in rle.problems(changed, sizes)] == [n == place for n in range(len(good))]
+        cut = [*counts[:place], counts[place][:-1], *counts[place + 1 :]]
+        assert [bool(problem) for problem in rle.problems(cut, sizes)] == [n == place for n in range(len(good))]
+
+
+@pytest.mark.parametrize("counts", ["", "ooo", "1", "P1", "é", "~", "0" * 100, "o" * 1000 + "0"])
+def test_runs_that_do_not_fill_the_mask(counts: str) -> None:
+    for read in (rle.decode, rle.area):
+        with pytest.raises(D2ZeroError, match="a mask "):
+            read({"size": [5, 7], "counts": counts})
