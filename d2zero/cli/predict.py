@@ -11,9 +11,12 @@ import typer
 
 from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
-from d2zero.cli.terminal import console, tracked
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary, read_image
+from d2zero.cli.terminal import console, plain, tracked
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image
+from d2zero_runtime.files import whole_file
 from d2zero_runtime.sources import ImageLike, expand
+
+LONGEST_STEM = 200  # bytes of a picture's name that are the image's
 
 
 def predict(
@@ -27,6 +30,10 @@ def predict(
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")] = 0.3,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
+    font: Annotated[
+        str | None,
+        typer.Option("--font", help="A font file for labels in other than Latin, Greek or Cyrillic letters."),
+    ] = None,
     results_for: Annotated[
         Path | None,
         typer.Option(
@@ -49,13 +56,14 @@ def predict(
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     chosen = Mode.parse(mode)
     segmenter = open_segmenter(model, provider, device, vocabulary)
-    sources = [Path(str(item)) for item in expand(source)]
+    sources = [Path(str(item)) for item in expand(source, leave_out=output)]
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
     output.mkdir(parents=True, exist_ok=True)
     listing = _results_writer(output / "results.json", results_for, sources)
     counts: Counter[str] = Counter()
     failed: list[str] = []
+    undrawn: list[str] = []
     started = time.perf_counter()
 
     def skipped(source: ImageLike, error: D2ZeroError) -> None:
@@ -70,13 +78,31 @@ def predict(
                 listing.add(path, found)
             counts.update(found.names)
             if pictures:
-                shown = found.without_duplicates().plot(read_image(path))
-                shown.save(output / f"{number:05d}-{path.stem}.jpg", quality=92)
+                undrawn += _drawn(path, found, output / picture_name(number, path), font)
     _summary(segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output)
+    for line in undrawn:
+        print(f"not drawn: {line}", file=sys.stderr)
     if failed:
         for line in failed:
             print(f"skipped: {line}", file=sys.stderr)
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+
+
+def picture_name(number: int, path: Path) -> str:
+    """Of an overlay: the image's place and name, with at most the 255 bytes that a name may have."""
+    stem = path.stem.encode(errors="surrogateescape")[:LONGEST_STEM].decode(errors="ignore")
+    return f"{number:05d}-{stem}.jpg"
+
+
+def _drawn(path: Path, found: Detections, picture: Path, font: str | None) -> list[str]:
+    """Draw one image; why it could not be drawn, if so, which costs the picture and not the run."""
+    try:
+        shown = found.without_duplicates().plot(read_image(path), font)
+        with whole_file(picture) as partial:
+            shown.save(partial, "JPEG", quality=92)
+    except Exception as error:  # Pillow's, the disk's, memory's
+        return [f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}"]
+    return []
 
 
 def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -> ResultsWriter | None:
@@ -93,7 +119,7 @@ def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, second
     table = Table("class", "", "instances", box=None)
     for name, count in counts.most_common(20):
         seen = vocabulary.seen[vocabulary.names.index(name)]
-        table.add_row(name, "" if seen else "unseen", str(count))
+        table.add_row(plain(name), "" if seen else "unseen", str(count))
     screen = console()
     screen.print(table if counts else "nothing found above the score")
     rate = images / max(seconds, 1e-9)

@@ -1,12 +1,12 @@
 """Instances of many images as COCO JSON, written as they come: memory stays flat, nothing is lost."""
 
 import json
-import shutil
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from d2zero_runtime import D2ZeroError, Detections, rle
 from d2zero_runtime.errors import listed
@@ -15,25 +15,69 @@ from d2zero_runtime.files import whole_file
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
 
+_BLOCK = 1 << 20  # bytes, longer than a row
+
 
 class _Rows:
-    """A JSON file that ends with a list that grows; it is there when the `with` block ends, however it ends."""
+    """A JSON file with a list that grows, written as it comes; it takes its place when it is finished.
 
-    def __init__(self, path: Path) -> None:
+    Where the disk is full, what was written before stays and the file is made whole with it: rows at the end give way
+    to what must follow them.
+
+    Args:
+        path: of the file.
+        before: what comes before the rows.
+    """
+
+    def __init__(self, path: Path, before: str) -> None:
         self.path, self.count = path, 0
-        self._rows: IO[str] = path.with_name(f".{path.name}.rows").open("w+", encoding="utf-8")
+        self._whole = whole_file(path)
+        self._file = self._whole.__enter__().open("w+b", buffering=0)
+        self._end = 0  # of the last row that is whole
+        self._write(before)
 
-    def append(self, row: dict[str, Any]) -> None:
-        self._rows.write((",\n" if self.count else "") + json.dumps(row))
-        self.count += 1
+    def extend(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows, all of them or none.
 
-    def finish(self, before: str, after: str) -> None:
-        with self._rows, whole_file(self.path) as partial, partial.open("w", encoding="utf-8") as out:
-            out.write(before)
-            self._rows.seek(0)
-            shutil.copyfileobj(self._rows, out)
-            out.write(after)
-        Path(self._rows.name).unlink()
+        Raises:
+            D2ZeroError: they cannot be written.
+        """
+        lines = [json.dumps(row) for row in rows]
+        if lines:
+            self._write((",\n" if self.count else "") + ",\n".join(lines))
+            self.count += len(lines)
+
+    def finish(self, after: str) -> None:
+        """Write what follows the rows; the file is there then."""
+        try:
+            self._write(after)
+        except D2ZeroError:
+            self._make_room(len(after.encode()))
+            self._write(after)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._whole.__exit__(None, None, None)
+
+    def _write(self, text: str) -> None:
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+            raise D2ZeroError(f"cannot write {self.path}: {error.strerror}") from error
+        self._end = self._file.tell()
+
+    def _make_room(self, size: int) -> None:
+        """Drop the last rows, so many that `size` bytes can be written."""
+        limit = max(0, self._end - size)
+        start = max(0, limit - _BLOCK)
+        self._file.seek(start)
+        found = self._file.read(limit - start).rfind(b",\n")
+        self._end = start + found if found >= 0 else self._end
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
 
 
 class CocoWriter:
@@ -47,7 +91,7 @@ class CocoWriter:
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         self.category_ids = {name: number for number, name in enumerate(names, 1)}
         self.images: list[dict[str, Any]] = []
-        self._rows = _Rows(path)
+        self._rows = _Rows(path, '{"annotations": [\n')
 
     def __enter__(self) -> "CocoWriter":
         return self
@@ -57,17 +101,20 @@ class CocoWriter:
         height, width = found.image_size
         number = len(self.images) + 1
         self.images.append({"id": number, "file_name": source, "height": height, "width": width})
-        for entry in found.to_coco(number, self.category_ids):
-            area = rle.area(entry["segmentation"])
-            self._rows.append({"id": self._rows.count + 1, **entry, "area": area, "iscrowd": 0})
+        first = self._rows.count + 1
+        self._rows.extend(
+            [
+                {"id": place, **entry, "area": rle.area(entry["segmentation"]), "iscrowd": 0}
+                for place, entry in enumerate(found.to_coco(number, self.category_ids), first)
+            ]
+        )
         return number
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
-        before = f'{{"images": {json.dumps(self.images)},\n"categories": {json.dumps(categories)},\n'
-        self._rows.finish(f'{before}"annotations": [\n', "\n]}\n")
+        self._rows.finish(f'\n],\n"categories": {json.dumps(categories)},\n"images": {json.dumps(self.images)}}}\n')
 
 
 class ResultsWriter:
@@ -91,7 +138,7 @@ class ResultsWriter:
                 f" {listed(strange)}; --results-for takes the annotations of these images"
             )
         self._ids = {Path(entry["file_name"]).name: number for number, entry in annotations.images.items()}
-        self._annotations, self._rows = annotations, _Rows(path)
+        self._annotations, self._rows = annotations, _Rows(path, "[\n")
 
     def __enter__(self) -> "ResultsWriter":
         return self
@@ -107,10 +154,9 @@ class ResultsWriter:
         if found.image_size != (entry["height"], entry["width"]):
             said = (entry["height"], entry["width"])
             raise D2ZeroError(f"{source} is {found.image_size} (height, width), its annotations say {said}")
-        for row in found.named(known).to_coco(number, known):
-            self._rows.append(row)
+        self._rows.extend(found.named(known).to_coco(number, known))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._rows.finish("[\n", "\n]\n")
+        self._rows.finish("\n]\n")

@@ -23,6 +23,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class _Region:
+    """Where an instance is: a box, x2 and y2 exclusive, and the pixels in it if it has a mask."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    inside: NDArray[np.bool_] | None
+
+    def iou(self, other: "_Region") -> float:
+        """The area that two share, as a share of what they cover."""
+        shared = self._shared(other)
+        union = self._shared(self) + other._shared(other) - shared
+        return shared / union if union > 0 else 0.0
+
+    def _shared(self, other: "_Region") -> float:
+        x1, y1 = max(self.x1, other.x1), max(self.y1, other.y1)
+        x2, y2 = min(self.x2, other.x2), min(self.y2, other.y2)
+        if x2 <= x1 or y2 <= y1:
+            return 0.0
+        if self.inside is None or other.inside is None:
+            return float((x2 - x1) * (y2 - y1))
+        ours, theirs = (
+            entry.inside[int(y1 - entry.y1) : int(y2 - entry.y1), int(x1 - entry.x1) : int(x2 - entry.x1)]
+            for entry in (self, other)
+            if entry.inside is not None
+        )
+        return float(np.count_nonzero(ours & theirs))
+
+
+@dataclass(frozen=True, eq=False)
 class Detections:
     """The instances found in one image, best first.
 
@@ -97,27 +128,23 @@ class Detections:
 
         For pictures: several queries often find the same object. Accuracy is measured without it.
         """
-        regions = self.bitmaps() if self.masks is not None else None
-        areas = [self._shared(row, row, regions) for row in range(len(self))]
-
-        def overlap(one: int, other: int) -> float:
-            shared = self._shared(one, other, regions)
-            union = areas[one] + areas[other] - shared
-            return shared / union if union > 0 else 0.0
-
+        regions = [self._region(row) for row in range(len(self))]
         kept: list[int] = []
         for row in map(int, np.argsort(-self.scores, kind="stable")):
-            if all(overlap(row, other) <= iou for other in kept):
+            if all(regions[row].iou(regions[other]) <= iou for other in kept):
                 kept.append(row)
         return self[sorted(kept)]
 
-    def _shared(self, one: int, other: int, regions: "NDArray[np.bool_] | None") -> float:
-        """The area that two masks share, or two boxes."""
-        if regions is not None:
-            return float(np.count_nonzero(regions[one] & regions[other]))
-        low = np.maximum(self.boxes[one, :2], self.boxes[other, :2])
-        high = np.minimum(self.boxes[one, 2:], self.boxes[other, 2:])
-        return float(np.prod(np.maximum(high - low, 0)))
+    def _region(self, row: int) -> "_Region":
+        if self.masks is None:
+            x1, y1, x2, y2 = (float(side) for side in self.boxes[row])
+            return _Region(x1, y1, x2, y2, None)
+        mask_HW = self.bitmap(row)
+        rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+        if not len(rows):
+            return _Region(0, 0, 0, 0, None)
+        x1, y1, x2, y2 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        return _Region(x1, y1, x2, y2, mask_HW[y1:y2, x1:x2].copy())
 
     def bitmaps(self) -> NDArray[np.bool_]:
         """Masks as a (N, H, W) boolean array."""
@@ -231,8 +258,13 @@ class Detections:
             table["area"] = [rle.area(mask) for mask in self._rles(range(len(self))) or ()]
         return table
 
-    def plot(self, image: NDArray[np.uint8]) -> "Image.Image":
-        """Draw masks, boxes, names and scores over `image` (H, W, 3) uint8 RGB."""
+    def plot(self, image: NDArray[np.uint8], font: str | None = None) -> "Image.Image":
+        """Draw masks, boxes, names and scores over `image` (H, W, 3) uint8 RGB.
+
+        Args:
+            image: The image that was segmented.
+            font: A font file for labels; one that has their letters is looked for if left out.
+        """
         from d2zero_runtime.draw import overlay
 
-        return overlay(image, self)
+        return overlay(image, self, font=font)

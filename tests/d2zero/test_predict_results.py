@@ -1,11 +1,18 @@
 """What `predict` writes is read by `eval --detections` and by pycocotools."""
 
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Outcome
+
+from d2zero.cli.predict import picture_name
+from d2zero.cli.results import CocoWriter
+from d2zero_runtime import D2ZeroError, Detections, rle
 
 coco = pytest.importorskip("pycocotools.coco")
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
@@ -64,3 +71,62 @@ def test_predict_writes_what_eval_and_pycocotools_read(
     outcome = command(*made, "--results-for", path)
     assert outcome.code == 2 and "lists 1 of 4 files not at all or several times" in outcome.err
     assert not [entry.name for entry in (tmp_path / "found").iterdir() if entry.name.startswith(".")]
+
+
+def instances(count: int) -> Detections:
+    mask = np.zeros((40, 60), bool)
+    mask[5:20, 5:30] = True
+    return Detections(
+        boxes=np.tile(np.array([[5, 5, 30, 20]], np.float32), (count, 1)),
+        scores=np.linspace(1, 0.5, count).astype(np.float32),
+        class_ids=np.zeros(count, np.int64),
+        names=("cat",) * count,
+        seen=np.ones(count, bool),
+        masks=(rle.encode(mask),) * count,
+        image_size=(40, 60),
+    )
+
+
+def test_a_full_disk_leaves_what_was_written_as_valid_json(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "detections.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(D2ZeroError, match=r"cannot write .*detections\.json"),
+            CocoWriter(path, ("cat",)) as written,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+            for number in range(100):
+                written.add(f"{number}.jpg", instances(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    content = json.loads(path.read_text())
+    assert content["categories"] and 10 < len(content["annotations"]) < 300
+    assert [entry["id"] for entry in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["detections.json"]
+
+
+def test_names_of_pictures_fit_a_folder() -> None:
+    for stem in ("x" * 250, "é" * 120, "猫" * 80):
+        name = picture_name(7, Path(f"{stem}.png"))
+        assert len(name.encode()) <= 255 and name.startswith("00007-") and name.endswith(".jpg")
+
+
+def test_duplicates_are_found_by_masks_in_their_boxes() -> None:
+    found = instances(2)
+    moved = np.zeros((40, 60), bool)
+    moved[5:20, 20:45] = True
+    far = replace(
+        instances(3),
+        masks=(*found.masks, rle.encode(moved)),
+        boxes=np.array([[5, 5, 30, 20]] * 2 + [[20, 5, 45, 20]], np.float32),
+    )
+    assert len(far.without_duplicates()) == 2 and len(far.without_duplicates(iou=0.1)) == 1
+    assert len(replace(far, masks=None).without_duplicates()) == 2
+    large = replace(
+        found, masks=tuple(rle.encode_window(np.ones((9, 9), bool), 5, 5, 6000, 8000) for _ in range(2)),
+        image_size=(6000, 8000),
+    )  # fmt: skip
+    assert len(large.without_duplicates()) == 1
