@@ -16,6 +16,7 @@ from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
+LARGEST_BATCH = 1024
 _LATER = frozenset({"calibration", "tf32"})  # added within version 1: files from before lack them, and need none
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 
@@ -75,6 +76,8 @@ class ModelContract:
         for name in ("text_dim", "num_queries", *(["batch"] if self.batch is not None else [])):
             if getattr(self, name) < 1:
                 raise D2ZeroError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch is not None and self.batch > LARGEST_BATCH:
+            raise D2ZeroError(f"batch must be at most {LARGEST_BATCH}, got {self.batch}")
         require_finite("softmax_temperature", self.softmax_temperature, above=0)
 
     def to_json(self) -> str:
