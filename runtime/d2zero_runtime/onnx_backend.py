@@ -124,9 +124,9 @@ def _require_tensors(path: Path, session: Any) -> None:
     """
     inputs = {entry.name: entry for entry in session.get_inputs()}
     outputs = {entry.name: entry for entry in session.get_outputs()}
-    ranks = {"images": 4, EMBEDDINGS_INPUT: 2, "class_logits": 3, "mask_logits": 4}
+    ranks: dict[str, int | None] = {"images": 4, EMBEDDINGS_INPUT: 2, **dict.fromkeys(_OUTPUTS)}
     for name, entry in {**inputs, **outputs}.items():
-        if name not in ranks or entry.type != "tensor(float)" or len(entry.shape) != ranks[name]:
+        if name not in ranks or entry.type != "tensor(float)" or len(entry.shape) != (ranks[name] or len(entry.shape)):
             raise D2ZeroError(
                 f"{path} is not a model of d2zero: {name} is {entry.type} of shape {entry.shape}; export it again"
             )

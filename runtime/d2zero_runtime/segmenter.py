@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from d2zero_runtime.backend import Backend, Input, Raw
 from d2zero_runtime.contract import ModelContract
@@ -370,7 +371,7 @@ class Segmenter:
             yield from _taken(*waiting.popleft(), on_error)
 
     def _prepared(self, source: ImageLike) -> "_Prepared":
-        image = as_image(source) if isinstance(source, np.ndarray) else open_rgb(source)
+        image = open_rgb(source) if isinstance(source, (str, os.PathLike, Image.Image)) else as_image(source)
         size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         resized = self.preprocessing.resize(image)
         padded = self.preprocessing.padded_size(resized.shape[:2])

@@ -69,7 +69,14 @@ class Machine:
 
     def session(self, path: str, options: Any, providers: Any, **settings: Any) -> Any:
         self.sessions.append((providers, settings))
-        return SimpleNamespace(get_providers=lambda: [*(name for name, _ in providers), CPU])
+        return running([*(name for name, _ in providers), CPU])
+
+
+def running(providers: list[str]) -> SimpleNamespace:
+    """A session of an exported model."""
+    images = SimpleNamespace(name="images", type="tensor(float)", shape=["batch", 3, "height", "width"])
+    outputs = [SimpleNamespace(name=name, type="tensor(float)", shape=[]) for name in ("class_logits", "mask_logits")]
+    return SimpleNamespace(get_providers=lambda: providers, get_inputs=lambda: [images], get_outputs=lambda: outputs)
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ def test_what_is_missing_is_named_before_a_session_is_made(
 
 
 def test_a_provider_that_fails_anyway_is_an_error_and_cpus_need_nothing(machine: Machine) -> None:
-    machine.onnxruntime.InferenceSession = lambda *_, **__: SimpleNamespace(get_providers=lambda: [CPU])
+    machine.onnxruntime.InferenceSession = lambda *_, **__: running([CPU])
     with pytest.raises(D2ZeroError, match=f"could not start {CUDA}, only {CPU} would run"):
         OnnxBackend(Path("m.onnx"), ["cuda"])
     machine.events.clear()
