@@ -215,8 +215,11 @@ def _damaged(name: str, error: Exception) -> D2ZeroError:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit greys at 255 instead of scaling them.
-        return _grey(np.asarray(image).astype(np.float32) / 257.0)
+        # Pillow would clip 16-bit greys at 255 instead of scaling them. Some files hold 8-bit levels in 16 bits.
+        wide = np.asarray(image).astype(np.float32)
+        return _grey(wide if wide.min() >= 0 and wide.max() <= 255 else wide / 257.0)
+    if image.mode in ("LAB", "HSV"):
+        raise D2ZeroError(f"its colours are {image.mode}, which are not converted; save it as RGB")
     if image.mode == "F":
         levels = np.asarray(image)
         low, high = float(levels.min()), float(levels.max())
