@@ -36,7 +36,7 @@ test: setup bindings
 
 # Damaged and hostile files, many more of them than `test` tries.
 fuzz: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/fuzz --hypothesis-profile=long
+	FUZZ_CASES=3000 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/fuzz
 
 # The same with the lowest versions that pyproject.toml promises, in an environment of their own.
 LOWEST ?= .venv-lowest

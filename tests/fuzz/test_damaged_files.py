@@ -5,6 +5,7 @@ What crashes or hangs ends the run. The cases are drawn by Hypothesis; a failing
 
 import io
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_model import contract, write_model
@@ -25,6 +26,14 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero_runtime import D2ZeroError, Vocabulary, read_image
 from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.onnx_file import graph_inputs, read_contract, without_default_embeddings
+
+# A short slice with the other tests; `make fuzz` tries many more, and others each time.
+CASES = int(os.environ.get("FUZZ_CASES", "60"))
+settings.register_profile(
+    "cases", max_examples=CASES, derandomize=CASES == 60, deadline=None, suppress_health_check=list(HealthCheck),
+    database=None,
+)  # fmt: skip
+settings.load_profile("cases")
 
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
