@@ -31,7 +31,7 @@ def read_pickle(path: Path) -> object:
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`."""
+    """Replaces `numpy.dtype`."""
 
     def __init__(self, code: object, align: object = False, copy: object = False) -> None:
         if not isinstance(code, str) or code not in _NUMBERS:
@@ -46,7 +46,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`."""
+    """Replaces `numpy.ndarray`."""
 
     array: NDArray[Any]
 
@@ -65,7 +65,7 @@ class _Ndarray:
 
 
 class _Dict(dict[Any, Any]):
-    """Stands in for `collections.OrderedDict`; what torch notes on one is dropped."""
+    """Replaces `collections.OrderedDict`; what torch notes on one is dropped."""
 
     def __setstate__(self, state: object) -> None: ...
 
@@ -91,7 +91,7 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
 
 
 def _no_bytes(*given: object) -> bytes:
-    """Stands in for `bytes`, which old pickles call for an empty array."""
+    """Replaces `bytes`, which old pickles call for an empty array."""
     if given:
         raise pickle.UnpicklingError("refused to make bytes")
     return b""

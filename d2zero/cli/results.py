@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,12 @@ class _Rows:
 
     def __init__(self, path: Path, before: str) -> None:
         self.path, self.count = path, 0
-        self._whole = whole_file(path)
-        self._file = self._whole.__enter__().open("w+b", buffering=0)
         self._end = 0  # of the last row that is whole
-        self._write(before)
+        with ExitStack() as stack:
+            partial = stack.enter_context(whole_file(path))
+            self._file = stack.enter_context(partial.open("w+b", buffering=0))
+            self._write(before)
+            self._open = stack.pop_all()
 
     def extend(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, all of them or none.
@@ -49,14 +52,13 @@ class _Rows:
 
     def finish(self, after: str) -> None:
         """Write what follows the rows; the file is there then."""
-        try:
-            self._write(after)
-        except D2ZeroError:
-            self._make_room(len(after.encode()))
-            self._write(after)
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._whole.__exit__(None, None, None)
+        with self._open:
+            try:
+                self._write(after)
+            except D2ZeroError:
+                self._make_room(len(after.encode()))
+                self._write(after)
+            os.fsync(self._file.fileno())
 
     def _write(self, text: str) -> None:
         rest = memoryview(text.encode())

@@ -206,7 +206,7 @@ class _Reading:
             self.refused.append(entry)
 
     def _problem(self, entry: Any) -> str:
-        """What is wrong with an annotation but for numbers in its mask, or nothing."""
+        """What is wrong with an annotation except in the numbers of its mask, or nothing."""
         problem = lacking(entry, KEYS) or tidy(entry)
         if problem:
             return problem

@@ -200,7 +200,7 @@ def _has_pixel(polygons: list[list[float]], size: Size) -> bool:
 
 
 def form_problem(mask: Any, size: Size) -> str:
-    """As `mask_problem`, but for the numbers in compressed run lengths and polygons, which wait."""
+    """As `mask_problem`, except for the numbers in compressed run lengths and polygons, which wait."""
     if not mask:
         return "has no mask ('segmentation')"
     if isinstance(mask, list):
@@ -227,7 +227,7 @@ def _runs_problem(runs: list[Any], size: Size) -> str:
 
 
 def _list_problem(polygons: list[Any]) -> str:
-    """Of polygons, but for how large their numbers are."""
+    """Of polygons, except for how large their numbers are."""
     for polygon in polygons:
         if type(polygon) is not list:
             return f"has polygons with {shown(polygon)}, expected lists [x, y, x, y, …] in a list"

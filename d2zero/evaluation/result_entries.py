@@ -111,7 +111,7 @@ class Check:
         return {**entry, "segmentation": mask, "bbox": box}
 
     def _problem(self, entry: Any) -> str:
-        """What is wrong with it but for numbers in its mask, or nothing."""
+        """What is wrong with it except in the numbers of its mask, or nothing."""
         problem = lacking(entry, KEYS)
         if problem:
             return f"{problem}; expected COCO result entries with masks"

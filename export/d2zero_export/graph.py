@@ -48,7 +48,7 @@ class InferenceGraph(nn.Module):
             self.register_buffer("text_KE", self._projected(model.class_embeddings) if baked else None)
             self.attention = (FusedAttention if fused else MatmulAttention)(model.decoder)
             self.mask_mlp = folded_mask_mlp(model.decoder.mask_mlp, model.pixel_decoder.mask_features)
-            self.register_buffer("first_QC", self._mask_embeddings(model.decoder.query_features))
+            self.register_buffer("first_QC", self._mask_embeddings(model.decoder.norm(model.decoder.query_features)))
 
     def forward(self, images: Tensor, class_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -65,7 +65,7 @@ class InferenceGraph(nn.Module):
         text_KE = self.text_KE
         if text_KE is None:
             text_KE = self._projected(self.model.class_embeddings if class_embeddings is None else class_embeddings)
-        mask_logits = self._mask_logits(self._mask_embeddings(queries, normalised=True), fused.flatten(2))
+        mask_logits = self._mask_logits(self._mask_embeddings(queries), fused.flatten(2))
         mask_logits = mask_logits.unflatten(2, fused.shape[2:]).float()
         return self._classify(queries, mask_logits, fused, text_KE), mask_logits
 
@@ -85,10 +85,9 @@ class InferenceGraph(nn.Module):
         projected: Tensor = classifier.text_projection(*_to(classifier, [class_embeddings]))
         return projected
 
-    def _mask_embeddings(self, queries: Tensor, normalised: bool = False) -> Tensor:
-        """(…, C + 1): what a pixel of the pixel decoder's fused features is multiplied by, and what is added."""
-        queries = queries if normalised else self.model.decoder.norm(queries)
-        embeddings: Tensor = self.mask_mlp(*_to(self.mask_mlp, [queries]))
+    def _mask_embeddings(self, normalised: Tensor) -> Tensor:
+        """(…, C + 1) of normalised queries: what a pixel of the fused features is multiplied by, and what is added."""
+        embeddings: Tensor = self.mask_mlp(*_to(self.mask_mlp, [normalised]))
         return embeddings
 
     def _mask_logits(self, embeddings: Tensor, fused_BCN: Tensor) -> Tensor:
@@ -130,7 +129,10 @@ class InferenceGraph(nn.Module):
         queries = decoder.query_features.expand(fused.shape[0], -1, -1)
         for index, layer in enumerate(layers):
             level, visit = index % LEVELS, index // LEVELS
-            embeddings = self._mask_embeddings(queries) if index else self.first_QC.expand(fused.shape[0], -1, -1)
+            if index:
+                embeddings = self._mask_embeddings(decoder.norm(queries))
+            else:
+                embeddings = self.first_QC.expand(fused.shape[0], -1, -1)
             masks.append(self._mask_logits(embeddings, small[level]))
             cross, own = layer.cross_attention, layer.self_attention
             asking = projected(queries + decoder.query_positions, cross, 0)

@@ -111,7 +111,7 @@ class Preprocessing:
         Args:
             image: (H, W, 3) uint8 RGB, or Pillow's image in RGB, of which no copy is made in the original size.
         """
-        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        size = size_of(image)
         height, width = self.network_size(size)
         if (height, width) != size:
             picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
@@ -147,6 +147,11 @@ class Preprocessing:
                 np.subtract(image_HWC[..., channel], mean[channel], out=plane)
                 plane /= std[channel]
         return images_B3HW
+
+
+def size_of(image: NDArray[np.uint8] | Image.Image) -> Size:
+    """(height, width) of an array (H, W, 3) or of Pillow's image."""
+    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:

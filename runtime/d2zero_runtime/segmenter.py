@@ -23,7 +23,7 @@ from d2zero_runtime.contract import ModelContract
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, open_rgb
+from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, open_rgb, size_of
 from d2zero_runtime.onnx_backend import OnnxBackend, Provider
 from d2zero_runtime.onnx_file import read_contract
 from d2zero_runtime.openvino_backend import OpenVinoBackend
@@ -372,10 +372,9 @@ class Segmenter:
 
     def _prepared(self, source: ImageLike) -> "_Prepared":
         image = open_rgb(source) if isinstance(source, (str, os.PathLike, Image.Image)) else as_image(source)
-        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         resized = self.preprocessing.resize(image)
         padded = self.preprocessing.padded_size(resized.shape[:2])
-        return _Prepared(source, self.input_of([resized], padded), resized.shape[:2], size, padded)
+        return _Prepared(source, self.input_of([resized], padded), resized.shape[:2], size_of(image), padded)
 
     def _finished(
         self, batch: "list[_Prepared]", raw: Raw, settings: dict[str, Any]

@@ -4,26 +4,16 @@
 Triton is imported. By hand: `TRITON_INTERPRET=1 pytest --noconftest tests/d2zero/interpreted_deformable.py`.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from deformable_cases import Case, assert_equals_float64, case, outputs
+from kernels import poisoned_memory
 
 from d2zero.model.deformable import grid_sample
 from d2zero.model.deformable_triton import deformable_attention, deformable_attention_backward, triton_form
 from d2zero_runtime import D2ZeroError
 
 SIZES = [(2, 3), (4, 7)]
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors without content are full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def arguments(of: Case) -> tuple[torch.Tensor, list[int], torch.Tensor, torch.Tensor]:
@@ -68,8 +58,8 @@ def test_locations_on_pixels_and_borders() -> None:
     assert_equals_float64(triton_form, Case(values, [(4, 4)], locations, weights, grad))
 
 
-def test_every_element_is_written(poisoned_memory: None) -> None:
-    with pytest.warns(UserWarning, match="not deterministic"):
+def test_every_element_is_written() -> None:
+    with poisoned_memory(), pytest.warns(UserWarning, match="not deterministic"):
         assert_equals_float64(triton_form, case(SIZES, width=3, queries=7, batch=2))
 
 

@@ -4,10 +4,9 @@
 imported. By hand: `TRITON_INTERPRET=1 pytest --noconftest tests/d2zero/interpreted_masked_attention.py`.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from kernels import poisoned_memory
 from masked_attention_cases import Case, assert_equals_float64, case
 
 from d2zero.model import masked_attention as module
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "processors", lambda device: 12)
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors without content are full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +45,9 @@ def test_half_precision() -> None:  # the interpreter multiplies the bits of bfl
     assert_equals_float64(case(dtype=torch.float16))
 
 
-def test_every_element_is_written(poisoned_memory: None) -> None:
-    assert_equals_float64(case(queries=67, keys=131, batch=2, width=12))
+def test_every_element_is_written() -> None:
+    with poisoned_memory():
+        assert_equals_float64(case(queries=67, keys=131, batch=2, width=12))
 
 
 def test_a_query_that_is_blocked_everywhere_attends_everywhere() -> None:
