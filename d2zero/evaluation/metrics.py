@@ -110,8 +110,9 @@ class ZeroShotScores:
     def _add(self, category: Id, truth: Entries, detections: Entries) -> None:
         record = self.records[category]
         record.scores.extend(entry["score"] for entry in detections)
+        nothing = None if truth else unmatched(detections)  # in masks as in boxes
         for kind, matcher in self._matchers.items():
-            record.extend(kind, matcher.match(truth, detections) if truth else unmatched(detections))
+            record.extend(kind, nothing or matcher.match(truth, detections))
 
     def _complete(self, entries: Iterable[dict[str, Any]]) -> Entries:
         """Annotations with all that matching needs; box and area from the mask where they are missing."""

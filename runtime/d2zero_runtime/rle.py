@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.errors import D2ZeroError
 
-MOST_DIGITS = 7  # of a run length: 34 bits and the sign
+MOST_DIGITS = 6  # of a run length: 29 bits and the sign
 
 
 class RLE(TypedDict):
@@ -103,67 +103,60 @@ def problems(counts: Sequence[str | bytes], sizes: Sequence[tuple[int, int]]) ->
 
     Masks are checked together: a few hundred in the time of a dozen, one by one.
     """
-    if not counts or not _parsed(counts, sizes).problem:
+    if not counts or not _problem(counts, sizes):
         return [""] * len(counts)
-    return [_parsed([text], [size]).problem for text, size in zip(counts, sizes, strict=True)]
-
-
-class _Parsed(NamedTuple):
-    """Run lengths of several masks in one array, or what is wrong with at least one of them."""
-
-    runs: NDArray[np.int64]
-    problem: str = ""
+    return [_problem([text], [size]) for text, size in zip(counts, sizes, strict=True)]
 
 
 def _runs(rle: RLE | dict[str, Any]) -> NDArray[np.int64]:
     """Of one mask; what is wrong is looked into only if the sum is."""
     text = rle["counts"]
     codes = np.frombuffer(text.encode("ascii", "replace") if isinstance(text, str) else text, np.uint8) - np.uint8(48)
-    last = np.flatnonzero((codes & 0x20) == 0)
-    runs = _numbers(codes, last, np.diff(last, prepend=-1)) if len(last) else np.zeros(0, np.int64)
-    for first in (1, 2):
-        runs[first::2] = np.cumsum(runs[first::2])
-    if not len(runs) or runs.min() < 0 or runs.sum() != rle["size"][0] * rle["size"][1]:
-        raise D2ZeroError(f"a mask {_parsed([text], [tuple(rle['size'])]).problem or 'cannot be read'}")
+    goes_on = codes & 0x20 != 0
+    runs = None if not len(codes) or goes_on[-1] else _numbers(codes & 0x1F, goes_on)
+    if runs is not None:
+        for first in (1, 2):
+            runs[first::2] = np.cumsum(runs[first::2])
+    if runs is None or runs.min() < 0 or runs.sum(dtype=np.int64) != rle["size"][0] * rle["size"][1]:
+        raise D2ZeroError(f"a mask {_problem([text], [tuple(rle['size'])]) or 'cannot be read'}")
     return runs
 
 
-def _parsed(counts: Sequence[str | bytes], sizes: Sequence[tuple[int, int]]) -> _Parsed:
-    def bad(problem: str) -> _Parsed:
-        return _Parsed(np.zeros(0, np.int64), problem)
-
+def _problem(counts: Sequence[str | bytes], sizes: Sequence[tuple[int, int]]) -> str:
+    """What is wrong with the run lengths of at least one of several masks, or nothing."""
     try:
         texts = [text.decode("ascii") if isinstance(text, bytes) else text for text in counts]
         joined = "".join(texts).encode("ascii")
     except (TypeError, UnicodeError):
-        return bad("has run lengths that are no ASCII text")
+        return "has run lengths that are no ASCII text"
     if not all(texts):
-        return bad("has no run lengths")
+        return "has no run lengths"
     codes = np.frombuffer(joined, np.uint8) - np.uint8(48)
     ends = np.cumsum(list(map(len, texts)))
     if codes.max() > 63:
-        return bad("has run lengths with characters that COCO's compressed form does not have")
-    last = np.flatnonzero(codes < 32)  # of each number's digits
-    if codes[ends - 1].max() > 31:
-        return bad("has run lengths that are cut short")
-    digits = np.diff(last, prepend=-1)
-    if digits.max() > MOST_DIGITS:
-        return bad("has a run length of too many digits")
-    stops = np.searchsorted(last, ends)  # of each mask's numbers
-    starts = np.concatenate([[0], stops[:-1]])
-    runs = _without_differences(_numbers(codes, last, digits), starts, stops)
-    pixels = np.array([height * width for height, width in sizes], np.int64)
+        return "has run lengths with characters that COCO's compressed form does not have"
+    goes_on = codes > 31
+    if goes_on[ends - 1].any():
+        return "has run lengths that are cut short"
+    runs = _numbers(codes, goes_on)
+    if runs is None:
+        return "has a run length of too many digits"
+    counts_of_runs = np.add.reduceat(~goes_on, np.append(0, ends[:-1]), dtype=np.int64)
+    stops = np.cumsum(counts_of_runs)
+    starts = stops - counts_of_runs
+    _add_differences(runs, starts)
     if runs.min() < 0:
-        return bad(f"has a run of {runs.min()} pixels")
-    sums = np.add.reduceat(runs, starts)
-    if (sums != pixels).any():
+        return f"has a run of {runs.min()} pixels"
+    sums = np.add.reduceat(runs, starts, dtype=np.int64)
+    pixels = [height * width for height, width in sizes]
+    if sums.tolist() != pixels:
         height, width = sizes[0]
-        return bad(f"has run lengths that sum to {sums[0]}, expected height x width = {height} x {width} = {pixels[0]}")
+        return f"has run lengths that sum to {sums[0]}, expected height x width = {height} x {width} = {pixels[0]}"
     empty = runs == 0
     empty[starts] = empty[stops - 1] = False
     if empty.any():  # pycocotools ends a comparison there
-        return bad("has a run of no pixels between others")
-    return _Parsed(runs)
+        return "has a run of no pixels between others"
+    return ""
 
 
 def _compress(counts: NDArray[np.int64]) -> str:
@@ -182,35 +175,42 @@ def _compress(counts: NDArray[np.int64]) -> str:
     return bytes(text.astype(np.uint8).tobytes()).decode("ascii")
 
 
-def _numbers(codes: NDArray[np.uint8], last: NDArray[np.int64], digits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Little-endian base-32 numbers whose digits end at `last`; the highest bit of the last one is the sign."""
-    numbers = (codes[last] & 0x1F).astype(np.int64)
-    numbers -= (numbers & 0x10) << 1
-    for place in range(1, min(MOST_DIGITS, int(digits.max()))):
-        longer = np.flatnonzero(digits > place)
-        numbers[longer] = numbers[longer] << 5 | (codes[last[longer] - place] & 0x1F)
-    return numbers
+def _numbers(codes: NDArray[np.uint8], goes_on: NDArray[np.bool_]) -> NDArray[np.int32] | None:
+    """Little-endian base-32 numbers; the highest bit of the last digit is the sign.
 
+    Args:
+        codes: digits, of which the last one does not go on.
+        goes_on: whether another digit of the same number follows.
 
-def _without_differences(
-    numbers: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Run lengths of masks that lie one after the other; a length is that two before it plus a number.
-
-    Running sums of every other number, from which each mask takes what was there when it began. Its first length
-    stands for itself: the third does not build on it.
+    Returns None if one has more than `MOST_DIGITS`.
     """
-    lengths = stops - starts
-    pairs = (lengths + 1) // 2
-    first = np.cumsum(pairs) - pairs
-    place = np.arange(2, len(numbers) + 2) + np.repeat(2 * first - starts, lengths)
-    sums = np.zeros(2 * int(pairs.sum()) + 2, np.int64)  # two zeros, then each mask's numbers in pairs
-    sums[place] = numbers
-    sums[2 + 2 * first] = 0
+    ends = ~goes_on
+    numbers = ((codes[ends] ^ 0x10).view(np.int8) - np.int8(0x10)).astype(np.int32)
+    is_long = np.zeros_like(goes_on)
+    is_long[1:] = goes_on[:-1] & ends[1:]
+    place, at = np.flatnonzero(is_long[ends]), np.flatnonzero(is_long)
+    for _ in range(MOST_DIGITS):
+        if not len(place):
+            return numbers
+        at = at - 1
+        numbers[place] = numbers[place] << 5 | (codes[at] & 0x1F)
+        more = goes_on[at - 1]  # before the first digit stands the last one of all
+        place, at = place[more], at[more]
+    return None
+
+
+def _add_differences(numbers: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
+    """Turn numbers of masks that lie one after the other into run lengths, in place.
+
+    A length is that two before it plus a number: running sums of every other number, less what the sum was where the
+    mask began. A mask's first length stands for itself: the third does not build on it. Sums wrap as pycocotools' do.
+    """
+    first = numbers[starts]
+    numbers[starts] = 0
     for parity in (0, 1):
-        chain = np.cumsum(sums[parity::2])
-        chain[1:] -= np.repeat(chain[first], pairs)
-        sums[parity::2] = chain
-    runs: NDArray[np.int64] = sums[place]
-    runs[starts] = numbers[starts]
-    return runs
+        chain = numbers[parity::2]
+        begins = (starts + 1 - parity) // 2
+        sums = np.zeros(len(chain) + 1, np.int32)
+        np.cumsum(chain, out=sums[1:])
+        np.subtract(sums[1:], np.repeat(sums[begins], np.diff(begins, append=len(chain))), out=chain)
+    numbers[starts] = first

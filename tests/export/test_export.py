@@ -303,8 +303,8 @@ def test_predictions_are_kept_when_stopped(
 ) -> None:
     shown = []
 
-    def stopped(self: object, image: object) -> Image.Image:
-        shown.append(image)
+    def stopped(*arguments: object, **options: object) -> Image.Image:
+        shown.append(arguments)
         if len(shown) == 3:
             raise KeyboardInterrupt
         return Image.new("RGB", (8, 8))
