@@ -11,11 +11,11 @@ from torch import Tensor
 
 from d2zero.model import D2Zero, HeadOutput
 from d2zero_runtime import Segmenter
-from d2zero_runtime.backend import Backend, Raw
-from d2zero_runtime.contract import ModelContract
-from d2zero_runtime.device_images import PixelBatch
-from d2zero_runtime.device_masks import DeviceLogits
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.backends.base import Backend, Raw
+from d2zero_runtime.backends.pixels import PixelBatch
+from d2zero_runtime.backends.torch_math import float32_math
+from d2zero_runtime.masks.device import DeviceLogits
 
 
 class TorchBackend(Backend):

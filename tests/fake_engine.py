@@ -17,8 +17,8 @@ from tensorrt_surface import Recorder, as_tensorrt, constructor
 from tiny_engine import expected, write_engine
 from tiny_model import CLASSES, QUERIES
 
-from d2zero_runtime.sidecar import Sidecar
-from d2zero_runtime.tensorrt_backend import TensorrtBackend
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 
 INPUTS = ("images", "class_embeddings")
 OUTPUTS = ("class_logits", "mask_logits")

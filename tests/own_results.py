@@ -5,7 +5,7 @@ from threading import Barrier
 
 import numpy as np
 
-from d2zero_runtime.backend import Backend
+from d2zero_runtime.backends.base import Backend
 
 THREADS, CALLS = 4, 20
 

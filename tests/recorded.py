@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from d2zero_runtime import rle
+from d2zero_runtime.masks import rle
 
 MODES = ("gzsis", "zsis", "gzsis-copy-paste")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tiny_model import CLASSES, QUERIES, WIDTH, contract, embeddings
 
-from d2zero_runtime.profile import Profile, Shape
-from d2zero_runtime.sidecar import Sidecar
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.profile import Profile, Shape
 
 PLAN = b"a plan"
 

@@ -19,7 +19,7 @@ from d2zero_bench.peers import PEERS, PeerNetwork, mask2former_config
 from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo, Sample
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.backend import Raw
+from d2zero_runtime.backends.base import Raw
 from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, RawOutput
 
 TORCH_FREE = (".onnx", ".engine")
@@ -90,7 +90,7 @@ def open_candidate(spec: Spec) -> Candidate:
 def limit_threads(threads: int, with_torch: bool) -> None:
     """Of torch, where it is used, and of post-processing; ONNX Runtime is told when it loads."""
     # By its name as a module: the package's function of the same name hides it.
-    vars(import_module("d2zero_runtime.postprocess"))["THREADS"] = threads
+    vars(import_module("d2zero_runtime.masks.postprocess"))["THREADS"] = threads
     if with_torch:
         import torch
 

@@ -9,7 +9,7 @@ import typer
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
-from d2zero_runtime.postprocess import MASK_KINDS
+from d2zero_runtime.masks.postprocess import MASK_KINDS
 
 if TYPE_CHECKING:
     from d2zero_bench.gates import Gate

@@ -3,7 +3,7 @@
 from d2zero_bench.cases import Case
 from d2zero_bench.report import CandidateInfo, Equality
 from d2zero_export.parity import LIMITS, difference
-from d2zero_runtime.backend import Raw
+from d2zero_runtime.backends.base import Raw
 
 _NARROWEST_FIRST = ("float32", "tf32", "float16", "bfloat16", "int8")
 

@@ -18,7 +18,7 @@ from d2zero_bench.environment import without_folders
 from d2zero_bench.equality import compare, lower_precision
 from d2zero_bench.report import Report, Result, Sample
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.backend import Raw
+from d2zero_runtime.backends.base import Raw
 
 Progress = Callable[[Iterator[int], int, str], Iterator[int]]
 

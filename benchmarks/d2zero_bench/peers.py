@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.backends.torch_math import float32_math
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PeerNetwork:
         self.name = f"transformers {_version()}, torch {torch.__version__} ({self._device}{how})"
 
     def resident(self, images_B3HW: NDArray[np.float32]) -> Callable[[], None]:
-        """Move the input to the device, as `d2zero_runtime.backend.Backend.resident` does.
+        """Move the input to the device, as `d2zero_runtime.backends.base.Backend.resident` does.
 
         Returns:
             Runs the network once, leaves the outputs where they are, and waits until they are there.

@@ -16,7 +16,7 @@ from d2zero_bench.candidates import Spec, open_candidate
 from d2zero_bench.cases import Case
 from d2zero_bench.report import Accuracy, CandidateInfo, Sample
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.backend import Raw
+from d2zero_runtime.backends.base import Raw
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 

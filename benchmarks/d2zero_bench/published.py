@@ -17,10 +17,11 @@ from torch import Tensor
 from d2zero.inference import TorchBackend, contract_of
 from d2zero.model import D2Zero
 from d2zero.model.deformable import LevelSizes
-from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, rle
-from d2zero_runtime.device_masks import DeviceLogits
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
 from d2zero_runtime.images import Size
-from d2zero_runtime.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
+from d2zero_runtime.masks import rle
+from d2zero_runtime.masks.device import DeviceLogits
+from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
 from d2zero_runtime.segmenter import RawOutput
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2zero_bench.cases import Case
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.backends.torch_math import float32_math
 
 TYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHANNELS = 256  # of the convolution that is measured

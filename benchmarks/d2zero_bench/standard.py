@@ -43,7 +43,7 @@ def providers() -> tuple[str, ...]:
     """What runs the exported files: bfloat16 only where the processor computes in it, elsewhere it is refused."""
     import openvino
 
-    from d2zero_runtime.openvino_backend import computes_in_bfloat16
+    from d2zero_runtime.backends.openvino.backend import computes_in_bfloat16
 
     able = computes_in_bfloat16(openvino.Core())
     return ("cpu", "openvino", "openvino-bf16") if able else ("cpu", "openvino")

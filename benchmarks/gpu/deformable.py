@@ -38,7 +38,7 @@ from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
 from d2zero.model.deformable_triton import FORMS
 from d2zero.model.positions import pixel_centres
 from d2zero_bench.environment import without_folders
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.backends.torch_math import float32_math
 
 TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES: dict[str, LevelSizes] = {

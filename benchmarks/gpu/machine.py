@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend
 from d2zero.model.deformable import grid_sample
 from d2zero.model.deformable_triton import triton_form
 from d2zero_bench.environment import environment
-from d2zero_runtime.device_masks import Sizes, in_one_kernel, in_steps
+from d2zero_runtime.masks.device import Sizes, in_one_kernel, in_steps
 
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
 # Queries, keys, whether there is a mask; heads of 32 channels.

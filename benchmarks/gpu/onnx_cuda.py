@@ -26,7 +26,7 @@ def placement(path: Path, provider: str, size: tuple[int, int]) -> dict[str, Any
     """Nodes and their time by provider, from ONNX Runtime's own profile of one run."""
     import onnxruntime
 
-    from d2zero_runtime.onnx_gpu import require_startable
+    from d2zero_runtime.backends.onnxruntime_gpu import require_startable
 
     name = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[provider]
     require_startable(onnxruntime, [name])

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from d2zero_runtime import D2ZeroError, Detections, rle
+from d2zero_runtime import D2ZeroError, Detections
 from d2zero_runtime.errors import listed
 from d2zero_runtime.files import whole_file
+from d2zero_runtime.masks import rle
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile

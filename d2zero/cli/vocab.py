@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.onnx_file import replace_vocabulary
-from d2zero_runtime.pt2_file import replace_pt2_vocabulary
+from d2zero_runtime.artifacts.engine import replace_engine_vocabulary
+from d2zero_runtime.artifacts.onnx import replace_vocabulary
+from d2zero_runtime.artifacts.pt2 import replace_pt2_vocabulary
 from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, read_exported
-from d2zero_runtime.sidecar import replace_engine_vocabulary
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.polygons import MAX_COORDINATE, measured
-from d2zero_runtime import rle
+from d2zero_runtime.masks import rle
 
 MAX_PIXELS = 1 << 28  # of an image, such as 16384 x 16384
 MAX_OUTLINE = 1 << 22  # of an annotation's polygons, in pixels: pycocotools takes 40 bytes for each

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from d2zero.data.splits import Split
-from d2zero_runtime import D2ZeroError, Vocabulary, rle
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.masks import rle
 
 COLOURS = {"red": 0.0, "yellow": 0.14, "green": 0.33, "cyan": 0.5, "blue": 0.64, "magenta": 0.84}  # hues
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")

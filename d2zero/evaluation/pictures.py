@@ -10,8 +10,9 @@ from PIL import Image
 from d2zero.data.coco import CocoFile
 from d2zero.data.coco_values import Id, decoded
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image, rle
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image
 from d2zero_runtime.draw import SheetRow, contact_sheet
+from d2zero_runtime.masks import rle
 
 SCORE_THRESHOLD = 0.3
 

@@ -21,9 +21,9 @@ from d2zero.model.deformable import DeformableForm
 from d2zero.model.deformable_attention import DeformableAttention
 from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import Detections, Mode, Preprocessing, Vocabulary
+from d2zero_runtime.backends.torch_math import float32_math
 from d2zero_runtime.images import PADDING_LOGIT, Size, as_image
-from d2zero_runtime.postprocess import postprocess_all
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.masks.postprocess import postprocess_all
 from d2zero_runtime.vocabulary import check_vocabulary
 
 
@@ -171,7 +171,7 @@ class D2Zero(nn.Module):
             input_sizes: (height, width) of each image as given to `predict_raw`.
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            options: `max_detections`, `score_threshold`, `masks` of `d2zero_runtime.postprocess`.
+            options: `max_detections`, `score_threshold`, `masks` of `d2zero_runtime.masks.postprocess`.
 
         Raises:
             D2ZeroError: the counts differ, or the vocabulary does not allow the mode.

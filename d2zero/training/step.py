@@ -22,8 +22,8 @@ from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch, build_optimizer, lr_factor, set_lr
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.backends.torch_math import float32_math
 from d2zero_runtime.errors import listed
-from d2zero_runtime.torch_math import float32_math
 
 PARTS = ("forward", "backward", "optimiser")  # what a step consists of, in order; forward has the losses in it
 

@@ -137,7 +137,7 @@ def export(
 
 def _refuse_int8(model: Path, precision: str) -> None:
     """TensorRT takes signed, symmetric activations alone; ours are for CPUs."""
-    from d2zero_runtime.onnx_file import read_contract
+    from d2zero_runtime.artifacts.onnx import read_contract
 
     if precision == "int8" or (model.suffix == ".onnx" and read_contract(model)[0].precision == "int8"):
         raise D2ZeroError(

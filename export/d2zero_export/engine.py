@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from d2zero_export.engine_config import EngineConfig, Inputs, dimensions, profile_for
-from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.profile import Profile, Shape
+from d2zero_runtime.backends.tensorrt.environment import Environment, collector, require_tensorrt
 from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.files import whole_file
-from d2zero_runtime.gpu import Environment, collector, require_tensorrt
-from d2zero_runtime.onnx_file import graph_inputs, read_contract, without_default_embeddings
-from d2zero_runtime.profile import Profile, Shape
-from d2zero_runtime.sidecar import Sidecar
 
 __all__ = [
     "EngineConfig",
@@ -131,7 +131,8 @@ def trtexec_command(onnx_path: Path, output: Path, config: EngineConfig | None =
     if EMBEDDINGS_INPUT in inputs:
         source = onnx_path.with_suffix(".trtexec.onnx")
         code = (
-            "import sys; from pathlib import Path; from d2zero_runtime.onnx_file import without_default_embeddings;"
+            "import sys; from pathlib import Path;"
+            " from d2zero_runtime.artifacts.onnx import without_default_embeddings;"
             " Path(sys.argv[2]).write_bytes(without_default_embeddings(Path(sys.argv[1])))"
         )
         first = f"python -c {shlex.quote(code)} {shlex.quote(str(onnx_path))} {shlex.quote(str(source))} && "

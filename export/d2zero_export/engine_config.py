@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.profile import STEP, Profile, Shape
 from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.profile import STEP, Profile, Shape
 
 IMAGES_INPUT = "images"
 MANY_CLASSES = 1203  # LVIS: vocabularies of this size fit every engine, unless told otherwise

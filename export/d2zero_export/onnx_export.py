@@ -32,7 +32,7 @@ from d2zero_export.precision import PRECISIONS, lowered
 from d2zero_export.quantize import Photos, quantized
 from d2zero_export.verify import open_exported, raw_parity
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.images import Size
 
 OPSET = 18  # below 20: there GridSample silently becomes nearest in TensorRT (NVIDIA/TensorRT#4646)

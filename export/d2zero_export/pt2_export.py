@@ -22,8 +22,8 @@ from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verifie
 from d2zero_export.parity import RawParity
 from d2zero_export.precision import lowered
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.pt2_file import Pt2Description
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.artifacts.pt2 import Pt2Description
+from d2zero_runtime.backends.torch_math import float32_math
 
 DEVICES = ("cpu", "cuda")
 HEADERS = ("triton/backends/nvidia/include", "nvidia/cu13/include/cccl")  # of CUDA, beside torch

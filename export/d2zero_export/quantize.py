@@ -29,7 +29,7 @@ from d2zero.model.deformable import ROW_FORMS
 from d2zero.model.pixel_decoder import EncoderLayer
 from d2zero_export.graph import value_projections
 from d2zero_runtime import D2ZeroError, read_image
-from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.sources import expand
 

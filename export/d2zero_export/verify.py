@@ -22,10 +22,10 @@ from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference
 from d2zero_export.plugin import with_body
 from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.onnx_file import read_contract
-from d2zero_runtime.profile import Shape
+from d2zero_runtime.artifacts.onnx import read_contract
+from d2zero_runtime.artifacts.profile import Shape
+from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 from d2zero_runtime.segmenter import RawOutput, onnx_backend
-from d2zero_runtime.tensorrt_backend import TensorrtBackend
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 

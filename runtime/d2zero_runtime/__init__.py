@@ -7,7 +7,7 @@
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, read_image
-from d2zero_runtime.postprocess import Mode, postprocess
+from d2zero_runtime.masks.postprocess import Mode, postprocess
 from d2zero_runtime.segmenter import Segmenter, load
 from d2zero_runtime.vocabulary import Vocabulary
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime import rle
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.packed import PackedMasks
+from d2zero_runtime.masks import rle
+from d2zero_runtime.masks.packed import PackedMasks
 
 if TYPE_CHECKING:
     import pandas

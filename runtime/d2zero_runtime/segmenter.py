@@ -18,21 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2zero_runtime.backend import Backend, Input, Raw
-from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.onnx import read_contract
+from d2zero_runtime.artifacts.pt2 import Pt2Description
+from d2zero_runtime.backends.base import Backend, Input, Raw
+from d2zero_runtime.backends.onnxruntime import OnnxBackend, Provider
+from d2zero_runtime.backends.openvino.backend import OpenVinoBackend
+from d2zero_runtime.backends.pixels import PixelBatch
+from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
+from d2zero_runtime.backends.torch_pt2 import Pt2Backend
 from d2zero_runtime.detections import Detections
-from d2zero_runtime.device_images import PixelBatch
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, open_rgb, size_of
-from d2zero_runtime.onnx_backend import OnnxBackend, Provider
-from d2zero_runtime.onnx_file import read_contract
-from d2zero_runtime.openvino_backend import OpenVinoBackend
-from d2zero_runtime.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
-from d2zero_runtime.pt2_backend import Pt2Backend
-from d2zero_runtime.pt2_file import Pt2Description
-from d2zero_runtime.sidecar import Sidecar
+from d2zero_runtime.masks.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
 from d2zero_runtime.sources import ImageLike, expand, is_many
-from d2zero_runtime.tensorrt_backend import TensorrtBackend
 from d2zero_runtime.vocabulary import Vocabulary
 
 EXPORTED_SUFFIXES = (".onnx", ".engine", ".pt2")

@@ -23,7 +23,8 @@ from d2zero.evaluation.metrics import score, score_detections
 from d2zero.evaluation.result_entries import open_results
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary, rle
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from d2zero_runtime.masks import rle
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 

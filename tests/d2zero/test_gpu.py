@@ -22,7 +22,7 @@ from d2zero.training.step import without_cudnn_attention
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_export.pt2_export import Pt2Config, export_pt2
 from d2zero_runtime import load
-from d2zero_runtime.device_masks import Sizes, in_one_kernel, in_steps
+from d2zero_runtime.masks.device import Sizes, in_one_kernel, in_steps
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,8 @@ from conftest import Outcome
 
 from d2zero.cli.predict import picture_name
 from d2zero.cli.results import CocoWriter
-from d2zero_runtime import D2ZeroError, Detections, rle
+from d2zero_runtime import D2ZeroError, Detections
+from d2zero_runtime.masks import rle
 
 coco = pytest.importorskip("pycocotools.coco")
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval

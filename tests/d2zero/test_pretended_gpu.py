@@ -21,10 +21,12 @@ from d2zero.training.optim import ScaleWatch
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
 from d2zero_bench.training_steps import drawn_batch
-from d2zero_runtime import D2ZeroError, device_images, device_masks
-from d2zero_runtime.device_images import PixelBatch
-from d2zero_runtime.device_masks import DeviceLogits, Sizes
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.backends import pixels as device_images
+from d2zero_runtime.backends.pixels import PixelBatch
 from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.masks import device as device_masks
+from d2zero_runtime.masks.device import DeviceLogits, Sizes
 from d2zero_runtime.segmenter import RawOutput
 
 

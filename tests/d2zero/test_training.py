@@ -36,7 +36,7 @@ from d2zero.training.optim import MOST_SKIPPED, ScaleWatch, build_optimizer, loa
 from d2zero.training.start import Inputs, start
 from d2zero.training.step import TrainingStep, form_named, without_cudnn_attention
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.backends.torch_math import float32_math
 
 Command = Callable[..., Outcome]
 FAST = ["batch_size=4", "augment.size=64", "model.num_queries=6", "loss.num_points=64", "log_every=1"]

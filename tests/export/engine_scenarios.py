@@ -16,8 +16,8 @@ from tensorrt_surface import Recorder, as_tensorrt, constructor
 from tiny_model import CLASSES, WIDTH, write_model
 
 from d2zero_export.engine import EngineConfig, Shape, build_engine
+from d2zero_runtime.artifacts.engine import Sidecar
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.sidecar import Sidecar
 
 PLAN = b"a plan"
 

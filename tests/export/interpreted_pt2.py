@@ -16,7 +16,7 @@ from d2zero.model.deformable_triton import triton_form
 from d2zero_export import attention, pt2_export
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_runtime import load
-from d2zero_runtime.pt2_file import Pt2Description
+from d2zero_runtime.artifacts.pt2 import Pt2Description
 
 
 def main(folder: Path) -> None:

@@ -10,9 +10,9 @@ from tiny_model import CLASSES, WIDTH, contract, write_model
 
 from d2zero_export.engine import EngineConfig, Shape, build_engine, doubts, profile_for, trtexec_command
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.artifacts.onnx import graph_inputs, without_default_embeddings
+from d2zero_runtime.artifacts.profile import Profile
 from d2zero_runtime.images import Preprocessing
-from d2zero_runtime.onnx_file import graph_inputs, without_default_embeddings
-from d2zero_runtime.profile import Profile
 
 OPEN = {"images": (None, 3, None, None), "class_embeddings": (None, WIDTH)}
 

@@ -28,8 +28,8 @@ from d2zero_export.plugin import OPERATOR
 from d2zero_export.precision import fold_batch_norms, lowered
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
-from d2zero_runtime.contract import CONTRACT_KEY
-from d2zero_runtime.onnx_file import read_contract, replace_vocabulary
+from d2zero_runtime.artifacts.contract import CONTRACT_KEY
+from d2zero_runtime.artifacts.onnx import read_contract, replace_vocabulary
 from d2zero_runtime.sources import expand
 
 Command = Callable[..., Outcome]

@@ -29,9 +29,9 @@ from d2zero_export.parity import LIMITS
 from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, load
-from d2zero_runtime.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.images import Preprocessing
-from d2zero_runtime.onnx_file import read_contract
 
 Command = Callable[..., Outcome]
 

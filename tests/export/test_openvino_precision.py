@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from tiny_attention import TinyAttention
 
 from d2zero.model.deformable import DeformableForm, gather, grid_sample
-from d2zero_runtime.openvino_backend import computes_in_bfloat16
-from d2zero_runtime.openvino_precision import lower_to_bfloat16
-from d2zero_runtime.openvino_rewrites import join_row_sums
+from d2zero_runtime.backends.openvino.backend import computes_in_bfloat16
+from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
+from d2zero_runtime.backends.openvino.rewrites import join_row_sums
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 HAS_BFLOAT16 = computes_in_bfloat16(openvino.Core())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2zero.model.deformable import gather
 from d2zero_export.quantize import write_quantized
-from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
+from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO lowers where the processor can

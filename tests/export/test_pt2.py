@@ -30,8 +30,8 @@ from d2zero_export.onnx_export import ExportConfig, trace
 from d2zero_export.precision import lowered
 from d2zero_export.pt2_export import HEADERS, Pt2Config, cuda_headers, export_pt2, hardware
 from d2zero_runtime import D2ZeroError, Vocabulary, load
-from d2zero_runtime.pt2_backend import MAX_SHAPES, GraphedNetwork
-from d2zero_runtime.pt2_file import ENTRY, Pt2Description, replace_pt2_vocabulary
+from d2zero_runtime.artifacts.pt2 import ENTRY, Pt2Description, replace_pt2_vocabulary
+from d2zero_runtime.backends.torch_pt2 import MAX_SHAPES, GraphedNetwork
 from d2zero_runtime.segmenter import read_exported
 
 

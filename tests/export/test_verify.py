@@ -15,7 +15,8 @@ from d2zero.data.coco import read_coco
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.evaluation.run import EvaluationRun
 from d2zero_export.instances import instance_agreement
-from d2zero_runtime import Detections, Mode, rle
+from d2zero_runtime import Detections, Mode
+from d2zero_runtime.masks import rle
 
 Command = Callable[..., Outcome]
 

@@ -24,8 +24,8 @@ from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import read_arrays
 from d2zero.demo.run import packaged_checkpoint
 from d2zero_runtime import D2ZeroError, Vocabulary, read_image
-from d2zero_runtime.contract import ModelContract
-from d2zero_runtime.onnx_file import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
 
 # A short slice with the other tests; `make fuzz` tries many more, and others each time.
 CASES = int(os.environ.get("FUZZ_CASES", "60"))

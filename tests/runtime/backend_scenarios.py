@@ -16,9 +16,9 @@ from tiny_engine import expected, inputs
 from tiny_model import CLASSES, QUERIES, WIDTH
 
 from d2zero_runtime import load
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.backends.tensorrt.backend import MAX_SHAPES, TensorrtBackend
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.sidecar import Sidecar
-from d2zero_runtime.tensorrt_backend import MAX_SHAPES, TensorrtBackend
 
 
 @pytest.fixture

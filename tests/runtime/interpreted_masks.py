@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2zero_runtime import Vocabulary, postprocess
-from d2zero_runtime.device_masks import DeviceLogits, Sizes, in_one_kernel, in_steps
+from d2zero_runtime.masks.device import DeviceLogits, Sizes, in_one_kernel, in_steps
 
 
 def drawn(queries: int, height: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from tiny_model import contract
 
 from d2zero.model import ModelConfig
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.contract import ModelContract, embeddings_from_json
+from d2zero_runtime.artifacts.contract import ModelContract, embeddings_from_json
 from d2zero_runtime.images import Preprocessing
 
 ODD: list[Any] = [None, True, -1, 2**63, 1e30, float("nan"), "", "x", [], {}, [None]]

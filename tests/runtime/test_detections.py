@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from d2zero_runtime import D2ZeroError, Detections, Vocabulary, rle
+from d2zero_runtime import D2ZeroError, Detections, Vocabulary
 from d2zero_runtime.draw import SheetRow, class_colour, contact_sheet, overlay
+from d2zero_runtime.masks import rle
 
 
 def two() -> Detections:

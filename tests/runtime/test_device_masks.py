@@ -7,9 +7,11 @@ import pytest
 import torch
 from kernels import assert_pass_in_the_interpreter, compiled_for_hopper, needs_triton
 
-from d2zero_runtime import D2ZeroError, Detections, Vocabulary, device_masks, postprocess, rle
-from d2zero_runtime.device_masks import DeviceLogits
-from d2zero_runtime.packed import PackedMasks
+from d2zero_runtime import D2ZeroError, Detections, Vocabulary, postprocess
+from d2zero_runtime.masks import device as device_masks
+from d2zero_runtime.masks import rle
+from d2zero_runtime.masks.device import DeviceLogits
+from d2zero_runtime.masks.packed import PackedMasks
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 
@@ -112,7 +114,7 @@ def test_the_kernel_compiles_for_hopper(
     logits: str, resized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from d2zero_runtime.mask_kernel import mask_kernel
+    from d2zero_runtime.masks.kernel import mask_kernel
 
     constants = {"RESIZED": resized, "PACKED": True, "ROWS": device_masks.TILE[0], "BYTES": device_masks.TILE[1]}
     numbers = ["i32"] * 4 + ["fp32"] * 2 + ["i32"] * 2 + ["fp32"] * 2 + ["i32"] * 2

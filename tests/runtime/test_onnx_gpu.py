@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from d2zero_runtime import D2ZeroError, onnx_gpu
-from d2zero_runtime.gpu import require_tensorrt
-from d2zero_runtime.onnx_backend import OnnxBackend, Provider
-from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, needed_libraries
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.backends import onnxruntime_gpu as onnx_gpu
+from d2zero_runtime.backends.onnxruntime import OnnxBackend, Provider
+from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, needed_libraries
+from d2zero_runtime.backends.tensorrt.environment import require_tensorrt
 
 CPU = "CPUExecutionProvider"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"

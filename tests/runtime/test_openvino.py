@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2zero_runtime import D2ZeroError, Segmenter, load
-from d2zero_runtime.openvino_backend import computes_in_bfloat16
+from d2zero_runtime.backends.openvino.backend import computes_in_bfloat16
 
 openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 HAS_BFLOAT16 = computes_in_bfloat16(openvino.Core())

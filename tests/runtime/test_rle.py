@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from d2zero_runtime import D2ZeroError, rle
+from d2zero_runtime import D2ZeroError
+from d2zero_runtime.masks import rle
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d2zero_runtime import D2ZeroError, Preprocessing, Segmenter, Vocabulary
-from d2zero_runtime.contract import ModelContract
+from d2zero_runtime.artifacts.contract import ModelContract
 
 QUERIES, WIDTH = 5, 4
 WORDS = Vocabulary(("cat", "dog", "cow"), np.eye(3, WIDTH, dtype=np.float32) + 0.1, seen=np.array([True, True, False]))

@@ -13,9 +13,9 @@ from tiny_engine import PLAN, sidecar, write_engine
 from tiny_model import CLASSES, WIDTH, embeddings
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.gpu import numbers
-from d2zero_runtime.sidecar import Sidecar, replace_engine_vocabulary, sidecar_path
-from d2zero_runtime.tensorrt_backend import TensorrtBackend
+from d2zero_runtime.artifacts.engine import Sidecar, replace_engine_vocabulary, sidecar_path
+from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
+from d2zero_runtime.backends.tensorrt.environment import numbers
 
 
 @pytest.mark.parametrize("version", VERSIONS)

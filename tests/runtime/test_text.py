@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from d2zero.cli.terminal import plain
-from d2zero_runtime import D2ZeroError, Detections, rle
+from d2zero_runtime import D2ZeroError, Detections
 from d2zero_runtime.draw import LARGEST_SIDE, overlay
 from d2zero_runtime.errors import printable
 from d2zero_runtime.fonts import font_for
+from d2zero_runtime.masks import rle
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[bold]", "\x1b[2Jcat", "a\nb", "\u202egnp"])

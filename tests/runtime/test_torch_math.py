@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.backends.torch_math import float32_math
 
 BACKENDS = torch.backends
 STATES: dict[str, Callable[[], Any]] = {

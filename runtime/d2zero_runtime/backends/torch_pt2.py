@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.backend import Backend
-from d2zero_runtime.device_images import PixelBatch
-from d2zero_runtime.device_masks import DeviceLogits
+from d2zero_runtime.artifacts.pt2 import Pt2Description
+from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.pixels import PixelBatch
+from d2zero_runtime.backends.torch_math import float32_math
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.pt2_file import Pt2Description
-from d2zero_runtime.torch_math import float32_math
+from d2zero_runtime.masks.device import DeviceLogits
 
 MAX_SHAPES = 8  # graphs kept
 OPERATORS = "d2zero.operators"  # entry points: modules that bring operators outside torch

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.gpu import Cuda
+from d2zero_runtime.backends.tensorrt.environment import Cuda
 
 
 class Memory:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.device_images import PixelBatch
+from d2zero_runtime.backends.pixels import PixelBatch
 
 Input = NDArray[np.float32] | PixelBatch  # images, (B, 3, H, W)
 Raw = tuple[NDArray[np.float32], Any]  # class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), array or DeviceLogits

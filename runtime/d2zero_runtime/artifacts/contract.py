@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing
-from d2zero_runtime.postprocess import SOFTMAX_TEMPERATURE
+from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"

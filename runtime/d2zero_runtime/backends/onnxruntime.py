@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.backend import Backend
-from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.onnx_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}

@@ -17,8 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from d2zero_runtime.backends.tensorrt.environment import driver_problem
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.gpu import driver_problem
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.backend import Backend
-from d2zero_runtime.contract import EMBEDDINGS_INPUT
-from d2zero_runtime.cuda_memory import Memory, Tensor
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.profile import Profile, Shape
+from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.tensorrt.environment import Environment, collector, numbers, require_tensorrt
+from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.gpu import Environment, collector, numbers, require_tensorrt
-from d2zero_runtime.profile import Profile, Shape
-from d2zero_runtime.sidecar import Sidecar
 
 IMAGES = "images"
 OUTPUTS = ("class_logits", "mask_logits")

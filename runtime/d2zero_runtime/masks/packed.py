@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime import rle
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
+from d2zero_runtime.masks import rle
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.backend import Backend
-from d2zero_runtime.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.onnx import read_contract, without_default_embeddings
+from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
+from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.onnx_file import read_contract, without_default_embeddings
-from d2zero_runtime.openvino_precision import lower_to_bfloat16
-from d2zero_runtime.openvino_rewrites import convolve_linear_layers, join_row_sums
 
 HINTS = {"float32": "f32", "bfloat16": "dynamic"}  # each said: without one, OpenVINO lowers where the processor can
 _OUTPUTS = ("class_logits", "mask_logits")
@@ -79,7 +79,7 @@ class OpenVinoBackend(Backend):
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run the network; see `d2zero_runtime.backend.Backend`."""
+        """Run the network; see `d2zero_runtime.backends.base.Backend`."""
         feed = {"images": images_B3HW}
         if self._default is not None:
             feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.images import Size
-from d2zero_runtime.packed import PackedMasks
-from d2zero_runtime.upsample import Mask
+from d2zero_runtime.masks.packed import PackedMasks
+from d2zero_runtime.masks.upsample import Mask
 
 CHUNK_BYTES = 1 << 29  # upsampled at a time, in steps
 TILE = 8, 16  # rows and bytes of a mask that a program of the kernel makes
@@ -131,7 +131,7 @@ def _launched(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: boo
     """What the kernel writes, on the device: figures of each mask's tiles, and bits if they are wanted."""
     import torch
 
-    from d2zero_runtime.mask_kernel import FIGURES, mask_kernel
+    from d2zero_runtime.masks.kernel import FIGURES, mask_kernel
 
     if logits_Qhw.stride(2) != 1:
         logits_Qhw = logits_Qhw.contiguous()

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime import rle
 from d2zero_runtime.detections import Detections
-from d2zero_runtime.device_masks import DeviceLogits, Sizes
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
-from d2zero_runtime.packed import PackedMasks
-from d2zero_runtime.upsample import Mask, resize_axis, upsampled_mask
+from d2zero_runtime.masks import rle
+from d2zero_runtime.masks.device import DeviceLogits, Sizes
+from d2zero_runtime.masks.packed import PackedMasks
+from d2zero_runtime.masks.upsample import Mask, resize_axis, upsampled_mask
 from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime import rle
+from d2zero_runtime.masks import rle
 
 STRIP = 1 << 18  # pixels worked on at a time; with fewer, threads wait for each other between the steps
 _EMPTY = np.zeros((0, 0), bool)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_runtime.artifacts.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
-from d2zero_runtime.contract import ModelContract, embeddings_from_json, embeddings_to_json
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import whole_file
 from d2zero_runtime.vocabulary import Vocabulary

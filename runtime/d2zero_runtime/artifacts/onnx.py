@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from d2zero_runtime.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import whole_file
 from d2zero_runtime.vocabulary import Vocabulary

@@ -1,0 +1,1 @@
+"""Exported models on disk: what they say about themselves, and their vocabularies."""

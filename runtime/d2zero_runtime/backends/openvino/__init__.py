@@ -1,0 +1,1 @@
+"""OpenVINO: the backend, and what is changed in a graph before it is compiled."""

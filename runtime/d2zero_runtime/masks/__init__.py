@@ -1,0 +1,1 @@
+"""From raw outputs to instances: selection, upsampling, and the forms of masks."""
