@@ -17,7 +17,7 @@ from tensorrt_surface import Recorder, as_tensorrt, constructor
 from tiny_engine import expected, write_engine
 from tiny_model import CLASSES, QUERIES
 
-from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 
 INPUTS = ("images", "class_embeddings")
@@ -53,7 +53,7 @@ class Setting:
         self.baked = baked
 
     def load(self, **options: Any) -> TensorrtBackend:
-        return TensorrtBackend(self.path, Sidecar.read(self.path), **options)
+        return TensorrtBackend(self.path, EngineMetadata.read(self.path), **options)
 
     def count(self, name: str) -> int:
         return sum(call[0] == f"IExecutionContext.{name}" for call in self.calls)

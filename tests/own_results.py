@@ -22,7 +22,7 @@ def assert_own_results(backend: Backend, width: int, size: tuple[int, int] = (64
     given = [
         (
             random.standard_normal((1, 3, *size)).astype(np.float32),
-            None if number == 0 else random.standard_normal((2 + number, width)).astype(np.float32),
+            random.standard_normal((2 + number, width)).astype(np.float32),
         )
         for number in range(THREADS)
     ]

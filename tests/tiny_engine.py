@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 from tiny_model import CLASSES, QUERIES, WIDTH, contract, embeddings
 
-from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Profile, Shape
 
 PLAN = b"a plan"
 
 
-def sidecar(version: str = "11.4.0.106", baked: bool = False) -> Sidecar:
+def sidecar(version: str = "11.4.0.106", baked: bool = False) -> EngineMetadata:
     least, most = (CLASSES, CLASSES) if baked else (1, 40)
-    return Sidecar(
+    return EngineMetadata(
         contract=contract(baked=baked),
         embeddings=embeddings(),
         profile=Profile(Shape(1, 32, 32, least), Shape(1, 64, 64, CLASSES), Shape(4, 128, 128, most)),

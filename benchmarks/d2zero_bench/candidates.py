@@ -20,7 +20,8 @@ from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo, Sample
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.backends.base import Raw
-from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, RawOutput
+from d2zero_runtime.formats import EXPORTED_SUFFIXES
+from d2zero_runtime.segmenter import RawOutput
 
 TORCH_FREE = (".onnx", ".engine")
 
@@ -147,7 +148,7 @@ class Model:
         padded = preprocessing.padded_sizes(resized)
         batch = segmenter.input_of(resized, padded[0])
         marks.append(perf_counter())
-        class_logits, mask_logits = segmenter.backend.run(batch, self._embeddings(case))
+        class_logits, mask_logits = segmenter.backend.run(batch, self._embeddings())
         marks.append(perf_counter())
         sizes, outputs = ([(image.shape[0], image.shape[1]) for image in group] for group in (resized, images))
         raw = RawOutput(class_logits, mask_logits, tuple(padded))
@@ -155,7 +156,7 @@ class Model:
         marks.append(perf_counter())
         sample = {name: 1000 * (end - start) for name, start, end in zip(STAGES, marks, marks[1:], strict=False)}
         resident = segmenter.backend.on_gpu
-        network = resident_ms(segmenter.backend.resident(batch, self._embeddings(case))) if resident else None
+        network = resident_ms(segmenter.backend.resident(batch, self._embeddings())) if resident else None
         return {**sample, NETWORK: sample["inference"] if network is None else network}
 
     def raw(self, case: Case, paths: Sequence[Path]) -> Raw | None:
@@ -163,8 +164,8 @@ class Model:
         preprocessing = case.preprocessing(self._segmenter.preprocessing)
         resized = [preprocessing.resize(read_image(path)) for path in paths]
         batch = self._segmenter.input_of(resized, preprocessing.padded_size(resized[0].shape[:2]))
-        class_logits, mask_logits = self._segmenter.backend.run(batch, self._embeddings(case))
-        return class_logits, np.asarray(mask_logits)  # it travels to another process
+        raw = RawOutput(*self._segmenter.backend.run(batch, self._embeddings()), ()).to_numpy()
+        return raw.class_logits, raw.mask_logits  # they travel to another process
 
     def memory(self) -> tuple[float | None, float | None]:
         """See `Candidate`."""
@@ -177,9 +178,8 @@ class Model:
         self._segmenter.set_vocabulary(self._own)
         return measure_accuracy(self.info.name, self._segmenter, annotations, images, limit)
 
-    def _embeddings(self, case: Case) -> NDArray[np.float32] | None:
-        """None for the model's own: some backends have those at hand already."""
-        return None if case.classes is None else self._segmenter.vocabulary.embeddings
+    def _embeddings(self) -> NDArray[np.float32] | None:
+        return None if self._segmenter.contract.baked else self._segmenter.vocabulary.embeddings
 
 
 class Peer:

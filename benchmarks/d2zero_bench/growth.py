@@ -25,7 +25,7 @@ from d2zero_bench.session import Plan
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 from d2zero_runtime.files import write_text
-from d2zero_runtime.segmenter import read_exported
+from d2zero_runtime.formats import read_exported
 
 if TYPE_CHECKING:
     from d2zero.model import D2Zero

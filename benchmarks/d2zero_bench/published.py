@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2zero.inference import TorchBackend, contract_of
 from d2zero.model import D2Zero
 from d2zero.model.deformable import LevelSizes
+from d2zero.model.inference import TorchBackend
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks import rle
-from d2zero_runtime.masks.device import DeviceLogits
 from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
 from d2zero_runtime.segmenter import RawOutput
 
@@ -32,7 +31,7 @@ class PublishedSegmenter(Segmenter):
         model.set_deformable(published_sampling)
         backend = TorchBackend(model, all_heads=True)
         backend.name = f"{backend.name}, published form"
-        super().__init__(backend, contract_of(model), model.vocabulary)
+        super().__init__(backend, model.contract(), model.vocabulary)
         self._device = model.class_embeddings.device
 
     def postprocess(
@@ -58,11 +57,8 @@ class PublishedSegmenter(Segmenter):
             for row, padded in enumerate(out.padded_sizes)
         ]
 
-    def _there(self, logits: NDArray[np.float32] | DeviceLogits) -> Tensor:
-        if isinstance(logits, DeviceLogits):
-            tensor: Tensor = logits.tensor
-            return tensor
-        return torch.from_numpy(logits).to(self._device)
+    def _there(self, logits: NDArray[np.float32] | Tensor) -> Tensor:
+        return torch.as_tensor(logits, device=self._device)
 
     def _instances(
         self,

@@ -19,8 +19,8 @@ from d2zero_bench.report import Report
 from d2zero_bench.variants import VARIANTS
 from d2zero_runtime import D2ZeroError, Preprocessing
 from d2zero_runtime.errors import listed
+from d2zero_runtime.formats import EXPORTED_SUFFIXES, read_exported
 from d2zero_runtime.images import Size
-from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, read_exported
 
 PHOTO = (480, 640)  # whose size a model's preprocessing decides where none is given
 

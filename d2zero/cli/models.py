@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load
-from d2zero_runtime.segmenter import EXPORTED_SUFFIXES
+from d2zero_runtime.formats import EXPORTED_SUFFIXES, is_exported
 
 
 def open_segmenter(
@@ -21,7 +21,7 @@ def open_segmenter(
     Raises:
         D2ZeroError: a file cannot be used, or an option is for the other kind of model.
     """
-    if path.suffix in EXPORTED_SUFFIXES:
+    if is_exported(path):
         if device != "auto":
             raise D2ZeroError(
                 "--device is for checkpoints (.safetensors); an exported model runs where --provider says"
@@ -31,10 +31,9 @@ def open_segmenter(
         raise D2ZeroError(f"--provider is for exported models ({', '.join(EXPORTED_SUFFIXES)})")
     else:
         from d2zero.checkpoints.files import load_model
-        from d2zero.inference import segmenter_of
         from d2zero.training.distributed import pick_device
 
-        segmenter = segmenter_of(load_model(path, pick_device(device)))
+        segmenter = load_model(path, pick_device(device)).segmenter()
     if vocabulary:
         segmenter.set_vocabulary(Vocabulary.load(vocabulary))
     return segmenter

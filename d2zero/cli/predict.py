@@ -3,19 +3,24 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
+from PIL import Image
 
 from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
-from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
 from d2zero_runtime.files import whole_file
 from d2zero_runtime.sources import ImageLike, expand
 
+Picture = Image.Image | NDArray[np.uint8]
 LONGEST_STEM = 200  # bytes of a picture's name that are the image's
 
 
@@ -69,16 +74,16 @@ def predict(
     def skipped(source: ImageLike, error: D2ZeroError) -> None:
         failed.append(str(error))
 
-    results = segmenter.stream(sources, chosen, batch_size=batch_size, score_threshold=score, on_error=skipped)
+    options = {"batch_size": batch_size, "score_threshold": score, "on_error": skipped}
+    results = _segmented(segmenter, sources, chosen, pictures, options)
     with CocoWriter(output / "detections.json", segmenter.vocabulary.names) as written, listing or nullcontext():
-        for item, found in tracked(results, len(sources), "segmenting"):
-            path = Path(str(item))
+        for path, image, found in tracked(results, len(sources), "segmenting"):
             number = written.add(str(path), found)
             if listing:
                 listing.add(path, found)
             counts.update(found.names)
-            if pictures:
-                undrawn += _drawn(path, found, output / picture_name(number, path), font)
+            if image is not None:
+                undrawn += _drawn(path, image, found, output / picture_name(number, path), font)
     _summary(segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output)
     for line in undrawn:
         print(f"not drawn: {line}", file=sys.stderr)
@@ -94,10 +99,22 @@ def picture_name(number: int, path: Path) -> str:
     return f"{number:05d}-{stem}.jpg"
 
 
-def _drawn(path: Path, found: Detections, picture: Path, font: str | None) -> list[str]:
+def _segmented(
+    segmenter: Segmenter, sources: list[Path], mode: Mode, with_images: bool, options: dict[str, Any]
+) -> Iterator[tuple[Path, Picture | None, Detections]]:
+    """Each file with its instances; and with its image, if pictures are drawn."""
+    if with_images:
+        for done in segmenter.stream_with_images(sources, mode, **options):
+            yield Path(str(done.source)), done.image, done.detections
+    else:
+        for source, found in segmenter.stream(sources, mode, **options):
+            yield Path(str(source)), None, found
+
+
+def _drawn(path: Path, image: Picture, found: Detections, picture: Path, font: str | None) -> list[str]:
     """Draw one image; why it could not be drawn, if so, which costs the picture and not the run."""
     try:
-        shown = found.without_duplicates().plot(read_image(path), font)
+        shown = found.without_duplicates().plot(image, font)
         with whole_file(picture) as partial:
             shown.save(partial, "JPEG", quality=92)
     except Exception as error:  # Pillow's, the disk's, memory's

@@ -7,10 +7,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.artifacts.engine import replace_engine_vocabulary
-from d2zero_runtime.artifacts.onnx import replace_vocabulary
-from d2zero_runtime.artifacts.pt2 import replace_pt2_vocabulary
-from d2zero_runtime.segmenter import EXPORTED_SUFFIXES, read_exported
+from d2zero_runtime.formats import format_of, is_exported, read_exported
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
@@ -71,7 +68,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What is in a vocabulary, or in the default one of an exported model."""
-    vocabulary = read_exported(file)[1] if file.suffix in EXPORTED_SUFFIXES else Vocabulary.load(file)
+    vocabulary = read_exported(file)[1] if is_exported(file) else Vocabulary.load(file)
     if as_json:
         flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
         classes = [{"name": name, "seen": seen, "active": active} for name, seen, active in flags]
@@ -114,10 +111,7 @@ def set_default(
         raise D2ZeroError(
             f"{model} is a checkpoint; export it first, or give --vocabulary to `d2zero predict` and `eval`"
         )
-    replace = {".engine": replace_engine_vocabulary, ".pt2": replace_pt2_vocabulary}.get(
-        model.suffix, replace_vocabulary
-    )
-    replace(model, words)
+    format_of(model).replace_vocabulary(model, words)
     print(f"{model}: now {len(words)} classes ({len(words.unseen_names)} unseen)")
 
 

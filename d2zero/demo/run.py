@@ -117,19 +117,19 @@ def results_table(rows: list[Row]) -> Table:
 
 def _evaluate(model: D2Zero, data: Path, output: Path, identity: str, progress: Progress) -> list[Row]:
     named, shuffled = model.vocabulary, misnamed(model.vocabulary)
+    segmenter = model.segmenter()
     mixed, alone = "instances_val_gzsi_shapes.json", "instances_val_unseen_only_unseen_shapes.json"
 
     def figures(vocabulary: Vocabulary, name: str, annotations: str, images: str, modes: list[Mode]) -> dict[Mode, Any]:
-        model.set_vocabulary(vocabulary)
+        segmenter.set_vocabulary(vocabulary)
         truth = read_coco(data / "annotations" / annotations)
-        run = EvaluationRun(model, truth, data / images, output / name, modes, BATCH_SIZE, identity)
+        run = EvaluationRun(segmenter, truth, data / images, output / name, modes, BATCH_SIZE, identity)
         return run.run(lambda items, length, _: progress(items, length, f"evaluating {name}"))
 
     normal = figures(named, "mixed", mixed, "val", [Mode.GZSIS, Mode.GZSIS_COPY_PASTE, Mode.ZSIS])
     single = figures(named, "unseen-only", alone, "val_unseen_only", [Mode.ZSIS])
     control = figures(shuffled, "mixed-shuffled", mixed, "val", [Mode.GZSIS])
     control_single = figures(shuffled, "unseen-only-shuffled", alone, "val_unseen_only", [Mode.ZSIS])
-    model.set_vocabulary(named)
     return [
         _row("GZSIS, seen and unseen objects", normal[Mode.GZSIS]),
         _row("GZSIS with copy-paste", normal[Mode.GZSIS_COPY_PASTE]),

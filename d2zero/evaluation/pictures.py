@@ -68,7 +68,8 @@ def draw_predictions(
         with suppress(D2ZeroError):  # a file that cannot be read; the evaluation has named it
             image = read_image(images / annotations.images[image_id]["file_name"])
             shown = detections.above(SCORE_THRESHOLD).without_duplicates()
-            rows.append(SheetRow(image, ground_truth(annotations, image_id, vocabulary), shown))
+            truth = ground_truth(annotations, image_id, vocabulary)
+            rows.append(SheetRow(image, truth.instances(with_scores=False), shown.instances()))
     return contact_sheet(rows, columns, title, cell)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +20,10 @@ from d2zero.data.coco import CocoFile, read_listed_image
 from d2zero.data.coco_values import Id
 from d2zero.data.json_stream import EntriesOnDisk
 from d2zero.evaluation.metrics import ZeroShotScores, in_order
-from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Vocabulary
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
 from d2zero_runtime.errors import listed
-from d2zero_runtime.images import Size
 
 Progress = Callable[[Iterator[list[Id]], int, str], Iterator[list[Id]]]
-
-
-class Segmenting(Protocol):
-    """What is evaluated: a checkpoint's model or an exported one."""
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...  # noqa: D102
-
-    @property
-    def preprocessing(self) -> Preprocessing: ...  # noqa: D102
-
-    def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> Any: ...  # noqa: D102
-
-    def postprocess(  # noqa: D102
-        self, out: Any, input_sizes: Sequence[Size], output_sizes: Sequence[Size], mode: Mode | str
-    ) -> list[Detections]: ...
 
 
 def require_images(annotations: CocoFile, folder: Path, limit: int | None = None, all_of_them: bool = True) -> None:
@@ -65,7 +48,7 @@ class EvaluationRun:
     """One model over one annotation file in one or several modes.
 
     Args:
-        model: a `D2Zero` in evaluation mode or a `Segmenter`, with the vocabulary to use.
+        model: The segmenter, with the vocabulary to use; of a checkpoint, `D2Zero.segmenter()`.
         annotations: the ground truth; its categories must be classes of the vocabulary.
         images: the folder of its images.
         output: where detections are kept, in a folder named after all that they depend on: model, vocabulary, images
@@ -78,7 +61,7 @@ class EvaluationRun:
         require_all: refuse what lacks images, or has some that cannot be read; else they count as without detections.
     """
 
-    model: Segmenting
+    model: Segmenter
     annotations: CocoFile
     images: Path
     output: Path

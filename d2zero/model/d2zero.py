@@ -3,9 +3,8 @@
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +18,12 @@ from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableForm
 from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.inference import TorchBackend
 from d2zero.model.pixel_decoder import PixelDecoder
-from d2zero_runtime import Detections, Mode, Preprocessing, Vocabulary
-from d2zero_runtime.backends.torch_math import float32_math
-from d2zero_runtime.images import PADDING_LOGIT, Size, as_image
-from d2zero_runtime.masks.postprocess import postprocess_all
+from d2zero_runtime import Detections, Mode, Preprocessing, Segmenter, Vocabulary
+from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.images import Size
+from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.vocabulary import check_vocabulary
 
 
@@ -32,22 +32,6 @@ class HeadOutput(NamedTuple):
 
     class_logits: Tensor  # (B, Q, K + 1), the background last
     mask_logits: Tensor  # (B, Q, H/4, W/4)
-
-
-@dataclass(frozen=True)
-class RawOutput:
-    """The network's output for a list of images, before any selection or resizing.
-
-    Args:
-        class_logits: (B, Q, K + 1), the background last.
-        mask_logits: (B, Q, H/4, W/4), H and W being the largest padded size among the images. Outside an
-            image's own padded size the logits are `PADDING_LOGIT`.
-        padded_sizes: (height, width) after padding, an image each.
-    """
-
-    class_logits: Tensor
-    mask_logits: Tensor
-    padded_sizes: tuple[Size, ...]
 
 
 class D2Zero(nn.Module):
@@ -125,36 +109,37 @@ class D2Zero(nn.Module):
             for queries, mask_logits in (heads if all_heads else heads[-1:])
         ]
 
-    @torch.inference_mode()
-    def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
-        """Normalise and pad images, run the network, resize nothing.
+    def segmenter(self) -> Segmenter:
+        """The model behind the same interface as an exported one, in evaluation mode.
 
-        Images of different padded sizes run apart: an image's output never depends on what else is in the
-        list.
+        It has the model's vocabulary of now; later changes of either's do not reach the other.
+        """
+        return Segmenter(TorchBackend(self), self.contract(), self.vocabulary)
+
+    def contract(self, **fields: Any) -> ModelContract:
+        """What inference needs to know of the model.
 
         Args:
-            images: (H, W, 3) uint8 RGB arrays, at network size.
-
-        Raises:
-            D2ZeroError: an image has the wrong type or shape, or there is none.
+            fields: Fields of the contract to add or replace.
         """
-        sizes = self.preprocessing.padded_sizes(images)
-        largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
-        device = self.class_embeddings.device
-        class_logits: list[Tensor] = [torch.empty(0)] * len(images)
-        mask_logits: list[Tensor] = [torch.empty(0)] * len(images)
-        was_training = self.training
-        self.eval()
-        for size, members in self.preprocessing.groups(images):
-            batch = self.preprocessing.batch([images[index] for index in members], size)
-            with float32_math(torch, tf32=False) if device.type == "cuda" else nullcontext():
-                out = self(torch.from_numpy(batch).to(device))[-1]
-            missing = (0, (largest[1] - size[1]) // 4, 0, (largest[0] - size[0]) // 4)
-            padded = nn.functional.pad(out.mask_logits, missing, value=PADDING_LOGIT)
-            for row, index in enumerate(members):
-                class_logits[index], mask_logits[index] = out.class_logits[row], padded[row]
-        self.train(was_training)
-        return RawOutput(torch.stack(class_logits), torch.stack(mask_logits), tuple(sizes))
+        words = self.vocabulary
+        known: dict[str, Any] = {
+            "class_names": words.names,
+            "seen": tuple(words.seen.tolist()),
+            "active": tuple(words.active.tolist()),
+            "vocabulary_source": words.source,
+            "synonyms": words.synonyms,
+            "text_dim": self.config.text_dim,
+            "num_queries": self.config.num_queries,
+            "preprocessing": self.config.preprocessing,
+            "softmax_temperature": self.config.softmax_temperature,
+        }
+        return ModelContract(**{**known, **fields})
+
+    def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
+        """Normalise and pad images, run the network, resize nothing; see `Segmenter.predict_raw`."""
+        with self._evaluating() as segmenter:
+            return segmenter.predict_raw(images)
 
     def postprocess(
         self,
@@ -164,40 +149,25 @@ class D2Zero(nn.Module):
         mode: Mode | str = Mode.GZSIS,
         **options: Any,
     ) -> list[Detections]:
-        """Turn raw output into instances.
-
-        Args:
-            out: what `predict_raw` returned.
-            input_sizes: (height, width) of each image as given to `predict_raw`.
-            output_sizes: (height, width) that each image's masks and boxes shall have.
-            mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            options: `max_detections`, `score_threshold`, `masks` of `d2zero_runtime.masks.postprocess`.
-
-        Raises:
-            D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
-        """
-        return postprocess_all(
-            out.class_logits.float().cpu().numpy(),
-            out.mask_logits.float().cpu().numpy(),
-            out.padded_sizes,
-            self.vocabulary,
-            input_sizes,
-            output_sizes,
-            mode=mode,
-            temperature=self.config.softmax_temperature,
-            **options,
-        )
+        """Turn raw output into instances; see `Segmenter.postprocess`."""
+        with self._evaluating() as segmenter:
+            return segmenter.postprocess(out, input_sizes, output_sizes, mode, **options)
 
     def predict(
         self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: Any
     ) -> list[Detections]:
         """Resize, run and post-process images of any size; results refer to the images as given."""
-        images = [as_image(image) for image in images]
-        resized = [self.config.preprocessing.resize(image) for image in images]
-        out = self.predict_raw(resized)
-        input_sizes = [(image.shape[0], image.shape[1]) for image in resized]
-        output_sizes = [(image.shape[0], image.shape[1]) for image in images]
-        return self.postprocess(out, input_sizes, output_sizes, mode, **options)
+        with self._evaluating() as segmenter:
+            return segmenter(list(images), mode, **options)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Segmenter]:
+        """A segmenter; the model's training mode is put back afterwards."""
+        was_training = self.training
+        try:
+            yield self.segmenter()
+        finally:
+            self.train(was_training)
 
     def set_deformable(self, form: DeformableForm | None) -> None:
         """Choose how deformable attention is computed (`d2zero.model.deformable`); results are equal.

@@ -209,9 +209,8 @@ def _build(
     _stage("verify")
     if checkpoint:
         from d2zero.checkpoints.files import load_model
-        from d2zero.inference import segmenter_of
 
-        reference = segmenter_of(load_model(checkpoint))
+        reference = load_model(checkpoint).segmenter()
     else:
         reference = open_exported(onnx_file)
     built = open_exported(output)

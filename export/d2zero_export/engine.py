@@ -16,7 +16,7 @@ from typing import Any
 
 from d2zero_export.engine_config import EngineConfig, Inputs, dimensions, profile_for
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
-from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile, Shape
 from d2zero_runtime.backends.tensorrt.environment import Environment, collector, require_tensorrt
@@ -45,7 +45,7 @@ def build_engine(
     config: EngineConfig | None = None,
     stage: Callable[[str], None] = lambda name: None,
     progress: Progress = lambda phase, done, total: None,
-) -> Sidecar:
+) -> EngineMetadata:
     """Build an engine from an exported model.
 
     Args:
@@ -85,7 +85,7 @@ def build_engine(
         with whole_file(config.timing_cache) as partial:
             partial.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     stage("contract")
-    sidecar = Sidecar(
+    sidecar = EngineMetadata(
         contract=contract,
         embeddings=vocabulary.embeddings,
         profile=profile,

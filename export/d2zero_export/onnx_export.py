@@ -22,7 +22,6 @@ import torch
 from torch.export import Dim
 
 import d2zero
-from d2zero.inference import contract_of, segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero_export import plugin
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -268,8 +267,7 @@ def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero) -> None:
 
 def contract_for(model: D2Zero, config: ExportConfig, checkpoint_hash: str) -> ModelContract:
     """What the exported file shall say of itself."""
-    return contract_of(
-        model,
+    return model.contract(
         preprocessing=replace(model.config.preprocessing, canvas=config.size),
         precision=config.precision,
         deform_attn=config.deform_attn,
@@ -307,6 +305,6 @@ def verified(model: D2Zero, candidate: Path, config: ExportConfig) -> RawParity:
     limits = LIMITS[exported.precision]
     if config.max_logits is not None:
         limits = replace(limits, logits=config.max_logits)
-    parity = raw_parity(segmenter_of(model), exported)
+    parity = raw_parity(model.segmenter(), exported)
     parity.require(limits)
     return parity

@@ -22,7 +22,7 @@ from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verifie
 from d2zero_export.parity import RawParity
 from d2zero_export.precision import lowered
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.artifacts.pt2 import Pt2Description
+from d2zero_runtime.artifacts.pt2 import Pt2Metadata
 from d2zero_runtime.backends.torch_math import float32_math
 
 DEVICES = ("cpu", "cuda")
@@ -92,7 +92,7 @@ def export_pt2(
         with float32_math(torch, config.export.tf32):
             _compile(program, candidate)
         stage("package")
-        description = Pt2Description(
+        description = Pt2Metadata(
             contract=contract,
             embeddings=model.vocabulary.embeddings,
             device=config.device,

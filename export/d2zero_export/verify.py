@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
-from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
@@ -24,8 +23,8 @@ from d2zero_export.plugin import with_body
 from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
-from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
-from d2zero_runtime.segmenter import RawOutput, onnx_backend
+from d2zero_runtime.formats import onnxruntime_backend
+from d2zero_runtime.segmenter import RawOutput
 
 FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 
@@ -68,9 +67,9 @@ def verify(
         require_images(annotations, image_folder)  # before minutes are spent
     segmenter = open_exported(exported, providers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
-    parity = raw_parity(segmenter_of(model), segmenter)
+    parity = raw_parity(model.segmenter(), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
-    reference = _alike(segmenter_of(model), segmenter)
+    reference = _alike(model.segmenter(), segmenter)
     pictures = [read_image(path) for path in images] or [
         _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
     ]
@@ -101,7 +100,7 @@ def open_exported(path: Path, providers: Sequence[str] | None = None) -> Segment
         runnable = Path(folder) / path.name
         onnx.save(with_body(onnx.load(path)), runnable)
         contract, vocabulary = read_contract(path)
-        return Segmenter(onnx_backend(runnable, contract, providers or ("cpu",)), contract, vocabulary)
+        return Segmenter(onnxruntime_backend(runnable, contract, providers or ("cpu",)), contract, vocabulary)
 
 
 def attention_flipped(model: D2Zero, exported: Path) -> float:
@@ -162,7 +161,7 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
     """Compare raw output on drawn images: sizes, batches, their rows, and other class counts.
 
     Args:
-        reference: what is right: the checkpoint (`d2zero.inference.segmenter_of`), or the file that an engine
+        reference: what is right: the checkpoint (`D2Zero.segmenter`), or the file that an engine
             was built from.
         segmenter: what is compared with it.
     """
@@ -213,7 +212,7 @@ def _class_counts(segmenter: Segmenter) -> list[int]:
 
 def _range(segmenter: Segmenter) -> tuple[Shape, Shape]:
     """Smallest and largest shape that can be run."""
-    if isinstance(segmenter.backend, TensorrtBackend):
+    if segmenter.backend.profile:
         return segmenter.backend.profile.min, segmenter.backend.profile.max
     return Shape(1, 32, 32, 1), Shape(1024, 8192, 8192, 100_000)
 
@@ -245,7 +244,7 @@ def _with_classes(
 
 
 def _difference(case: str, ours: RawOutput, theirs: RawOutput) -> Difference:
-    return difference(case, (ours.class_logits, ours.mask_logits), (theirs.class_logits, theirs.mask_logits))
+    return difference(case, *((out.class_logits, out.to_numpy().mask_logits) for out in (ours, theirs)))
 
 
 def _drawn(random: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

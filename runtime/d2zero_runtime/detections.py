@@ -5,6 +5,7 @@ Letters: N instances, H and W the output image's sides.
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import supervision
     from PIL import Image
 
+    from d2zero_runtime.draw import Instance
     from d2zero_runtime.vocabulary import Vocabulary
 
 
@@ -258,13 +260,35 @@ class Detections:
             table["area"] = [rle.area(mask) for mask in self._rles(range(len(self))) or ()]
         return table
 
-    def plot(self, image: NDArray[np.uint8], font: str | None = None) -> "Image.Image":
-        """Draw masks, boxes, names and scores over `image` (H, W, 3) uint8 RGB.
+    def instances(self, with_scores: bool = True) -> "list[Instance]":
+        """The instances, to draw; `*` marks classes that training never saw.
 
         Args:
-            image: The image that was segmented.
+            with_scores: Whether labels give scores.
+        """
+        from d2zero_runtime.draw import Instance
+
+        labels = [f"{'' if seen else '* '}{name}" for name, seen in zip(self.names, self.seen, strict=True)]
+        if with_scores:
+            labels = [f"{label} {score:.2f}" for label, score in zip(labels, self.scores, strict=True)]
+        return [
+            Instance(
+                tuple(self.boxes[row].tolist()),
+                labels[row],
+                int(self.class_ids[row]),
+                bool(self.seen[row]),
+                None if self.masks is None else partial(self.bitmap, row),
+            )
+            for row in range(len(self))
+        ]
+
+    def plot(self, image: "Image.Image | NDArray[np.uint8]", font: str | None = None) -> "Image.Image":
+        """Draw masks, boxes, names and scores over an image.
+
+        Args:
+            image: The image that was segmented, RGB or (H, W, 3) uint8 RGB.
             font: A font file for labels; one that has their letters is looked for if left out.
         """
         from d2zero_runtime.draw import overlay
 
-        return overlay(image, self, font=font)
+        return overlay(image, self.instances(), font=font)

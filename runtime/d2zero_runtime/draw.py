@@ -5,7 +5,7 @@ dark label, unseen ones a thick white outline and a white label with a star.
 """
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from d2zero_runtime.detections import Detections
 from d2zero_runtime.fonts import font_for
 
 SMALLEST_SIDE = 240  # pictures with shorter sides are drawn enlarged, so that labels can be read
 LARGEST_SIDE = 8192  # of an enlarged picture
 _GOLDEN = 0.618033988749895
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """What is drawn of one instance.
+
+    Args:
+        box: x1, y1, x2, y2 in pixels, x2 and y2 exclusive.
+        label: The text beside it.
+        class_id: Chooses the colour.
+        seen: Whether its class was seen in training.
+        mask: Makes its (H, W) bool mask, if it has one; called once, since many large ones take much memory.
+    """
+
+    box: tuple[float, float, float, float]
+    label: str
+    class_id: int
+    seen: bool
+    mask: Callable[[], NDArray[np.bool_]] | None = None
 
 
 def class_colour(class_id: int) -> tuple[int, int, int]:
@@ -29,43 +47,37 @@ def class_colour(class_id: int) -> tuple[int, int, int]:
 
 
 def overlay(
-    image_HWC: NDArray[np.uint8],
-    detections: Detections,
-    with_scores: bool = True,
+    image: Image.Image | NDArray[np.uint8],
+    instances: Sequence[Instance],
     shown_at: int | None = None,
     font: str | None = None,
 ) -> Image.Image:
-    """Masks, boxes, names and scores over an image (H, W, 3) uint8 RGB.
-
-    Small images are enlarged by a whole factor.
+    """Masks, boxes and labels over an image; small images are enlarged by a whole factor.
 
     Args:
-        image_HWC: the image.
-        detections: what to draw.
-        with_scores: whether labels give scores.
+        image: An RGB image, or (H, W, 3) uint8 RGB.
+        instances: What to draw, the first on top.
         shown_at: the longest side, in pixels, that the picture will be shrunk to; labels are drawn larger so
             that they can be read then.
         font: A font file for labels; `d2zero_runtime.fonts` finds one if left out.
     """
-    height, width = image_HWC.shape[:2]
-    zoom = max(1, min(-(-SMALLEST_SIDE // min(height, width)), LARGEST_SIDE // max(height, width)))
-    canvas = Image.fromarray(image_HWC).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    zoom = max(1, min(-(-SMALLEST_SIDE // min(image.size)), LARGEST_SIDE // max(image.size)))
+    canvas = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     shrink = max(1.0, max(canvas.size) / shown_at) if shown_at else 1.0
     thickness = max(1, round(min(canvas.size) / 300), round(shrink))
-    for index in reversed(range(len(detections))):
-        if detections.masks is not None:
-            _draw_mask(canvas, detections, index, thickness)
+    for instance in reversed(instances):
+        _draw_mask(canvas, instance, zoom, thickness)
     draw = ImageDraw.Draw(canvas)
     size = max(round(11 * shrink), round(min(canvas.size) / 34))
     taken: list[tuple[float, float, float, float]] = []
-    for index in reversed(range(len(detections))):
-        box = tuple(float(side) * zoom for side in detections.boxes[index])
+    for instance in reversed(instances):
+        box = tuple(side * zoom for side in instance.box)
         if box[2] <= box[0] or box[3] <= box[1]:
             continue
-        colour = class_colour(int(detections.class_ids[index]))
-        seen = bool(detections.seen[index])
+        colour, seen = class_colour(instance.class_id), instance.seen
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour if seen else "white", width=thickness)
-        label = _Label(*font_for(_label(detections, index, with_scores), size, font), colour, seen)
+        label = _Label(*font_for(instance.label, size, font), colour, seen)
         _draw_label(draw, label, canvas.size, box, taken)
     return canvas
 
@@ -75,8 +87,8 @@ class SheetRow:
     """One image of a contact sheet with its annotations and predictions."""
 
     image: NDArray[np.uint8]
-    truth: Detections
-    found: Detections
+    truth: Sequence[Instance]
+    found: Sequence[Instance]
 
 
 def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", cell: int = 300) -> Image.Image:
@@ -100,23 +112,21 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
     for number, row in enumerate(rows):
         left = gap + (number % columns) * (pair + gap)
         top = head + (number // columns) * (cell + gap)
-        for side, (detections, with_scores) in enumerate(((row.truth, False), (row.found, True))):
-            picture = overlay(row.image, detections, with_scores, shown_at=cell)
+        for side, instances in enumerate((row.truth, row.found)):
+            picture = overlay(row.image, instances, shown_at=cell)
             picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + side * (cell + 4), top))
     return sheet
 
 
-def _draw_mask(canvas: Image.Image, detections: Detections, index: int, thickness: int) -> None:
-    x1, y1, x2, y2 = (int(side) for side in detections.boxes[index])
-    if x2 <= x1 or y2 <= y1:
+def _draw_mask(canvas: Image.Image, instance: Instance, zoom: int, thickness: int) -> None:
+    x1, y1, x2, y2 = (int(side) for side in instance.box)
+    if instance.mask is None or x2 <= x1 or y2 <= y1:
         return
-    zoom = canvas.width // detections.image_size[1]
     box = (x1 * zoom, y1 * zoom, x2 * zoom, y2 * zoom)
-    shape = Image.fromarray(detections.bitmap(index)[y1:y2, x1:x2])
+    shape = Image.fromarray(instance.mask()[y1:y2, x1:x2])
     mask = np.asarray(shape.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST))
-    colour = class_colour(int(detections.class_ids[index]))
-    seen = bool(detections.seen[index])
+    colour, seen = class_colour(instance.class_id), instance.seen
     edge = mask & ~_eroded(mask, thickness if seen else 2 * thickness)
     canvas.paste(colour, box, Image.fromarray(mask * np.uint8(0.45 * 255)))
     canvas.paste(colour if seen else "white", box, Image.fromarray(edge))
@@ -131,12 +141,6 @@ def _eroded(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
         kept &= padded[start : start + height, width : width + breadth]
         kept &= padded[width : width + height, start : start + breadth]
     return kept
-
-
-def _label(detections: Detections, index: int, with_scores: bool) -> str:
-    star = "" if detections.seen[index] else "* "
-    score = f" {detections.scores[index]:.2f}" if with_scores else ""
-    return f"{star}{detections.names[index]}{score}"
 
 
 class _Label(NamedTuple):

@@ -12,7 +12,6 @@ import torch
 from conftest import published_model, published_vocabulary
 from deformable_cases import Case, assert_equals_float64, case, outputs
 
-from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable_triton import triton_form
 from d2zero.model.masked_attention import masked_attention
@@ -226,7 +225,7 @@ def test_a_compiled_model_is_the_checkpoint_and_is_captured(
     path = tmp_path / "m.pt2"
     assert export_pt2(small_model, path, Pt2Config("cuda", ExportConfig(precision))) is not None  # verified
     images = [np.random.default_rng(seed).integers(0, 256, (96, 128, 3), np.uint8) for seed in range(4)]
-    compiled, reference = load(path), segmenter_of(small_model)
+    compiled, reference = load(path), small_model.segmenter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # where no graph can be captured, the backend warns
         found = [compiled.predict_raw([image]) for image in images]

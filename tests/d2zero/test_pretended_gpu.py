@@ -10,7 +10,6 @@ import torch
 from pretended_gpu import PretendedGpu, pretend
 
 from d2zero.data.training_set import Batch
-from d2zero.inference import segmenter_of
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
 from d2zero.losses.matcher import Targets
@@ -22,8 +21,8 @@ from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
 from d2zero_bench.training_steps import drawn_batch
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.backends import pixels as device_images
-from d2zero_runtime.backends.pixels import PixelBatch
+from d2zero_runtime.backends import inputs as device_images
+from d2zero_runtime.backends.inputs import PixelBatch
 from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.masks import device as device_masks
 from d2zero_runtime.masks.device import DeviceLogits, Sizes
@@ -44,13 +43,13 @@ def test_inference_uploads_pixels_and_downloads_class_logits(
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((64, 96), (50, 70), (64, 96))]
     small_model.set_deformable(deformable.grid_sample)
-    segmenter = PublishedSegmenter(small_model) if form == "published" else segmenter_of(small_model)
+    segmenter = PublishedSegmenter(small_model) if form == "published" else small_model.segmenter()
     sizes = [image.shape[:2] for image in images]
     raw = segmenter.predict_raw(images)
     expected = segmenter.postprocess(raw, sizes, sizes)
     with pretended_gpu:
         small_model.to("cuda")
-        segmenter = PublishedSegmenter(small_model) if form == "published" else segmenter_of(small_model)
+        segmenter = PublishedSegmenter(small_model) if form == "published" else small_model.segmenter()
         batch = segmenter.input_of([images[0], images[2]], (64, 96))
         assert isinstance(batch, PixelBatch) and len(batch.filled_up(5)[1:]) == 4
         segmenter.backend.run(batch, None)
@@ -61,8 +60,8 @@ def test_inference_uploads_pixels_and_downloads_class_logits(
         found = segmenter.predict_raw(images)
         np.testing.assert_allclose(class_logits[1], raw.class_logits[2], atol=1e-4)
         np.testing.assert_allclose(found.class_logits, raw.class_logits, atol=1e-4)
-        np.testing.assert_allclose(found.mask_logits, raw.mask_logits, atol=1e-4)
-        there = RawOutput(class_logits, mask_logits, raw.padded_sizes[::2])
+        np.testing.assert_allclose(found.to_numpy().mask_logits, raw.mask_logits, atol=1e-4)
+        there = RawOutput(class_logits, mask_logits.tensor, raw.padded_sizes[::2])
         ours = segmenter.postprocess(there, sizes[::2], sizes[::2])
     for mine, theirs in zip(ours, expected[::2], strict=True):
         assert mine.names == theirs.names and len(mine)

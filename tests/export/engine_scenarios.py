@@ -16,7 +16,7 @@ from tensorrt_surface import Recorder, as_tensorrt, constructor
 from tiny_model import CLASSES, WIDTH, write_model
 
 from d2zero_export.engine import EngineConfig, Shape, build_engine
-from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.errors import D2ZeroError
 
 PLAN = b"a plan"
@@ -80,7 +80,7 @@ def test_dynamic_model(setting: Setting, tmp_path: Path) -> None:
     ]
     (content,) = setting.called("OnnxParser.parse")[0]
     assert content != model.read_bytes() and len(content) < model.stat().st_size
-    assert output.read_bytes() == PLAN and Sidecar.read(output).to_json() == sidecar.to_json()
+    assert output.read_bytes() == PLAN and EngineMetadata.read(output).to_json() == sidecar.to_json()
     written = json.loads((tmp_path / "out/m.engine.json").read_text())
     assert written["plan_sha256"] == hashlib.sha256(PLAN).hexdigest()
     assert written["onnx_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from tiny_network import tiny
 
-from d2zero.inference import segmenter_of
 from d2zero.model.deformable_triton import triton_form
 from d2zero_export import attention, pt2_export
 from d2zero_export.onnx_export import ExportConfig
 from d2zero_runtime import load
-from d2zero_runtime.artifacts.pt2 import Pt2Description
+from d2zero_runtime.artifacts.pt2 import Pt2Metadata
 
 
 def main(folder: Path) -> None:
@@ -25,11 +24,11 @@ def main(folder: Path) -> None:
         patch.setattr(pt2_export, "best_form", lambda *_, **__: triton_form)
         patch.setattr(attention, "splits_keys", lambda device: True)
         pt2_export.export_pt2(tiny(), path, pt2_export.Pt2Config(export=ExportConfig(verify=False)))
-    description = Pt2Description.read(path)
+    description = Pt2Metadata.read(path)
     assert description.operators == pt2_export.TRITON_OPERATORS and description.channels_last
     assert description.contract.deform_attn == "triton"
     image = np.random.default_rng(0).integers(0, 256, (32, 64, 3)).astype(np.uint8)  # small: the interpreter is slow
-    ours, theirs = segmenter_of(tiny()).predict_raw([image]), load(path).predict_raw([image])
+    ours, theirs = tiny().segmenter().predict_raw([image]), load(path).predict_raw([image])
     np.testing.assert_allclose(ours.class_logits, theirs.class_logits, atol=1e-3)
     np.testing.assert_allclose(ours.mask_logits, theirs.mask_logits, atol=1e-3)
 

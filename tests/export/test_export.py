@@ -18,7 +18,6 @@ from tiny_network import tiny
 
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
-from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
@@ -29,7 +28,7 @@ from d2zero_export.precision import fold_batch_norms, lowered
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY
-from d2zero_runtime.artifacts.onnx import read_contract, replace_vocabulary
+from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
 from d2zero_runtime.sources import expand
 
 Command = Callable[..., Outcome]
@@ -57,7 +56,7 @@ def test_graph_equals_the_model(small_model: D2Zero) -> None:
 
 
 def test_file_equals_the_checkpoint_at_every_size_batch_and_class_count(demo_model: D2Zero, exported: Path) -> None:
-    parity = raw_parity(segmenter_of(demo_model), load(exported))
+    parity = raw_parity(demo_model.segmenter(), load(exported))
     assert len(parity.differences) == 10
     for entry in parity.differences:
         assert entry.class_logits < 1e-4 and entry.mask_logits < 1e-3 and entry.flipped < 1e-4, entry
@@ -240,10 +239,10 @@ def test_default_vocabulary_is_replaced_in_the_file(exported: Path, tmp_path: Pa
     np.testing.assert_array_equal(before.predict_raw([image]).class_logits, after.predict_raw([image]).class_logits)
     assert "blue cross" in command("vocab", "show", path).out
     assert [entry.name for entry in tmp_path.iterdir() if "partial" in entry.name] == []
-    replace_vocabulary(path, load(exported).vocabulary)
+    replace_onnx_vocabulary(path, load(exported).vocabulary)
     assert path.stat().st_size == exported.stat().st_size
     with pytest.raises(D2ZeroError, match="width"):
-        replace_vocabulary(path, Vocabulary(("a",), np.ones((1, 8))))
+        replace_onnx_vocabulary(path, Vocabulary(("a",), np.ones((1, 8))))
 
 
 def test_sources(exported: Path, photos: list[Path], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from d2zero.demo.run import packaged_checkpoint
-from d2zero.inference import segmenter_of
 from d2zero_export.parity import LIMITS
 from d2zero_export.verify import raw_parity
 from d2zero_runtime import load
@@ -28,7 +27,7 @@ def test_the_cuda_provider_gives_the_checkpoints_numbers(exported: Path) -> None
     import d2zero
 
     segmenter = load(exported, providers=[("cuda", {"use_tf32": 0})])
-    parity = raw_parity(segmenter_of(d2zero.load(packaged_checkpoint())), segmenter)
+    parity = raw_parity(d2zero.load(packaged_checkpoint()).segmenter(), segmenter)
     assert not parity.failures(LIMITS["float32"]), parity.differences
 
 

@@ -20,7 +20,6 @@ import d2zero
 from d2zero.data.coco import read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.demo.run import packaged_checkpoint
-from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_bench.equality import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
@@ -141,7 +140,7 @@ def test_same_model_at_every_size_batch_and_class_count(
     eight_bits: Path, exported: Path, demo_model: D2Zero, shapes_data: Path
 ) -> None:
     assert eight_bits.stat().st_size < 0.55 * exported.stat().st_size
-    parity = raw_parity(segmenter_of(demo_model), load(eight_bits))
+    parity = raw_parity(demo_model.segmenter(), load(eight_bits))
     assert len(parity.differences) == 10 and not parity.failures(LIMITS["int8"])
     assert parity.failures(LIMITS["float32"])  # it is another precision
     photos = sorted((shapes_data / "val").iterdir())[:12]
@@ -174,7 +173,7 @@ def test_openvino_runs_it(eight_bits: Path, demo_model: D2Zero) -> None:
     pytest.importorskip("openvino")
     segmenter = load(eight_bits, "openvino")
     assert segmenter.precision == "int8"
-    assert not raw_parity(segmenter_of(demo_model), segmenter).failures(LIMITS["int8"])
+    assert not raw_parity(demo_model.segmenter(), segmenter).failures(LIMITS["int8"])
     with pytest.raises(D2ZeroError, match=r"bfloat16 is for float32 files, and .* is int8; use the provider openvino"):
         load(eight_bits, "openvino-bf16")
 

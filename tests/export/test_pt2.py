@@ -30,9 +30,9 @@ from d2zero_export.onnx_export import ExportConfig, trace
 from d2zero_export.precision import lowered
 from d2zero_export.pt2_export import HEADERS, Pt2Config, cuda_headers, export_pt2, hardware
 from d2zero_runtime import D2ZeroError, Vocabulary, load
-from d2zero_runtime.artifacts.pt2 import ENTRY, Pt2Description, replace_pt2_vocabulary
+from d2zero_runtime.artifacts.pt2 import ENTRY, Pt2Metadata, replace_pt2_vocabulary
 from d2zero_runtime.backends.torch_pt2 import MAX_SHAPES, GraphedNetwork
-from d2zero_runtime.segmenter import read_exported
+from d2zero_runtime.formats import read_exported
 
 
 class Nothing(nn.Module):
@@ -54,9 +54,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def described(path: Path, **changes: object) -> Pt2Description:
+def described(path: Path, **changes: object) -> Pt2Metadata:
     values = {"contract": contract(), "embeddings": embeddings(), "device": "cpu", "hardware": hardware("cpu")}
-    return Pt2Description(**{**values, "torch": torch.__version__, **changes})
+    return Pt2Metadata(**{**values, "torch": torch.__version__, **changes})
 
 
 def rewritten(path: Path, to: Path, text: str | None) -> Path:
@@ -86,7 +86,7 @@ def test_threads_get_their_own_results(compiled: Path) -> None:
 
 def test_its_contract_is_read_without_torch(compiled: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from d2zero_runtime.segmenter import read_exported;"
+        "import sys; from pathlib import Path; from d2zero_runtime.formats import read_exported;"
         f"print(len(read_exported(Path({str(compiled)!r}))[1])); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -98,7 +98,7 @@ def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) 
     words = Vocabulary(("x", "y"), np.full((2, WIDTH), 3, np.float32), source={"encoder": "word2vec"})
     replace_pt2_vocabulary(copy, words)
     assert read_exported(copy)[1].names == ("x", "y")
-    class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), None)
+    class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings)
     np.testing.assert_array_equal(class_logits[0], words.embeddings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt2"]
 
@@ -198,8 +198,9 @@ def test_float32_math_is_the_contracts(compiled: Path, tmp_path: Path, tf32: boo
     network = backend._network
     backend._network = lambda *given: seen.append(torch.backends.cudnn.allow_tf32) or network(*given)
     images = np.zeros((1, 3, 32, 32), np.float32)
-    backend.run(images, None)
-    backend.resident(images, None)()
+    words = np.zeros((CLASSES, WIDTH), np.float32)
+    backend.run(images, words)
+    backend.resident(images, words)()
     assert seen == [tf32, tf32] and torch.backends.cudnn.allow_tf32 == before
     assert backend.precision == "float32"  # a CPU has none
 

@@ -16,7 +16,7 @@ from tiny_engine import expected, inputs
 from tiny_model import CLASSES, QUERIES, WIDTH
 
 from d2zero_runtime import load
-from d2zero_runtime.artifacts.engine import Sidecar
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.backends.tensorrt.backend import MAX_SHAPES, TensorrtBackend
 from d2zero_runtime.errors import D2ZeroError
 
@@ -211,7 +211,7 @@ def test_failures_of_cuda_and_tensorrt_are_named(setting: Setting) -> None:
 
 
 def test_engines_that_do_not_belong_here(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    sidecar = Sidecar.read(setting.path)
+    sidecar = EngineMetadata.read(setting.path)
     for changes, message in (
         (
             {"tensorrt": "10.13.0.1"},

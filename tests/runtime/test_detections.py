@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2zero_runtime import D2ZeroError, Detections, Vocabulary
-from d2zero_runtime.draw import SheetRow, class_colour, contact_sheet, overlay
+from d2zero_runtime.draw import SheetRow, class_colour, contact_sheet
 from d2zero_runtime.masks import rle
 
 
@@ -104,7 +104,7 @@ def test_masks_are_tinted_and_outlined_by_kind() -> None:
         masks=mask,
         image_size=(240, 300),
     )
-    picture = np.asarray(overlay(image, found)).astype(int)
+    picture = np.asarray(found.plot(image)).astype(int)
     for middle, class_id in ((70, 0), (210, 3)):
         expected = 0.55 * 100 + 0.45 * np.array(class_colour(class_id))
         np.testing.assert_allclose(picture[150, middle], expected, atol=2)
@@ -115,15 +115,15 @@ def test_masks_are_tinted_and_outlined_by_kind() -> None:
 
 def test_overlay_changes_what_is_inside_and_enlarges_small_images() -> None:
     image = np.full((40, 50, 3), 100, np.uint8)
-    picture = np.asarray(overlay(image, two()))
+    picture = np.asarray(two().plot(image))
     assert picture.shape == (240, 300, 3)  # six times
     assert (picture[12 * 6, 20 * 6] != 100).any() and (picture[38 * 6, 45 * 6] == 100).all()
-    assert overlay(image, two()[:0]).size == (300, 240)
+    assert two()[:0].plot(image).size == (300, 240)
     assert two().plot(image).size == (300, 240)
 
 
 def test_contact_sheet_of_several_and_of_none() -> None:
     image = np.full((40, 50, 3), 100, np.uint8)
-    sheet = contact_sheet([SheetRow(image, two(), two())] * 4, columns=3, cell=100)
+    sheet = contact_sheet([SheetRow(image, two().instances(), two().instances())] * 4, columns=3, cell=100)
     assert sheet.width == 3 * 214 + 10 and sheet.height == 58 + 2 * 110 + 10
     assert contact_sheet([]).height > 0

@@ -11,12 +11,13 @@ from PIL import Image
 
 from d2zero_runtime import D2ZeroError, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.backends.base import Backend
 
 QUERIES, WIDTH = 5, 4
 WORDS = Vocabulary(("cat", "dog", "cow"), np.eye(3, WIDTH, dtype=np.float32) + 0.1, seen=np.array([True, True, False]))
 
 
-class Bright:
+class Bright(Backend):
     """Query q covers the pixels that are brighter than q/Q of all; classes are the embeddings' first numbers."""
 
     name = "by rule"

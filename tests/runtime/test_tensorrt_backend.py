@@ -13,7 +13,7 @@ from tiny_engine import PLAN, sidecar, write_engine
 from tiny_model import CLASSES, WIDTH, embeddings
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.artifacts.engine import Sidecar, replace_engine_vocabulary, sidecar_path
+from d2zero_runtime.artifacts.engine import EngineMetadata, metadata_path, replace_engine_vocabulary
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 from d2zero_runtime.backends.tensorrt.environment import numbers
 
@@ -27,13 +27,13 @@ def test_without_tensorrt_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     path = write_engine(tmp_path / "m.engine")
     with pytest.raises(D2ZeroError, match=r"TensorRT cannot be used here.*d2zero\[tensorrt\].*\.onnx file runs every"):
-        TensorrtBackend(path, Sidecar.read(path))
+        TensorrtBackend(path, EngineMetadata.read(path))
 
 
 def test_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine")
-    found = Sidecar.read(path)
-    assert sidecar_path(path).name == "m.engine.json" and found.to_json() == sidecar().to_json()
+    found = EngineMetadata.read(path)
+    assert metadata_path(path).name == "m.engine.json" and found.to_json() == sidecar().to_json()
     assert found.contract == sidecar().contract and found.profile == sidecar().profile
     np.testing.assert_array_equal(found.embeddings, embeddings())
     assert found.vocabulary.encoder == "word2vec" and found.require_plan(path) == PLAN
@@ -42,7 +42,7 @@ def test_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "follows version 2 of the sidecar, this d2zero reads up to 1; upgrade"),
+        ({"version": 2}, "follows version 2 of the description, this d2zero reads up to 1; upgrade"),
         ({"gpu": None, "profile": None}, "lacks gpu, profile; build the engine again"),
         ({"profile": {"min": "1x32x32x1"}}, r"is damaged: .*lack opt, max; build the engine again"),
         ({"embeddings": {"shape": [2, 2], "float32": "AAAA"}}, "is damaged"),
@@ -54,21 +54,21 @@ def test_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_bad_sidecars(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write_engine(tmp_path / "m.engine")
-    values = {**json.loads(sidecar_path(path).read_text()), **change}
-    sidecar_path(path).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    values = {**json.loads(metadata_path(path).read_text()), **change}
+    metadata_path(path).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     with pytest.raises(D2ZeroError, match=message):
-        Sidecar.read(path)
+        EngineMetadata.read(path)
 
 
 def test_sidecars_that_are_none(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine")
     for content, message in ((b"{", "not JSON"), (b"[1]", "expected a JSON object"), (b"\xff\xfe", "not JSON")):
-        sidecar_path(path).write_bytes(content)
+        metadata_path(path).write_bytes(content)
         with pytest.raises(D2ZeroError, match=message):
-            Sidecar.read(path)
-    sidecar_path(path).unlink()
+            EngineMetadata.read(path)
+    metadata_path(path).unlink()
     with pytest.raises(D2ZeroError, match=r"m\.engine\.json is missing; an engine and its \.json belong together"):
-        Sidecar.read(path)
+        EngineMetadata.read(path)
 
 
 def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns
     words = Vocabulary(("cat", "dog"), np.ones((2, WIDTH)), seen=[True, False], source={"encoder": "word2vec"})
     replace_engine_vocabulary(path, words)
-    found = Sidecar.read(path)
+    found = EngineMetadata.read(path)
     assert found.vocabulary.names == ("cat", "dog") and found.vocabulary.unseen_names == ("dog",)
     assert path.stat().st_mtime_ns == before and found.plan_sha256 == sidecar().plan_sha256
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
@@ -90,7 +90,7 @@ def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
     write_engine(path, baked=True)
     with pytest.raises(D2ZeroError, match="exported with --bake"):
         replace_engine_vocabulary(path, words)
-    assert len(Sidecar.read(path).vocabulary) == CLASSES
+    assert len(EngineMetadata.read(path).vocabulary) == CLASSES
 
 
 def test_versions_are_numbers() -> None:

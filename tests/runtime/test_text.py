@@ -8,7 +8,7 @@ from rich.console import Console
 
 from d2zero.cli.terminal import plain
 from d2zero_runtime import D2ZeroError, Detections
-from d2zero_runtime.draw import LARGEST_SIDE, overlay
+from d2zero_runtime.draw import LARGEST_SIDE
 from d2zero_runtime.errors import printable
 from d2zero_runtime.fonts import font_for
 from d2zero_runtime.masks import rle
@@ -44,4 +44,4 @@ def test_a_long_strip_is_not_enlarged_beyond_a_limit() -> None:
         boxes=np.array([[5, 5, 4000, 10]], np.float32), scores=np.ones(1, np.float32), class_ids=np.zeros(1, np.int64),
         names=("cat",), seen=np.ones(1, bool), masks=(rle.encode(mask),), image_size=(20, 6000),
     )  # fmt: skip
-    assert max(overlay(np.zeros((20, 6000, 3), np.uint8), found).size) <= LARGEST_SIDE
+    assert max(found.plot(np.zeros((20, 6000, 3), np.uint8)).size) <= LARGEST_SIDE

@@ -8,9 +8,9 @@ import pytest
 from own_results import assert_own_results
 from tiny_model import WIDTH, write_model
 
-from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
 from d2zero_runtime import load
+from d2zero_runtime.backends.base import Backend
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
@@ -21,11 +21,11 @@ def test_exported_models(provider: str, tmp_path: Path) -> None:
 
 
 def test_checkpoints(small_model: D2Zero) -> None:
-    assert_own_results(segmenter_of(small_model).backend, small_model.config.text_dim, (32, 64))
+    assert_own_results(small_model.segmenter().backend, small_model.config.text_dim, (32, 64))
 
 
 def test_a_wrong_result_is_noticed() -> None:
-    class Mixed:
+    class Mixed(Backend):
         held: tuple[np.ndarray, np.ndarray]
 
         def run(self, images: np.ndarray, embeddings: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

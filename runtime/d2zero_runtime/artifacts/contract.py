@@ -120,7 +120,7 @@ class ModelContract:
         )
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> "ModelContract":
-        """The contract of the same model with another default vocabulary (see `require_fit`)."""
+        """The contract of the same model with another default vocabulary (see `check_compatible`)."""
         return replace(
             self,
             class_names=vocabulary.names,
@@ -130,7 +130,7 @@ class ModelContract:
             synonyms=vocabulary.synonyms,
         )
 
-    def require_fit(self, vocabulary: Vocabulary, default: Vocabulary) -> None:
+    def check_compatible(self, vocabulary: Vocabulary, default: Vocabulary) -> None:
         """Refuse a vocabulary that the model cannot use in place of its default one.
 
         Raises:

@@ -77,14 +77,14 @@ def _undamaged(path: Path) -> Iterator[None]:
         raise D2ZeroError(f"{path} is damaged, cut short, or no ONNX file ({error})") from error
 
 
-def replace_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+def replace_onnx_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """Replace the default vocabulary of an exported model, atomically.
 
     Raises:
         D2ZeroError: the vocabulary's width or encoder does not fit, or the file is not of ours.
     """
     contract, previous = read_contract(path)
-    contract.require_fit(vocabulary, previous)
+    contract.check_compatible(vocabulary, previous)
     changed = contract.with_vocabulary(vocabulary)
     entry = _message(1, CONTRACT_KEY.encode()) + _message(2, changed.to_json().encode())
     tensor = (

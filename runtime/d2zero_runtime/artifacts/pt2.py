@@ -5,103 +5,54 @@ the model's contract, the default vocabulary's embeddings, and what the code was
 without torch.
 """
 
-import json
 import struct
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from d2zero_runtime.artifacts.contract import ModelContract, embeddings_from_json, embeddings_to_json
-from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
+from d2zero_runtime.artifacts.metadata import Metadata
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import whole_file
 from d2zero_runtime.vocabulary import Vocabulary
 
-DESCRIPTION_VERSION = 1
 ENTRY = "extra/d2zero.json"
 _ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
-class _Written:
-    """The fields in JSON."""
+class _Fields:
+    """The archive's own fields as JSON has them."""
 
-    version: int
     device: Literal["cpu", "cuda"]
     hardware: str
     torch: str
     operators: tuple[str, ...]
-    contract: dict[str, Any]
-    embeddings: dict[str, Any]
-    channels_last: bool = False
+    channels_last: bool = False  # files from before lack it
 
 
-@dataclass(frozen=True, eq=False)
-class Pt2Description:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pt2Metadata(Metadata):
     """All that running a `.pt2` needs to know beside the compiled network.
 
     Args:
-        contract: of the model.
-        embeddings: (K, D) float32, of the default vocabulary.
-        device: `cpu` or `cuda`: what the code was compiled for.
-        hardware: name of the GPU or instruction set that it was compiled for.
-        torch: version that compiled it, which is the one that runs it.
-        operators: names of operators outside torch that it calls.
-        channels_last: whether its images are channels-last in memory.
-        version: of the description.
+        device: What the code was compiled for, `cpu` or `cuda`.
+        hardware: The name of the GPU or instruction set that it was compiled for.
+        torch: The version that compiled it, which is the one that runs it.
+        operators: The names of operators outside torch that it calls.
+        channels_last: Whether its images are channels-last in memory.
     """
 
-    contract: ModelContract
-    embeddings: NDArray[np.float32]
     device: str
     hardware: str
     torch: str
     operators: tuple[str, ...] = ()
-    channels_last: bool = False  # files from before lack it
-    version: int = DESCRIPTION_VERSION
+    channels_last: bool = False
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The default vocabulary."""
-        return self.contract.vocabulary(self.embeddings)
-
-    def to_json(self) -> str:
-        """For the archive."""
-        return json.dumps(
-            {
-                "version": self.version,
-                "device": self.device,
-                "hardware": self.hardware,
-                "torch": self.torch,
-                "operators": list(self.operators),
-                "channels_last": self.channels_last,
-                "contract": json.loads(self.contract.to_json()),
-                "embeddings": embeddings_to_json(self.embeddings),
-            }
-        )
+    FIELDS: ClassVar[type[Any]] = _Fields
 
     @classmethod
-    def from_json(cls, text: bytes, where: str) -> "Pt2Description":
-        """Read and check a description.
-
-        Raises:
-            D2ZeroError: it is damaged or of a newer version.
-        """
-        values = parse_object(text, where)
-        refuse_newer(values.get("version", 0), DESCRIPTION_VERSION, where, "the description")
-        written = checked(_Written, values, where, remedy="export it again")
-        return cls(
-            contract=ModelContract.from_json(json.dumps(written.contract), where),
-            embeddings=embeddings_from_json(written.embeddings, where),
-            **{name: getattr(written, name) for name in ("device", "hardware", "torch", "operators", "channels_last")},
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> "Pt2Description":
+    def read(cls, path: Path) -> "Pt2Metadata":
         """The description inside a `.pt2`.
 
         Raises:
@@ -136,10 +87,7 @@ def replace_pt2_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     Raises:
         D2ZeroError: the vocabulary's width or encoder does not fit, or its classes are constants.
     """
-    description = Pt2Description.read(path)
-    contract = description.contract
-    contract.require_fit(vocabulary, description.vocabulary)
-    changed = replace(description, contract=contract.with_vocabulary(vocabulary), embeddings=vocabulary.embeddings)
+    changed = Pt2Metadata.read(path).with_vocabulary(vocabulary)
     with (
         whole_file(path) as partial,
         zipfile.ZipFile(path) as old,

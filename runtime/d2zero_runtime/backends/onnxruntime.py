@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
-from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.base import Backend, Images, LatestUpload
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 from d2zero_runtime.errors import D2ZeroError, listed
 
@@ -21,7 +21,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
-class OnnxBackend(Backend):
+class OnnxBackend(Backend[Images]):
     """A network in an ONNX Runtime session.
 
     Args:
@@ -65,7 +65,7 @@ class OnnxBackend(Backend):
         self.on_gpu = first != _PROVIDERS["cpu"]
         self._device = ("cuda", int(settings.get("device_id", 0))) if self.on_gpu else ("cpu", 0)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
+        self._uploaded = LatestUpload(lambda array: self._value(array, *self._device))
 
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -74,7 +74,7 @@ class OnnxBackend(Backend):
 
         Args:
             images_B3HW: normalised and padded, float32.
-            embeddings_KD: class embeddings, float32; those inside the file if left out.
+            embeddings_KD: Class embeddings, float32; None where they are constants of the graph.
 
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
@@ -108,12 +108,6 @@ class OnnxBackend(Backend):
         for name in _OUTPUTS:
             binding.bind_output(name, *self._device)
         return binding
-
-    def _uploaded(self, embeddings_KD: NDArray[np.float32]) -> Any:
-        held = self._embeddings  # read once: another thread may replace it
-        if held is None or held[0] is not embeddings_KD:
-            held = self._embeddings = embeddings_KD, self._value(embeddings_KD, *self._device)
-        return held[1]
 
 
 def _require_tensors(path: Path, session: Any) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.pt2 import Pt2Description
-from d2zero_runtime.backends.base import Backend
-from d2zero_runtime.backends.pixels import PixelBatch
+from d2zero_runtime.artifacts.pt2 import Pt2Metadata
+from d2zero_runtime.backends.base import Backend, LatestUpload, Raw
+from d2zero_runtime.backends.inputs import Input, PixelBatch
 from d2zero_runtime.backends.torch_math import float32_math
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.masks.device import DeviceLogits
@@ -31,7 +31,7 @@ OPERATORS = "d2zero.operators"  # entry points: modules that bring operators out
 Network = Callable[..., Any]  # (images, embeddings) -> class logits, mask logits; all tensors
 
 
-class Pt2Backend(Backend):
+class Pt2Backend(Backend[Input]):
     """A compiled network on the device that it was compiled for.
 
     Args:
@@ -48,22 +48,22 @@ class Pt2Backend(Backend):
     def __init__(
         self,
         path: Path,
-        description: Pt2Description,
+        description: Pt2Metadata,
         device: int = 0,
         cuda_graphs: bool = True,
         threads: int | None = None,
     ) -> None:
         self._torch = torch = _torch()
-        _require_fit(path, description, torch)
-        on_gpu = self.on_gpu = self.takes_pixels = description.device == "cuda"
+        _check_compatible(path, description, torch)
+        on_gpu = self.on_gpu = self.accepts_uint8 = description.device == "cuda"
         self._device = torch.device("cuda", device) if on_gpu else torch.device("cpu")
         if threads:
             torch.set_num_threads(threads)
         _load_operators(description.operators, torch)
-        self._contract, self._default = description.contract, description.embeddings
+        self._contract = description.contract
         self._channels_last = description.channels_last
         self.precision = self._contract.precision_on_gpu if on_gpu else self._contract.precision
-        self._embeddings: tuple[NDArray[np.float32], Any] | None = None  # as given, and on the device
+        self._uploaded = LatestUpload(lambda array: torch.tensor(array, device=self._device))
         self._lock = threading.Lock()
         with self._ready():
             network = _loaded(path, torch, device if on_gpu else -1)
@@ -74,18 +74,14 @@ class Pt2Backend(Backend):
             f"torch {torch.__version__}, AOTInductor ({where}{', CUDA graphs' if on_gpu and cuda_graphs else ''})"
         )
 
-    def run(
-        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], Any]:
+    def run(self, images_B3HW: Input, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `Backend`. On a GPU, mask logits stay there."""
         with self._ready():
             class_logits, mask_logits = self._network(*self._moved(images_B3HW, embeddings_KD))
             masks = DeviceLogits(mask_logits) if mask_logits.is_cuda else mask_logits.numpy()
             return class_logits.cpu().numpy(), masks
 
-    def resident(
-        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
-    ) -> Callable[[], None]:
+    def resident(self, images_B3HW: Input, embeddings_KD: NDArray[np.float32] | None) -> Callable[[], None]:
         """See `Backend`."""
         with self._ready():
             arguments = self._moved(images_B3HW, embeddings_KD)
@@ -93,7 +89,7 @@ class Pt2Backend(Backend):
         def run_once() -> None:
             with self._ready():
                 self._network(*arguments)
-                if self.takes_pixels:
+                if self.accepts_uint8:
                     self._torch.cuda.synchronize(self._device)
 
         return run_once
@@ -101,13 +97,11 @@ class Pt2Backend(Backend):
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """One thread at a time, on the right device, with the float32 math that the contract says."""
-        on_device = self._torch.cuda.device(self._device) if self.takes_pixels else nullcontext()
+        on_device = self._torch.cuda.device(self._device) if self.accepts_uint8 else nullcontext()
         with self._lock, self._torch.inference_mode(), on_device, float32_math(self._torch, self._contract.tf32):
             yield
 
-    def _moved(
-        self, images_B3HW: NDArray[np.float32] | PixelBatch, embeddings_KD: NDArray[np.float32] | None
-    ) -> tuple[Any, ...]:
+    def _moved(self, images_B3HW: Input, embeddings_KD: NDArray[np.float32] | None) -> tuple[Any, ...]:
         """The network's arguments, on its device."""
         torch = self._torch
         if isinstance(images_B3HW, PixelBatch):
@@ -116,13 +110,7 @@ class Pt2Backend(Backend):
             images = torch.from_numpy(np.ascontiguousarray(images_B3HW)).to(self._device)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-        return (images,) if self._contract.baked else (images, self._uploaded(embeddings_KD))
-
-    def _uploaded(self, embeddings_KD: NDArray[np.float32] | None) -> Any:
-        wanted = self._default if embeddings_KD is None else embeddings_KD
-        if self._embeddings is None or self._embeddings[0] is not wanted:
-            self._embeddings = wanted, self._torch.tensor(wanted, device=self._device)
-        return self._embeddings[1]
+        return (images,) if embeddings_KD is None else (images, self._uploaded(embeddings_KD))
 
 
 class GraphedNetwork:
@@ -213,7 +201,7 @@ def _torch() -> Any:
     return torch
 
 
-def _require_fit(path: Path, description: Pt2Description, torch: Any) -> None:
+def _check_compatible(path: Path, description: Pt2Metadata, torch: Any) -> None:
     made, here = (version.split("+")[0].rsplit(".", 1)[0] for version in (description.torch, torch.__version__))
     if made != here:
         raise D2ZeroError(

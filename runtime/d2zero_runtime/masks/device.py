@@ -27,7 +27,7 @@ TILE = 8, 16  # rows and bytes of a mask that a program of the kernel makes
 
 
 class DeviceLogits:
-    """Mask logits on a device; indexed and sliced like an array, and turned into one where that is asked for.
+    """Mask logits on a device; indexed and sliced like an array, which they become only on request.
 
     Args:
         tensor: a torch tensor.
@@ -48,8 +48,12 @@ class DeviceLogits:
         return DeviceLogits(self.tensor[index])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        array: NDArray[Any] = self.tensor.float().cpu().numpy()
-        return array if dtype is None else array.astype(dtype)
+        raise TypeError("these mask logits are on a device; to_numpy() copies them")
+
+    def to_numpy(self) -> NDArray[np.float32]:
+        """Copy them to the host, as float32."""
+        array: NDArray[np.float32] = self.tensor.float().cpu().numpy()
+        return array
 
     @property
     def one_kernel(self) -> bool:
@@ -84,6 +88,48 @@ class DeviceLogits:
                 encoded = list(pool.map(packed.encoded, range(len(packed))))
             return [Mask(code, box, quality) for (quality, box), code in zip(measured, encoded, strict=True)]
         return [Mask(None, box, quality, row) for (quality, box), row in zip(measured, packed.bits, strict=True)]
+
+
+MaskLogits = NDArray[np.float32] | DeviceLogits
+
+
+def mask_logits_of(values: Any) -> MaskLogits:
+    """Mask logits as given by a user: an array, or a torch tensor on any device."""
+    if isinstance(values, (np.ndarray, DeviceLogits)):
+        return values
+    return DeviceLogits(values) if values.is_cuda else DeviceLogits(values.detach()).to_numpy()
+
+
+def concatenated(parts: Sequence[MaskLogits]) -> MaskLogits:
+    """Mask logits of one batch after another, on the device that they are on."""
+    tensors = [part.tensor for part in parts if isinstance(part, DeviceLogits)]
+    if not tensors:
+        return np.concatenate([part for part in parts if not isinstance(part, DeviceLogits)])
+    import torch
+
+    return DeviceLogits(torch.cat(tensors))
+
+
+def stacked(parts: Sequence[tuple[Sequence[int], MaskLogits]], shape: tuple[int, ...], padding: float) -> MaskLogits:
+    """Mask logits of several groups of images as one, (B, Q, h, w), on the device that they are on.
+
+    Args:
+        parts: Each group's rows in the result, and its logits, (rows, Q, at most h, at most w).
+        shape: The shape of the result.
+        padding: The value right of and below a group's own.
+    """
+    first = parts[0][1]
+    if len(parts) == 1 and tuple(first.shape) == shape and list(parts[0][0]) == list(range(shape[0])):
+        return first
+    whole: Any = (
+        first.tensor.new_full(shape, padding)
+        if isinstance(first, DeviceLogits)
+        else np.full(shape, padding, np.float32)
+    )
+    for rows, logits in parts:
+        values = logits.tensor if isinstance(logits, DeviceLogits) else logits
+        whole[list(rows), :, : values.shape[2], : values.shape[3]] = values
+    return DeviceLogits(whole) if isinstance(first, DeviceLogits) else whole
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks import rle
-from d2zero_runtime.masks.device import DeviceLogits, Sizes
+from d2zero_runtime.masks.device import DeviceLogits, MaskLogits, Sizes
 from d2zero_runtime.masks.packed import PackedMasks
 from d2zero_runtime.masks.upsample import Mask, resize_axis, upsampled_mask
 from d2zero_runtime.vocabulary import Vocabulary
@@ -126,7 +126,7 @@ def top_instances(probabilities: NDArray[np.float32], chosen: Selection) -> tupl
 
 def postprocess(
     class_logits: NDArray[np.float32],
-    mask_logits: NDArray[np.float32] | DeviceLogits,
+    mask_logits: MaskLogits,
     vocabulary: Vocabulary,
     *,
     input_size: Size,
@@ -200,7 +200,7 @@ def postprocess(
 
 def postprocess_all(
     class_logits: NDArray[np.float32],
-    mask_logits: NDArray[np.float32] | DeviceLogits,
+    mask_logits: MaskLogits,
     padded_sizes: Sequence[Size],
     vocabulary: Vocabulary,
     input_sizes: Sequence[Size],
@@ -242,7 +242,7 @@ def postprocess_all(
     ]
 
 
-def _with_bits_later(mask_logits: NDArray[np.float32] | DeviceLogits, kind: str) -> DeviceLogits | None:
+def _with_bits_later(mask_logits: MaskLogits, kind: str) -> DeviceLogits | None:
     """The logits, if figures come first and bits later, in their final order: the host copies nothing then."""
     if isinstance(mask_logits, DeviceLogits) and mask_logits.one_kernel and kind in ("packed", "bitmap"):
         return mask_logits
@@ -253,9 +253,7 @@ def _as_kind(packed: PackedMasks, kind: str) -> PackedMasks | NDArray[np.bool_]:
     return packed if kind == "packed" else packed.bitmaps()
 
 
-def _upsampled(
-    mask_logits: NDArray[np.float32] | DeviceLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str
-) -> list[Mask]:
+def _upsampled(mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str) -> list[Mask]:
     """Each query's mask at the output size, made where the logits are."""
     if isinstance(mask_logits, DeviceLogits):
         return mask_logits.upsampled(queries.tolist(), sizes, kind, THREADS)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.artifacts.onnx import read_contract, without_default_embeddings
-from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.base import Backend, Images
 from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
 from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
 from d2zero_runtime.errors import D2ZeroError
@@ -30,7 +30,7 @@ def computes_in_bfloat16(core: Any) -> bool:
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class OpenVinoBackend(Backend):
+class OpenVinoBackend(Backend[Images]):
     """A network compiled by OpenVINO for the CPU. Calls from several threads take turns.
 
     Args:
@@ -46,7 +46,7 @@ class OpenVinoBackend(Backend):
     def __init__(self, path: Path, precision: str = "float32", threads: int | None = None) -> None:
         import openvino
 
-        contract, vocabulary = read_contract(path)
+        contract, _ = read_contract(path)
         if precision == "bfloat16" and contract.precision != "float32":
             raise D2ZeroError(
                 f"bfloat16 is for float32 files, and {path} is {contract.precision}; use the provider openvino"
@@ -72,7 +72,6 @@ class OpenVinoBackend(Backend):
         except Exception as error:  # openvino's, of many kinds
             raise D2ZeroError(f"openvino cannot load {path}: {_reason(error)}") from error
         self._request, self._lock = compiled.create_infer_request(), threading.Lock()
-        self._default = None if contract.baked else vocabulary.embeddings
         self.precision = precision if contract.precision == "float32" else contract.precision
         self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {self.precision})"
 
@@ -81,8 +80,8 @@ class OpenVinoBackend(Backend):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run the network; see `d2zero_runtime.backends.base.Backend`."""
         feed = {"images": images_B3HW}
-        if self._default is not None:
-            feed[EMBEDDINGS_INPUT] = self._default if embeddings_KD is None else embeddings_KD
+        if embeddings_KD is not None:
+            feed[EMBEDDINGS_INPUT] = embeddings_KD
         with self._lock:  # until outputs are copied: the request's next run overwrites them (openvino#13519)
             try:
                 found = self._request.infer(feed)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
-from d2zero_runtime.artifacts.engine import Sidecar
-from d2zero_runtime.artifacts.profile import Profile, Shape
-from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.artifacts.engine import EngineMetadata
+from d2zero_runtime.artifacts.profile import Shape
+from d2zero_runtime.backends.base import Backend, Images
 from d2zero_runtime.backends.tensorrt.environment import Environment, collector, numbers, require_tensorrt
 from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
 from d2zero_runtime.errors import D2ZeroError
@@ -33,28 +33,29 @@ MAX_SHAPES = 8  # contexts and graphs kept, of the shapes used last
 _VERSION_NUMBERS = 4  # of TensorRT's version; plans are read by exactly the version that wrote them
 
 
-class TensorrtBackend(Backend):
+class TensorrtBackend(Backend[Images]):
     """An engine on one GPU. Calls from several threads take turns.
 
     Args:
         path: the plan.
-        sidecar: of the plan.
+        metadata: The plan's description.
         device: CUDA's number of the GPU.
         cuda_graphs: replay a captured graph from a shape's second run on.
 
     Raises:
-        D2ZeroError: TensorRT or the GPU is absent, or the plan is not for them, damaged, or not the sidecar's.
+        D2ZeroError: TensorRT or the GPU is absent, or the plan is not for them, damaged, or not the metadata's.
     """
 
     on_gpu = True
 
-    def __init__(self, path: Path, sidecar: Sidecar, device: int = 0, cuda_graphs: bool = True) -> None:
+    def __init__(self, path: Path, metadata: EngineMetadata, device: int = 0, cuda_graphs: bool = True) -> None:
         self._environment = require_tensorrt(device)
-        self._sidecar, self._graphs_wanted = sidecar, cuda_graphs
-        _require_fit(path, sidecar, self._environment)
+        self._metadata, self._graphs_wanted = metadata, cuda_graphs
+        self.profile = metadata.profile
+        _check_compatible(path, metadata, self._environment)
         self._messages = collector(self._environment.tensorrt)
-        self._runtime, self._engine = _deserialized(path, sidecar, self._environment, self._messages)
-        self._inputs = (IMAGES,) if sidecar.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
+        self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
+        self._inputs = (IMAGES,) if metadata.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
         _require_tensors(path, self._engine, self._environment.tensorrt, self._inputs)
         self._cuda = self._environment.cuda
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking)
@@ -64,13 +65,8 @@ class TensorrtBackend(Backend):
         self._uploaded: NDArray[np.float32] | None = None  # the embeddings that the GPU holds
         self._lock = threading.Lock()
         version = ".".join(str(number) for number in numbers(self._environment.version)[:2])
-        self.precision = replace(sidecar.contract, tf32=sidecar.tf32).precision_on_gpu
+        self.precision = replace(metadata.contract, tf32=metadata.tf32).precision_on_gpu
         self.name = f"tensorrt {version} on {self._environment.gpu.name}"
-
-    @property
-    def profile(self) -> Profile:
-        """The shapes that the engine runs."""
-        return self._sidecar.profile
 
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -79,7 +75,7 @@ class TensorrtBackend(Backend):
 
         Args:
             images_B3HW: normalised and padded.
-            embeddings_KD: class embeddings; the default vocabulary's if left out, and where they are constants.
+            embeddings_KD: Class embeddings; None where they are constants of the plan.
 
         Returns:
             Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4).
@@ -87,16 +83,15 @@ class TensorrtBackend(Backend):
         Raises:
             D2ZeroError: the engine was not built for such a shape, or CUDA or TensorRT failed.
         """
-        embeddings = self._sidecar.embeddings if embeddings_KD is None else embeddings_KD
-        shape = self._shape(images_B3HW, embeddings)
+        shape = self._shape(images_B3HW, embeddings_KD)
         with self._lock:
             if self._engine is None:
                 raise D2ZeroError("this engine was closed; load it again")
             self._environment.select()
             prepared = self._prepare(shape)
             self._upload(IMAGES, images_B3HW)
-            if not self._sidecar.contract.baked:
-                self._upload_embeddings(embeddings)
+            if embeddings_KD is not None:
+                self._upload_embeddings(embeddings_KD)
             self._launch(prepared)
             outputs = [self._download(name, prepared.shapes[name]) for name in OUTPUTS]
             self._call("cudaStreamSynchronize", self._stream)
@@ -107,7 +102,7 @@ class TensorrtBackend(Backend):
     ) -> Callable[[], None]:
         """See `Backend`; until the next `run`, which has the same memory for its inputs."""
         self.run(images_B3HW, embeddings_KD)
-        shape = self._shape(images_B3HW, self._sidecar.embeddings if embeddings_KD is None else embeddings_KD)
+        shape = self._shape(images_B3HW, embeddings_KD)
 
         def run_once() -> None:
             with self._lock:
@@ -132,12 +127,14 @@ class TensorrtBackend(Backend):
     def _call(self, function: str, *arguments: Any) -> Any:
         return self._cuda(getattr(self._cuda.runtime, function), *arguments)
 
-    def _shape(self, images: NDArray[np.float32], embeddings: NDArray[np.float32]) -> Shape:
+    def _shape(self, images: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> Shape:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32:
             raise D2ZeroError(f"images must be (B, 3, H, W) float32, got {images.shape} {images.dtype}")
-        profile, width = self._sidecar.profile, self._sidecar.contract.text_dim
+        profile, width = self._metadata.profile, self._metadata.contract.text_dim
         classes = profile.opt.classes
-        if not self._sidecar.contract.baked:
+        if not self._metadata.contract.baked:
+            if embeddings is None:
+                raise D2ZeroError(f"this engine takes class embeddings (K, {width}) float32, got none")
             if embeddings.ndim != 2 or embeddings.shape[1] != width or embeddings.dtype != np.float32:
                 raise D2ZeroError(
                     f"class embeddings must be (K, {width}) float32, got {embeddings.shape} {embeddings.dtype}"
@@ -174,8 +171,8 @@ class TensorrtBackend(Backend):
         context = self._engine.create_execution_context(strategy)
         self._require(context is not None, "make an execution context")
         shapes: dict[str, tuple[int, ...]] = {IMAGES: (shape.batch, 3, shape.height, shape.width)}
-        if not self._sidecar.contract.baked:
-            shapes[EMBEDDINGS_INPUT] = (shape.classes, self._sidecar.contract.text_dim)
+        if not self._metadata.contract.baked:
+            shapes[EMBEDDINGS_INPUT] = (shape.classes, self._metadata.contract.text_dim)
         for name, dims in shapes.items():
             self._require(context.set_input_shape(name, dims), f"take {name} of shape {dims}")
         unknown = context.infer_shapes()
@@ -263,24 +260,24 @@ class _Prepared:
     warm: bool = False
 
 
-def _require_fit(path: Path, sidecar: Sidecar, environment: Environment) -> None:
+def _check_compatible(path: Path, metadata: EngineMetadata, environment: Environment) -> None:
     for what, built, here in (
-        ("TensorRT", numbers(sidecar.tensorrt)[:_VERSION_NUMBERS], numbers(environment.version)[:_VERSION_NUMBERS]),
-        ("compute capability", numbers(sidecar.compute_capability), numbers(environment.gpu.compute_capability)),
+        ("TensorRT", numbers(metadata.tensorrt)[:_VERSION_NUMBERS], numbers(environment.version)[:_VERSION_NUMBERS]),
+        ("compute capability", numbers(metadata.compute_capability), numbers(environment.gpu.compute_capability)),
     ):
         if built != here:
             raise D2ZeroError(
-                f"{path} was built for {what} {_dotted(built)} ({sidecar.gpu}), here is {_dotted(here)}"
+                f"{path} was built for {what} {_dotted(built)} ({metadata.gpu}), here is {_dotted(here)}"
                 f" ({environment.gpu.name}); build it here: `d2zero export model.onnx --format tensorrt -o {path.name}`"
             )
 
 
-def _deserialized(path: Path, sidecar: Sidecar, environment: Environment, messages: Any) -> tuple[Any, Any]:
+def _deserialized(path: Path, metadata: EngineMetadata, environment: Environment, messages: Any) -> tuple[Any, Any]:
     """The runtime, which must outlive the engine, and the engine."""
-    plan = sidecar.require_plan(path)
+    plan = metadata.require_plan(path)
     runtime = engine = None
     try:
-        if sidecar.contract.deform_attn == "plugin":
+        if metadata.contract.deform_attn == "plugin":
             environment.tensorrt.init_libnvinfer_plugins(messages, "")
         runtime = environment.tensorrt.Runtime(messages)
         engine = runtime.deserialize_cuda_engine(plan)

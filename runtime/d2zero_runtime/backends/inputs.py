@@ -1,7 +1,7 @@
-"""Images that are normalised where torch runs the network: bytes cross to a GPU, a quarter of what floats are.
+"""The network's input: normalised images, or pixels that are normalised where torch runs the network.
 
-The same numbers as `Preprocessing.batch`, in the same order of operations. torch is imported by the backend that asks
-for these; nothing here imports it.
+As pixels, a quarter of the bytes cross to a GPU. The values are those of `Preprocessing.batch`, by the same operations
+in the same order. torch is imported by the backend that asks for them; nothing here imports it.
 
 Letters: B batch, H and W the padded sides, h and w an image's own.
 """
@@ -91,3 +91,44 @@ def _scale(preprocessing: Preprocessing, device: Any, tensor: Any) -> tuple[Any,
     columns = (preprocessing.mean, preprocessing.std)
     mean, std = (tensor(column, device=device)[:, None, None] for column in columns)
     return mean, std
+
+
+Input = NDArray[np.float32] | PixelBatch  # (B, 3, H, W)
+
+
+def input_of(images: Sequence[NDArray[np.uint8]], padded: Size, preprocessing: Preprocessing, as_uint8: bool) -> Input:
+    """The network's input for images, each (h, w, 3) uint8 RGB.
+
+    Args:
+        images: The images, at network size.
+        padded: The (H, W) that all of them are padded to.
+        preprocessing: How they are normalised.
+        as_uint8: Whether to leave that to where the network runs.
+    """
+    return PixelBatch.of(images, padded, preprocessing) if as_uint8 else preprocessing.batch(images, padded)
+
+
+def shape_of(images: Input) -> tuple[int, int, int]:
+    """B, H and W."""
+    batch, height, width = (
+        images.pixels_BHW3.shape[:3] if isinstance(images, PixelBatch) else (len(images), *images.shape[2:])
+    )
+    return batch, height, width
+
+
+def joined(inputs: "Sequence[Input]") -> Input:
+    """One input of several of the same padded size and kind; a single one is not copied."""
+    first = inputs[0]
+    if len(inputs) == 1:
+        return first
+    if isinstance(first, PixelBatch):
+        return PixelBatch.joined([entry for entry in inputs if isinstance(entry, PixelBatch)])
+    return np.concatenate([entry for entry in inputs if not isinstance(entry, PixelBatch)])
+
+
+def filled_up(images: Input, size: int) -> Input:
+    """A batch of `size`, with empty images after the given ones."""
+    if isinstance(images, PixelBatch):
+        return images.filled_up(size)
+    missing = np.zeros((size - len(images), *images.shape[1:]), np.float32)
+    return np.concatenate([images, missing])

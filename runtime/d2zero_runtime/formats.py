@@ -1,0 +1,156 @@
+"""The kinds of exported models: how each is read, opened, and given another default vocabulary."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.artifacts.engine import EngineMetadata, replace_engine_vocabulary
+from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
+from d2zero_runtime.artifacts.pt2 import Pt2Metadata, replace_pt2_vocabulary
+from d2zero_runtime.backends.base import Backend, Images
+from d2zero_runtime.backends.onnxruntime import OnnxBackend, Provider
+from d2zero_runtime.backends.openvino.backend import OpenVinoBackend
+from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
+from d2zero_runtime.backends.torch_pt2 import Pt2Backend
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.vocabulary import Vocabulary
+
+OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
+
+Providers = Provider | Sequence[Provider]
+Model = tuple[ModelContract, Vocabulary]  # an exported model's contract and its default vocabulary
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an exported model is run; see `d2zero_runtime.load`."""
+
+    providers: Providers | None = None
+    threads: int | None = None
+    device: int = 0
+    cuda_graphs: bool = True
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of exported model.
+
+    Args:
+        suffix: The end of its files' names.
+        read: Reads the contract and the default vocabulary, without loading the network.
+        open: Opens the backend.
+        replace_vocabulary: Replaces the default vocabulary inside a file, atomically.
+        no_providers: Why it takes no providers; empty if it does.
+    """
+
+    suffix: str
+    read: Callable[[Path], Model]
+    open: Callable[[Path, LoadOptions], Backend[Any]]
+    replace_vocabulary: Callable[[Path, Vocabulary], None]
+    no_providers: str = ""
+
+
+def format_of(path: Path) -> Format:
+    """The format of an exported model, by its suffix.
+
+    Raises:
+        D2ZeroError: It is none.
+    """
+    if path.suffix not in FORMATS:
+        raise D2ZeroError(
+            f"expected an exported model ({' or '.join(FORMATS)}), got {path.name!r}; make one with `d2zero export`"
+        )
+    return FORMATS[path.suffix]
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a file is an exported model, by its suffix."""
+    return path.suffix in FORMATS
+
+
+def read_exported(path: Path) -> Model:
+    """The contract of an exported model and its default vocabulary, without loading it.
+
+    Raises:
+        D2ZeroError: It cannot be read.
+    """
+    return format_of(path).read(path)
+
+
+def open_onnx(path: Path, options: LoadOptions) -> Backend[Images]:
+    """The backend of an `.onnx` file that the providers ask for.
+
+    Raises:
+        D2ZeroError: The file or a provider cannot be used.
+    """
+    contract, _ = read_contract(path)
+    chosen = _listed(options.providers)
+    names = [entry if isinstance(entry, str) else entry[0] for entry in chosen]
+    if contract.deform_attn == "plugin" and not {"tensorrt", "TensorrtExecutionProvider"} & set(names):
+        raise D2ZeroError(
+            f"{path} holds an operator that only TensorRT has (it was exported with --deform-attn plugin); run it with"
+            " the provider tensorrt, or export with --deform-attn gridsample"
+        )
+    if any(name in OPENVINO for name in names):
+        if len(names) > 1:
+            raise D2ZeroError(f"openvino cannot be combined with other providers, got {', '.join(names)}")
+        return OpenVinoBackend(path, OPENVINO[names[0]], options.threads)
+    return onnxruntime_backend(path, contract, chosen, options.threads)
+
+
+def onnxruntime_backend(
+    path: Path, contract: ModelContract, providers: Sequence[Provider], threads: int | None = None
+) -> OnnxBackend:
+    """ONNX Runtime for a file, with the float32 math of its contract; see `d2zero_runtime.load`."""
+    backend = OnnxBackend(path, providers, threads, contract.tf32)
+    if backend.on_gpu:
+        backend.precision = contract.precision_on_gpu
+    return backend
+
+
+def _listed(providers: Providers | None) -> list[Provider]:
+    """Providers in a list; one of them may be a pair of a name and options, `("cuda", {…})`."""
+    if providers is None:
+        return ["cpu"]
+    if isinstance(providers, str):
+        return [providers]
+    if isinstance(providers, tuple) and len(providers) == 2 and isinstance(providers[1], dict):
+        return [(str(providers[0]), providers[1])]
+    return list(providers)
+
+
+def _read_engine(path: Path) -> Model:
+    metadata = EngineMetadata.read(path)
+    return metadata.runnable_contract, metadata.vocabulary
+
+
+def _read_pt2(path: Path) -> Model:
+    metadata = Pt2Metadata.read(path)
+    return metadata.contract, metadata.vocabulary
+
+
+FORMATS = {
+    entry.suffix: entry
+    for entry in (
+        Format(".onnx", read_contract, open_onnx, replace_onnx_vocabulary),
+        Format(
+            ".engine",
+            _read_engine,
+            lambda path, options: TensorrtBackend(path, EngineMetadata.read(path), options.device, options.cuda_graphs),
+            replace_engine_vocabulary,
+            no_providers="an engine is run by TensorRT itself; leave out the providers",
+        ),
+        Format(
+            ".pt2",
+            _read_pt2,
+            lambda path, options: Pt2Backend(
+                path, Pt2Metadata.read(path), options.device, options.cuda_graphs, options.threads
+            ),
+            replace_pt2_vocabulary,
+            no_providers="a .pt2 runs where it was compiled for; leave out the providers",
+        ),
+    )
+}
+EXPORTED_SUFFIXES = tuple(FORMATS)
