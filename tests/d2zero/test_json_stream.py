@@ -1,16 +1,23 @@
 """JSON read entry by entry equals JSON read at once, wherever a block ends; errors say where."""
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import cases
 
 from d2zero.data import json_stream
 from d2zero.data.coco import open_coco, read_coco
 from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable, read_json
 from d2zero_runtime import D2ZeroError
 
+TEXT = st.text(st.characters(codec="utf-8"))
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))
 VALUES = [{"a": [1, -2.5e3, True, None], "b": 'q"\\{}[],'}, 123456, {}, [], "Säge 鋸", {"ö": "\u0000\n"}, 1e-3, [[[]]]]
 
 
@@ -28,6 +35,24 @@ def test_elements_and_their_places(block: int, style: dict, tmp_path: Path, monk
     assert [value for value, *_ in found] == VALUES
     assert [json.loads(content[start:end]) for _, start, end in found] == VALUES
     assert read_json(path) == VALUES
+
+
+@cases(40)
+@given(
+    values=st.lists(JSON, max_size=6),
+    block=st.integers(1, 99),
+    indent=st.none() | st.integers(0, 3),
+    ascii_only=st.booleans(),
+)
+def test_any_list_wherever_blocks_end(values: list[object], block: int, indent: int | None, ascii_only: bool) -> None:
+    content = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "BLOCK", block)
+        text = JsonStream(io.BytesIO(content), Path("list.json"))
+        found = list(text.elements())
+        text.end()
+    assert [value for value, *_ in found] == values
+    assert [json.loads(content[start:end]) for _, start, end in found] == values
 
 
 def test_an_empty_list(tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import cases
 
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, postprocess
 
+SIDES = st.integers(1, 70)
 SIZES = {"input_size": (90, 121), "output_size": (135, 160), "padded_size": (96, 128)}
 
 
@@ -23,7 +27,9 @@ def raw(queries: int = 12, classes: int = 6, seed: int = 0) -> tuple[np.ndarray,
     return (20 * random.standard_normal((queries, classes + 1))).astype(np.float32), masks
 
 
-def plainly(class_logits: np.ndarray, mask_logits: np.ndarray, seen: np.ndarray, mode: Mode) -> list[tuple]:
+def plainly(
+    class_logits: np.ndarray, mask_logits: np.ndarray, seen: np.ndarray, mode: Mode, sizes: dict = SIZES
+) -> list[tuple]:
     """The published order of things: every mask at full size, then the scores."""
     logits = 0.2 * torch.from_numpy(class_logits)
     columns = np.flatnonzero(~seen) if mode is Mode.ZSIS else np.arange(len(seen))
@@ -31,8 +37,9 @@ def plainly(class_logits: np.ndarray, mask_logits: np.ndarray, seen: np.ndarray,
     groups = [(np.arange(len(columns)), 100)]
     if mode is Mode.GZSIS_COPY_PASTE:
         groups = [(np.flatnonzero(seen), 50), (np.flatnonzero(~seen), 50)]
-    masks = F.interpolate(torch.from_numpy(mask_logits)[None], SIZES["padded_size"], mode="bilinear")
-    masks = F.interpolate(masks[..., :90, :121], SIZES["output_size"], mode="bilinear")[0]
+    height, width = sizes["input_size"]
+    masks = F.interpolate(torch.from_numpy(mask_logits)[None], sizes["padded_size"], mode="bilinear")
+    masks = F.interpolate(masks[..., :height, :width], sizes["output_size"], mode="bilinear")[0]
     found = []
     for members, kept in groups:
         scores, flat = p[:, members].flatten().topk(min(kept, p[:, members].numel()))
@@ -61,6 +68,34 @@ def test_equals_the_plain_version(mode: Mode) -> None:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         tight = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else [0, 0, 0, 0]
         assert box.tolist() == tight
+
+
+@cases(60)
+@given(
+    mode=st.sampled_from(list(Mode)),
+    classes=st.integers(2, 8),
+    queries=st.integers(1, 12),
+    input_size=st.tuples(SIDES, SIDES),
+    output_size=st.tuples(SIDES, SIDES),
+    seed=st.integers(0, 99),
+)
+def test_any_case_equals_the_plain_version(
+    mode: Mode, classes: int, queries: int, input_size: tuple[int, int], output_size: tuple[int, int], seed: int
+) -> None:
+    padded = (-(-input_size[0] // 32) * 32, -(-input_size[1] // 32) * 32)
+    sizes = {"input_size": input_size, "output_size": output_size, "padded_size": padded}
+    random = np.random.default_rng(seed)
+    class_logits = (20 * random.standard_normal((queries, classes + 1))).astype(np.float32)
+    coarse = torch.from_numpy(random.standard_normal((1, queries, 4, 4)).astype(np.float32))
+    mask_logits = F.interpolate(4 * coarse, (padded[0] // 4, padded[1] // 4), mode="bicubic")[0].numpy()
+    vocabulary = words(classes, seen=classes - 1)
+    found = postprocess(class_logits, mask_logits, vocabulary, mode=mode, **sizes)
+    expected = plainly(class_logits, mask_logits, vocabulary.seen, mode, sizes)
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found.scores, sorted((score for _, score, _ in expected), reverse=True), atol=1e-4)
+    ours = np.bincount(found.class_ids, found.bitmaps().sum((1, 2)), classes)
+    theirs = np.bincount([name for name, *_ in expected], [mask.sum() for *_, mask in expected], classes)
+    np.testing.assert_allclose(ours, theirs, atol=2 + 1e-3 * len(expected) * output_size[0] * output_size[1])
 
 
 def test_masks_equal_pixel_by_pixel() -> None:

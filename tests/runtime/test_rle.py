@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from properties import cases
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.masks import rle
 
 coco_mask = pytest.importorskip("pycocotools.mask")
+MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=40))
+LETTERS = st.characters(min_codepoint=40, max_codepoint=120)
 
 
 def masks() -> list[np.ndarray]:
@@ -72,3 +78,60 @@ def test_runs_that_do_not_fill_the_mask(counts: str) -> None:
     for read in (rle.decode, rle.area):
         with pytest.raises(D2ZeroError, match="a mask "):
             read({"size": [5, 7], "counts": counts})
+
+
+@cases(100)
+@given(MASKS)
+def test_any_mask_equals_pycocotools(mask: np.ndarray) -> None:
+    test_equals_pycocotools(mask)
+    test_uncompressed_runs(mask)
+
+
+@cases(100)
+@given(MASKS, st.data())
+def test_any_window_is_the_mask_around_it(window: np.ndarray, data: st.DataObject) -> None:
+    top, bottom, left, right = (data.draw(st.integers(0, 9)) for _ in range(4))
+    whole = np.pad(window, ((top, bottom), (left, right)))
+    assert rle.encode_window(window, top, left, *whole.shape) == rle.encode(whole)
+
+
+def runs_of(text: str) -> list[int] | None:
+    """Run lengths as pycocotools' specification has them, number by number; None if they cannot be read."""
+    runs: list[int] = []
+    value = place = 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 0x1F) << 5 * place
+        place += 1
+        if code & 0x20:
+            continue
+        if place > rle.MOST_DIGITS:
+            return None
+        value -= ((code & 0x10) << 1) << 5 * (place - 1)
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = place = 0
+    return None if place or not runs else runs
+
+
+@cases(80)
+@given(
+    st.lists(st.tuples(MASKS, st.booleans(), st.integers(0, 999), st.characters(min_codepoint=40, max_codepoint=120)))
+)
+def test_changed_texts_are_judged_as_they_read(drawn: list[tuple[np.ndarray, bool, int, str]]) -> None:
+    counts, sizes, fine = [], [], []
+    for mask, changed, place, letter in drawn:
+        text = rle.encode(mask)["counts"]
+        if changed:
+            place %= len(text)
+            text = text[:place] + letter + text[place + 1 :]
+        runs = runs_of(text)
+        counts.append(text)
+        sizes.append(mask.shape)
+        fine.append(runs is not None and min(runs) >= 0 and sum(runs) == mask.size and all(runs[1:-1]))
+    assert [not problem for problem in rle.problems(counts, sizes)] == fine
+    for text, size, good in zip(counts, sizes, fine, strict=True):
+        if good:
+            decoded = rle.decode({"size": list(size), "counts": text})
+            np.testing.assert_array_equal(decoded, coco_mask.decode({"size": list(size), "counts": text}))
