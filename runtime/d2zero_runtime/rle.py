@@ -95,7 +95,7 @@ def area(rle: RLE | dict[str, Any]) -> int:
     Raises:
         D2ZeroError: the runs do not fill the mask.
     """
-    return int(_runs(rle)[1::2].sum())
+    return int(_runs(rle)[1::2].sum(dtype=np.int64))
 
 
 def problems(counts: Sequence[str | bytes], sizes: Sequence[tuple[int, int]]) -> list[str]:
@@ -108,12 +108,12 @@ def problems(counts: Sequence[str | bytes], sizes: Sequence[tuple[int, int]]) ->
     return [_problem([text], [size]) for text, size in zip(counts, sizes, strict=True)]
 
 
-def _runs(rle: RLE | dict[str, Any]) -> NDArray[np.int64]:
+def _runs(rle: RLE | dict[str, Any]) -> NDArray[np.int32]:
     """Of one mask; what is wrong is looked into only if the sum is."""
     text = rle["counts"]
     codes = np.frombuffer(text.encode("ascii", "replace") if isinstance(text, str) else text, np.uint8) - np.uint8(48)
     goes_on = codes & 0x20 != 0
-    runs = None if not len(codes) or goes_on[-1] else _numbers(codes & 0x1F, goes_on)
+    runs = None if not len(codes) or goes_on[-1] else _numbers(codes & np.uint8(0x1F), goes_on)
     if runs is not None:
         for first in (1, 2):
             runs[first::2] = np.cumsum(runs[first::2])
