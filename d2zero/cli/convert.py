@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.files import check_output
 
 
 def convert(
@@ -23,6 +24,7 @@ def convert(
 
     if output.suffix != ".safetensors":
         raise D2ZeroError(f"--output must end in .safetensors, got {output}")
+    check_output(output)
     words = Vocabulary.load(vocabulary)
     arrays = read_arrays(file)
     model = build(ModelConfig(text_dim=words.width), words)

@@ -7,6 +7,7 @@ import typer
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from d2zero_runtime.files import check_output
 
 app = typer.Typer(help="Make data sets ready for zero-shot training and tests.", no_args_is_help=True)
 
@@ -37,6 +38,7 @@ def split(
     train = train_json or _source(data, "train")
     val = val_json or _source(data, "val")
     output = output or data / "annotations" / "ZSIS"
+    check_output(output, folder=True)
     for part in write_split(read_coco(train), read_coco(val), chosen, output, force):
         print(f"{part.path}: {part.images} images, {part.annotations} instances")
 
@@ -54,6 +56,7 @@ def shapes(
     from d2zero.data.shapes import SPLIT, ShapesConfig, write_dataset
 
     config = ShapesConfig(size=size, train_images=train_images, val_images=val_images, seed=seed)
+    check_output(output, folder=True)
     write_dataset(output, config, tracked)
     print(
         f"{output}: {len(SPLIT.seen)} seen and {len(SPLIT.unseen)} unseen classes,"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.files import write_text
+from d2zero_runtime.files import check_output, write_text
 
 
 def demo(
@@ -27,8 +27,7 @@ def demo(
 
     if settings and not train:
         raise D2ZeroError("--set changes the training; give --train with it")
-    if output.exists() and not output.is_dir():
-        raise D2ZeroError(f"--output takes a folder, {output} is a file")
+    check_output(output, folder=True)
     result = run_demo(output, images, tracked, train, settings)
     console().print(results_table(result.rows))
     figures = output / "results.json"

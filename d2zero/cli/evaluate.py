@@ -9,7 +9,7 @@ import typer
 
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary
 from d2zero_runtime.errors import listed
-from d2zero_runtime.files import write_text
+from d2zero_runtime.files import check_output, write_text
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
@@ -66,10 +66,9 @@ def evaluate(
     modes = [Mode.parse(name.strip()) for name in mode.split(",")]
     if (checkpoint is None) == (detections is None):
         raise D2ZeroError("give either a checkpoint or --detections FILE")
-    if json_file and not json_file.parent.is_dir():
-        raise D2ZeroError(f"the folder of --json {json_file} does not exist")
-    if json_file and json_file.is_dir():
-        raise D2ZeroError(f"--json takes a file, {json_file} is a folder")
+    check_output(output, folder=True)
+    check_output(json_file, "--json")
+    check_output(pictures, "--pictures")
     if pictures and pictures.suffix.lower() not in PICTURE_SUFFIXES:
         raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
     if detections is not None and any((data, images, output, pictures, limit)):

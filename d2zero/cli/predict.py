@@ -17,7 +17,7 @@ from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import check_output, whole_file
 from d2zero_runtime.sources import ImageLike, expand
 
 Picture = Image.Image | NDArray[np.uint8]
@@ -57,8 +57,7 @@ def predict(
     ] = 1,
 ) -> None:
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
-    if output.exists() and not output.is_dir():
-        raise D2ZeroError(f"--output takes a folder, {output} is a file")
+    check_output(output, folder=True)
     chosen = Mode.parse(mode)
     segmenter = open_segmenter(model, provider, device, vocabulary)
     sources = [Path(str(item)) for item in expand(source, leave_out=output)]

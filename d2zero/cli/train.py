@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from d2zero_runtime.files import check_output
+
 
 def train(
     preset: Annotated[str, typer.Option("--preset", help="coco-48-17, coco-65-15 or shapes.")],
@@ -33,6 +35,7 @@ def train(
     from d2zero.training.config import find_preset, with_settings
     from d2zero.training.start import Inputs, start
 
+    check_output(output, folder=True)
     config = with_settings(find_preset(preset), settings or [])
     inputs = Inputs(data, vocabulary, annotations, images, init, backbone_weights)
     model_file = start(config, inputs, output, resume=resume, device=device)

@@ -11,7 +11,7 @@ import typer
 
 from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.files import write_text
+from d2zero_runtime.files import check_output, write_text
 from d2zero_runtime.images import Size
 from d2zero_runtime.sources import expand
 
@@ -91,6 +91,7 @@ def export(
         other = next((name for name, suffix in SUFFIXES.items() if suffix == output.suffix), None)
         hint = f"; for that, give --format {other}" if other else ""
         raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}{hint}")
+    check_output(output)
     engine = None
     if target == "tensorrt":
         _refuse_int8(model, precision)
@@ -263,6 +264,7 @@ def verify(
 
     if annotations and not images:
         raise D2ZeroError("--annotations need the folder of their images: give --images")
+    check_output(json_file, "--json")
     truth = read_coco(annotations) if annotations else None
     files = [Path(str(item)) for item in expand(images)][:limit] if images else []
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}

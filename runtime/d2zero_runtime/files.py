@@ -1,8 +1,34 @@
 """Files that are whole or not there."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from d2zero_runtime.errors import D2ZeroError
+
+
+def check_output(path: Path | None, flag: str = "--output", folder: bool = False) -> None:
+    """Refuse a place where nothing can be written, before the work whose result it shall hold.
+
+    Args:
+        path: Where to write; nothing is checked if it is None.
+        flag: The flag that it was given with, for the message.
+        folder: Whether it is to be a folder, not a file.
+
+    Raises:
+        D2ZeroError: It is a folder where a file should be, or the reverse; or its folder cannot be written to.
+    """
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        wanted, found = ("folder", "file") if folder else ("file", "folder")
+        raise D2ZeroError(f"{flag} takes a {wanted}, {path} is a {found}")
+    existing = next(place for place in (path, *path.parents) if place.exists() and (place != path or folder))
+    if not existing.is_dir():
+        raise D2ZeroError(f"{flag} {path} cannot be written: {existing} is no folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise D2ZeroError(f"{flag} {path} cannot be written: no permission to write in {existing}")
 
 
 @contextmanager

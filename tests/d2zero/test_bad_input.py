@@ -23,6 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path, exported:
     shutil.copytree(shapes_data, folder / "data")
     placeholder_vocabulary().save(folder / "words48.npz")
     (folder / "empty").mkdir()
+    (folder / "folder.onnx").mkdir()
     (folder / "text.json").write_text("not json")
     (folder / "list.json").write_text("[]")
     whole = (folder / "data/annotations/instances_val_gzsi_shapes.json").read_text()
@@ -83,7 +84,7 @@ CASES = [
     ("eval model.safetensors --data data --annotations cut.json", "is not JSON or is cut short"),
     ("eval model.safetensors --data data --annotations list.json", "is not a COCO annotation file"),
     ("eval model.safetensors --data data --batch-size 0", "Invalid value for '--batch-size'"),
-    ("eval model.safetensors --data data --json no/such/place.json", "the folder of --json"),
+    ("eval model.safetensors --data data --json text.json/place.json", "text.json is no folder"),
     ("eval --detections text.json --annotations data/annotations/instances_val_gzsi_shapes.json", "--split NAME"),
     (
         "eval --detections list.json --split coco-48-17 --annotations data/annotations/instances_val_gzsi_shapes.json",
@@ -219,6 +220,8 @@ CASES = [
     ("data shapes -o drawn --size 8", "size must be at least 32"),
     ("demo --set steps=3", "give --train with it"),
     ("demo -o text.json", "takes a folder"),
+    ("export model.safetensors -o text.json/model.onnx", "text.json is no folder"),
+    ("export model.safetensors -o folder.onnx", "--output takes a file"),
 ]
 
 

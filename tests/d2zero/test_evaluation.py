@@ -312,7 +312,7 @@ def test_results_in_no_order_with_equal_scores_equal_pycocotools(tmp_path: Path,
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "BLOCK", 1 << 14)
     sizes, peaks = [], []
-    for images in (10, 40):
+    for images in (40, 100):
         truth, found = shuffled_results(tmp_path, images, 100)
         sizes.append(truth.stat().st_size + found.stat().st_size)
         tracemalloc.start()
