@@ -410,6 +410,7 @@ def test_settings() -> None:
     assert changed.optim.lr == 1.0 and changed.model.backbone == "convnext_tiny" and changed.cache is True
     assert changed.augment.scale_range == (0.5, 1.5) and changed.optim.milestones == (3,)
     assert config_to_dict(changed)["optim"]["milestones"] == [3]  # as JSON has it
+    assert changed.workers <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize(
