@@ -21,7 +21,8 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.text.word2vec import read_word2vec
 from d2zero.training.config import shapes
-from d2zero_export.onnx_export import ExportConfig, export_onnx
+from d2zero_export.onnx_export import export_onnx
+from d2zero_export.options import OnnxOptions
 from d2zero_runtime import Vocabulary
 
 SHARED = Path(os.environ.get("D2ZERO_SHARED") or Path(__file__).parents[2] / "shared")
@@ -85,7 +86,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     path = (base if worker_id == "master" else base.parent) / "demo.onnx"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            export_onnx(load_model(packaged_checkpoint()), path, ExportConfig(verify=False), checkpoint_hash="abc")
+            export_onnx(load_model(packaged_checkpoint()), path, OnnxOptions(verify=False), checkpoint_hash="abc")
     return path
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
+from d2zero.model.deformable import DeformableFunction, LevelSizes, grid_sample
 
 ROUNDING = 4e-6  # of float32 sums, of a tensor's largest element: 32 units in the last place
 STEPS = 4096  # a location is a multiple of 1/STEPS: coordinates are exact in float32, so all agree on the pixel
@@ -43,25 +43,25 @@ def case(
     return Case(values.to(dtype), sizes, locations, weights, grad.to(dtype))
 
 
-def outputs(form: DeformableForm, case: Case) -> list[Tensor]:
+def outputs(function: DeformableFunction, case: Case) -> list[Tensor]:
     """The output and the gradients of values, locations and weights."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (case.values, case.locations, case.weights)]
-    out = form(inputs[0], case.sizes, inputs[1], inputs[2])
+    out = function(inputs[0], case.sizes, inputs[1], inputs[2])
     return [out.detach(), *torch.autograd.grad(out, inputs, case.grad)]
 
 
-def assert_equals_float64(form: DeformableForm, case: Case, ulps: float = 0.5) -> None:
-    """Hold all outputs of a form against `grid_sample` in float64, fed with the same rounded inputs.
+def assert_equals_float64(function: DeformableFunction, case: Case, ulps: float = 0.5) -> None:
+    """Compare all outputs with those of `grid_sample` in float64, fed with the same rounded inputs.
 
     Args:
-        form: what to test.
+        function: What to test.
         case: with values of any precision.
         ulps: what one rounding to half precision may cost, in units of the last place.
     """
     exact = [tensor.double() for tensor in (case.values, case.locations, case.weights, case.grad)]
     expected = outputs(grid_sample, Case(exact[0], case.sizes, *exact[1:]))
     names = ("output", "gradient of values", "gradient of locations", "gradient of weights")
-    for name, got, want in zip(names, outputs(form, case), expected, strict=True):
+    for name, got, want in zip(names, outputs(function, case), expected, strict=True):
         atol = ROUNDING * max(1.0, want.abs().max().item()) if want.numel() else 0.0
         rtol = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps * ulps
         torch.testing.assert_close(

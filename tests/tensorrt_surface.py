@@ -62,7 +62,7 @@ def run_inside(scenarios: Path, version: str, folder: Path) -> None:
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(folder),
-        "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}"]

@@ -159,11 +159,12 @@ def _write(path: Path, where: dict[str, Any], settings: dict[str, Any], curves: 
 
 def _exported(folder: Path, published: bool, queries: int | None) -> Path:
     """The model as an ONNX file."""
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
+    from d2zero_export.onnx_export import export_onnx
+    from d2zero_export.options import OnnxOptions
 
     name = ("published" if published else "demo") + ("" if queries is None else f"-{queries}-queries")
     print(f"exporting {name}", file=sys.stderr)
-    export_onnx(_model(published, queries), folder / f"{name}.onnx", ExportConfig(verify=False))
+    export_onnx(_model(published, queries), folder / f"{name}.onnx", OnnxOptions(verify=False))
     return folder / f"{name}.onnx"
 
 

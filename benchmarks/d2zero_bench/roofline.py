@@ -102,11 +102,11 @@ def work_of(checkpoint: Path, case: Case, precision: str = "float32") -> Work:
     """
     from d2zero.checkpoints.files import load_model
     from d2zero_export.graph import InferenceGraph
-    from d2zero_export.precision import lowered
+    from d2zero_export.precision import cast_to
 
     model = load_model(checkpoint)
     stored = "float32" if precision == "tf32" else precision
-    graph: nn.Module = InferenceGraph(lowered(model, stored), fused=True).eval().requires_grad_(False)
+    graph: nn.Module = InferenceGraph(cast_to(model, stored), fused=True).eval().requires_grad_(False)
     height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
     classes = case.classes or len(model.vocabulary)
 

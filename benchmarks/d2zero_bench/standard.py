@@ -30,7 +30,7 @@ from d2zero_runtime import D2ZeroError, Vocabulary
 
 if TYPE_CHECKING:
     from d2zero.model import D2Zero
-    from d2zero_export.onnx_export import ExportConfig
+    from d2zero_export.options import OnnxOptions
 
 ACCURACY_IMAGES = 60
 CALIBRATION_IMAGES = 32
@@ -89,7 +89,7 @@ def _processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
-Export = tuple[Path, dict[Path, "ExportConfig"]]  # checkpoint; files of one graph, and how each is made of it
+Export = tuple[Path, dict[Path, "OnnxOptions"]]  # checkpoint; files of one graph, and how each is made of it
 
 
 def _export(job: Export) -> int:
@@ -119,14 +119,14 @@ def _demo(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     """The demo's checkpoint, published form and ONNX files, at the demo's size, with accuracy."""
     from d2zero.data.shapes import ShapesConfig, write_dataset
     from d2zero.demo.run import packaged_checkpoint
-    from d2zero_export.onnx_export import ExportConfig
+    from d2zero_export.options import OnnxOptions
 
     drawn = ShapesConfig(train_images=CALIBRATION_IMAGES, val_images=ACCURACY_IMAGES)
     write_dataset(folder / "data", drawn, tracked)
     checkpoint = packaged_checkpoint()
     exported, eight_bits = folder / "shapes.onnx", folder / "shapes-int8.onnx"
-    calibrated = ExportConfig("int8", verify=False, calibration=folder / "data/train")
-    exports.append((checkpoint, {exported: ExportConfig(verify=False), eight_bits: calibrated}))
+    calibrated = OnnxOptions(precision="int8", verify=False, calibration=folder / "data/train")
+    exports.append((checkpoint, {exported: OnnxOptions(verify=False), eight_bits: calibrated}))
     plan = Plan(
         models=(checkpoint, exported, eight_bits),
         variants=("published", "model"),
@@ -182,15 +182,15 @@ def random_checkpoint(folder: Path) -> Path:
 
 def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     """The published architecture, random weights, at 800x1216; a few rounds."""
-    from d2zero_export.onnx_export import ExportConfig
+    from d2zero_export.options import OnnxOptions
 
     checkpoint = random_checkpoint(folder)
     exported, fixed, eight_bits = (folder / f"resnet50{name}.onnx" for name in ("", "-fixed", "-fixed-int8"))
     case = Case(*SIZE)
     photos = Photos.of(folder / "drawn", None, [case]).batch(case, 0)[0].parent
-    one_size = ExportConfig(deform_attn="gather", size=SIZE, batch=1, verify=False)
+    one_size = OnnxOptions(deform_attn="gather", size=SIZE, batch=1, verify=False)
     calibrated = replace(one_size, precision="int8", calibration=photos, calibration_images=CALIBRATION_DRAWN)
-    exports.append((checkpoint, {exported: ExportConfig(verify=False)}))
+    exports.append((checkpoint, {exported: OnnxOptions(verify=False)}))
     exports.append((checkpoint, {fixed: one_size, eight_bits: calibrated}))
     plan = Plan(
         models=(checkpoint, exported, fixed, eight_bits),

@@ -34,12 +34,12 @@ from stages import write_json
 from timing import milliseconds
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, LevelSizes, grid_sample
-from d2zero.model.deformable_triton import FORMS
+from d2zero.model.deformable import DeformableFunction, LevelSizes, gather, grid_sample, triton_sample
 from d2zero.model.positions import pixel_centres
 from d2zero_bench.environment import without_folders
 from d2zero_runtime.backends.torch_math import float32_math
 
+FORMS = {"grid_sample": grid_sample, "gather": gather, "triton": triton_sample}
 TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES: dict[str, LevelSizes] = {
     "800x1216": [(25, 38), (50, 76), (100, 152)],
@@ -65,14 +65,14 @@ def draw(sizes: LevelSizes, batch: int, dtype: torch.dtype, device: str) -> list
     return [values.to(dtype), (locations * STEPS).round() / STEPS, weights.view(offsets.shape[:-1])]
 
 
-def outputs(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> list[Tensor]:
+def outputs(form: DeformableFunction, sizes: LevelSizes, tensors: list[Tensor]) -> list[Tensor]:
     """The output and the gradients of values, locations and weights, the output's gradient being 1."""
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
     out = form(inputs[0], sizes, inputs[1], inputs[2])
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
 
-def errors(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> dict[str, float]:
+def errors(form: DeformableFunction, sizes: LevelSizes, tensors: list[Tensor]) -> dict[str, float]:
     """The largest error of each output, as a share of the largest element that float64 says."""
     exact = outputs(grid_sample, sizes, [tensor.double() for tensor in tensors])
     pairs = zip(OUTPUTS, outputs(form, sizes, tensors), exact, strict=True)
@@ -135,7 +135,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def forward(form: DeformableForm, sizes: LevelSizes, tensors: list[Tensor]) -> Tensor:
+def forward(form: DeformableFunction, sizes: LevelSizes, tensors: list[Tensor]) -> Tensor:
     """The form without autograd."""
     with torch.no_grad():
         return form(tensors[0], sizes, tensors[1], tensors[2])
@@ -163,8 +163,8 @@ def timings(
 
 
 def measure(
-    call: Callable[[DeformableForm, LevelSizes, list[Tensor]], object],
-    form: DeformableForm,
+    call: Callable[[DeformableFunction, LevelSizes, list[Tensor]], object],
+    form: DeformableFunction,
     sizes: LevelSizes,
     tensors: list[Tensor],
     device: str,

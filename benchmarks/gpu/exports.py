@@ -28,19 +28,21 @@ NAME = re.compile(r"(float32|float16|bfloat16)(?:-batch(\d+))?\.(pt2|onnx)")
 def export(name: str, work: Path, rehearsal: bool) -> float:
     """Make one file; returns seconds."""
     from d2zero.checkpoints.files import load_model
-    from d2zero_export.onnx_export import ExportConfig, export_onnx
-    from d2zero_export.pt2_export import Pt2Config, export_pt2
+    from d2zero_export.onnx_export import export_onnx
+    from d2zero_export.options import OnnxOptions, Pt2Options
+    from d2zero_export.pt2_export import export_pt2
 
     begin = time.perf_counter()
     found = NAME.fullmatch(name)
     assert found, name
     precision = "float32" if rehearsal else found[1]  # a CPU compiles no float16
-    config = ExportConfig(precision, size=SMALL if rehearsal else SIZE, batch=int(found[2] or 1), verify=False)
+    graph: dict[str, Any] = {"precision": precision, "size": SMALL if rehearsal else SIZE, "verify": False}
+    graph["batch"] = int(found[2] or 1)
     model = load_model(work / CHECKPOINT)
     if found[3] == "pt2":
-        export_pt2(model, work / name, Pt2Config("cpu" if rehearsal else "cuda", config))
+        export_pt2(model, work / name, Pt2Options(device="cpu" if rehearsal else "cuda", **graph))
     else:
-        export_onnx(model, work / name, config)
+        export_onnx(model, work / name, OnnxOptions(**graph))
     return time.perf_counter() - begin
 
 

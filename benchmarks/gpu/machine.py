@@ -24,8 +24,7 @@ from masked import draw as draw_masked
 from stages import write_json
 from torch.nn.attention import SDPBackend
 
-from d2zero.model.deformable import grid_sample
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import grid_sample, triton_sample
 from d2zero_bench.environment import environment
 from d2zero_runtime.masks.device import Sizes, in_one_kernel, in_steps
 
@@ -80,7 +79,7 @@ def deformable(device: str) -> float:
     values = torch.randn(1, 75, 8, 32, generator=generator, device=device)
     locations = torch.rand(1, 4, 8, 2, 4, 2, generator=generator, device=device)
     weights = torch.rand(1, 4, 8, 2, 4, generator=generator, device=device)
-    difference = triton_form(values, sizes, locations, weights) - grid_sample(values, sizes, locations, weights)
+    difference = triton_sample(values, sizes, locations, weights) - grid_sample(values, sizes, locations, weights)
     return difference.abs().max().item()
 
 

@@ -28,7 +28,7 @@ from timing import graphed_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ours = import_module("d2zero.model.masked_attention")
+ours = import_module("d2zero.model.masked_attention.operator")
 HEADS, QUERIES, CHANNELS = 8, 100, 256
 KEYS = (15_200, 3_800, 950)
 TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,7 +12,7 @@ from d2zero_runtime.files import check_output, write_text
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for data, figures and pictures.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for data, metrics and pictures.")] = Path(
         "demo-output"
     ),
     train: Annotated[bool, typer.Option("--train", help="Train the demo's model from nothing first.")] = False,

@@ -42,7 +42,7 @@ def _options() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command and exit: 0 done, 2 for what the user can fix, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal does not have is replaced
             stream.reconfigure(errors="replace")

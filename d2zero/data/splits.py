@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 
-COCO_IDS: dict[str, int] = {}  # COCO's 80 names -> category ids, in COCO's order
-_COCO = """1 person,2 bicycle,3 car,4 motorcycle,5 airplane,6 bus,7 train,8 truck,9 boat,10 traffic light,
-11 fire hydrant,13 stop sign,14 parking meter,15 bench,16 bird,17 cat,18 dog,19 horse,20 sheep,21 cow,
-22 elephant,23 bear,24 zebra,25 giraffe,27 backpack,28 umbrella,31 handbag,32 tie,33 suitcase,34 frisbee,
-35 skis,36 snowboard,37 sports ball,38 kite,39 baseball bat,40 baseball glove,41 skateboard,42 surfboard,
-43 tennis racket,44 bottle,46 wine glass,47 cup,48 fork,49 knife,50 spoon,51 bowl,52 banana,53 apple,
-54 sandwich,55 orange,56 broccoli,57 carrot,58 hot dog,59 pizza,60 donut,61 cake,62 chair,63 couch,
-64 potted plant,65 bed,67 dining table,70 toilet,72 tv,73 laptop,74 mouse,75 remote,76 keyboard,
-77 cell phone,78 microwave,79 oven,80 toaster,81 sink,82 refrigerator,84 book,85 clock,86 vase,87 scissors,
-88 teddy bear,89 hair drier,90 toothbrush"""
-for _entry in _COCO.replace("\n", "").split(","):
-    _number, _name = _entry.split(" ", 1)
-    COCO_IDS[_name] = int(_number)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.replace("\n", " ").split(","))
+# fmt: off
+COCO_IDS = {  # COCO's 80 names -> category ids, in COCO's order
+    "person": 1, "bicycle": 2, "car": 3, "motorcycle": 4, "airplane": 5, "bus": 6, "train": 7, "truck": 8, "boat": 9,
+    "traffic light": 10, "fire hydrant": 11, "stop sign": 13, "parking meter": 14, "bench": 15, "bird": 16, "cat": 17,
+    "dog": 18, "horse": 19, "sheep": 20, "cow": 21, "elephant": 22, "bear": 23, "zebra": 24, "giraffe": 25,
+    "backpack": 27, "umbrella": 28, "handbag": 31, "tie": 32, "suitcase": 33, "frisbee": 34, "skis": 35,
+    "snowboard": 36, "sports ball": 37, "kite": 38, "baseball bat": 39, "baseball glove": 40, "skateboard": 41,
+    "surfboard": 42, "tennis racket": 43, "bottle": 44, "wine glass": 46, "cup": 47, "fork": 48, "knife": 49,
+    "spoon": 50, "bowl": 51, "banana": 52, "apple": 53, "sandwich": 54, "orange": 55, "broccoli": 56, "carrot": 57,
+    "hot dog": 58, "pizza": 59, "donut": 60, "cake": 61, "chair": 62, "couch": 63, "potted plant": 64, "bed": 65,
+    "dining table": 67, "toilet": 70, "tv": 72, "laptop": 73, "mouse": 74, "remote": 75, "keyboard": 76,
+    "cell phone": 77, "microwave": 78, "oven": 79, "toaster": 80, "sink": 81, "refrigerator": 82, "book": 84,
+    "clock": 85, "vase": 86, "scissors": 87, "teddy bear": 88, "hair drier": 89, "toothbrush": 90,
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Split:
         return self.seen + self.unseen
 
     def is_seen(self, names: Iterable[str]) -> list[bool]:
-        """A flag a name.
+        """One flag per name.
 
         Raises:
             D2ZeroError: a name is not of this split.
@@ -55,23 +53,26 @@ class Split:
         return [name in self.seen for name in names]
 
 
+# fmt: off
 COCO_48_17 = Split(
     "coco-48-17",
-    seen=_names(
-        """person,bicycle,car,motorcycle,truck,boat,bench,bird,horse,sheep,zebra,giraffe,backpack,handbag,skis,
-        kite,surfboard,bottle,spoon,bowl,banana,apple,orange,broccoli,carrot,pizza,donut,chair,bed,tv,laptop,
-        remote,microwave,oven,refrigerator,book,clock,vase,toothbrush,train,bear,suitcase,frisbee,fork,
-        sandwich,toilet,mouse,toaster"""
+    seen=(
+        "person", "bicycle", "car", "motorcycle", "truck", "boat", "bench", "bird", "horse", "sheep", "zebra",
+        "giraffe", "backpack", "handbag", "skis", "kite", "surfboard", "bottle", "spoon", "bowl", "banana", "apple",
+        "orange", "broccoli", "carrot", "pizza", "donut", "chair", "bed", "tv", "laptop", "remote", "microwave", "oven",
+        "refrigerator", "book", "clock", "vase", "toothbrush", "train", "bear", "suitcase", "frisbee", "fork",
+        "sandwich", "toilet", "mouse", "toaster",
     ),
-    unseen=_names(
-        """bus,dog,cow,elephant,umbrella,tie,skateboard,cup,knife,cake,couch,keyboard,sink,scissors,airplane,
-        cat,snowboard"""
+    unseen=(
+        "bus", "dog", "cow", "elephant", "umbrella", "tie", "skateboard", "cup", "knife", "cake", "couch", "keyboard",
+        "sink", "scissors", "airplane", "cat", "snowboard",
     ),
 )
-_UNSEEN_15 = _names(
-    """airplane,train,parking meter,cat,bear,suitcase,frisbee,snowboard,fork,sandwich,hot dog,toilet,mouse,
-    toaster,hair drier"""
+_UNSEEN_15 = (
+    "airplane", "train", "parking meter", "cat", "bear", "suitcase", "frisbee", "snowboard", "fork", "sandwich",
+    "hot dog", "toilet", "mouse", "toaster", "hair drier",
 )
+# fmt: on
 COCO_65_15 = Split("coco-65-15", seen=tuple(name for name in COCO_IDS if name not in _UNSEEN_15), unseen=_UNSEEN_15)
 SPLITS = {split.name: split for split in (COCO_48_17, COCO_65_15)}
 

@@ -32,6 +32,8 @@ from d2zero.evaluation.result_entries import by_image
 from d2zero_runtime import D2ZeroError, Mode
 from d2zero_runtime.errors import listed
 
+# What accuracy is compared by: keys of a summary.
+HEADLINE_METRICS = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 RECALL_LEVELS = np.linspace(0, 1, 101)
 
 

@@ -7,6 +7,8 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
 from d2zero_runtime.images import Preprocessing
 
+LEVELS = 3  # of the pixel decoder's memory: strides 32, 16, 8
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -18,7 +20,7 @@ class ModelConfig:
     hidden_dim: int = 256  # C, of pixel decoder, queries and mask features
     num_heads: int = 8  # of pixel decoder and decoder attention
     encoder_layers: int = 6  # deformable layers of the pixel decoder
-    encoder_points: int = 4  # samples a head, level and query
+    encoder_points: int = 4  # samples per head, level and query
     encoder_ffn_dim: int = 1024
     num_queries: int = 100  # Q
     decoder_layers: int = 9  # masked-attention layers, cycling strides 32, 16, 8

@@ -16,8 +16,7 @@ from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
-from d2zero.model.deformable import DeformableForm
-from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.deformable import DeformableAttention, DeformableFunction
 from d2zero.model.inference import TorchBackend
 from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import Detections, Mode, Preprocessing, Segmenter, Vocabulary
@@ -96,7 +95,7 @@ class D2Zero(nn.Module):
             images_B3HW: (B, 3, H, W) float32, normalised and padded; H and W multiples of 32.
             class_embeddings_KD: classes to compare with; the vocabulary's by default. Training gives the
                 seen classes only.
-            all_heads: classify at every head (training) or at the last one alone (inference).
+            all_heads: classify at every head (training) or only at the last one (inference).
 
         Returns:
             The heads' predictions in order, the final one last.
@@ -169,15 +168,15 @@ class D2Zero(nn.Module):
         finally:
             self.train(was_training)
 
-    def set_deformable(self, form: DeformableForm | None) -> None:
+    def set_deformable(self, function: DeformableFunction | None) -> None:
         """Choose how deformable attention is computed (`d2zero.model.deformable`); results are equal.
 
         Args:
-            form: the fastest where the tensors are if None.
+            function: The fastest where the tensors are if None.
         """
         for module in self.modules():
             if isinstance(module, DeformableAttention):
-                module.form = form
+                module.function = function
 
 
 def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:

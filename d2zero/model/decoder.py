@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2zero.model.config import LEVELS
 from d2zero.model.positions import sine_positions
-
-LEVELS = 3
 
 
 class MaskMLP(nn.Sequential):
@@ -108,9 +107,8 @@ class MaskedDecoder(nn.Module):
         heads = [self._head(queries_BQC, mask_features_BCHW)]
         for index, layer in enumerate(self.layers):
             level_index = index % LEVELS
-            blocked = attention_mask(heads[-1][1], sizes[level_index])
-            blocked = blocked.repeat_interleave(self.heads, dim=0)
-            queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], blocked)
+            mask = attention_mask(heads[-1][1], sizes[level_index]).repeat_interleave(self.heads, dim=0)
+            queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], mask)
             heads.append(self._head(queries_BQC, mask_features_BCHW))
         return heads
 
@@ -127,5 +125,10 @@ def attention_mask(mask_logits_BQHW: Tensor, size: tuple[int, int]) -> Tensor:
     everywhere attends everywhere.
     """
     logits = F.interpolate(mask_logits_BQHW.detach(), size, mode="bilinear", align_corners=False)
-    blocked = logits.flatten(2) < 0
-    return blocked & ~blocked.all(dim=2, keepdim=True)
+    return blocked(logits.flatten(2))
+
+
+def blocked(mask_logits_BQN: Tensor) -> Tensor:
+    """Where queries must not attend, bool: negative logits, unless all of a query's are."""
+    negative = mask_logits_BQN < 0
+    return negative & ~negative.all(dim=2, keepdim=True)

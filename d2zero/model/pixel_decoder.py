@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2zero.model.deformable import DeformableForm, LevelSizes
-from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.config import LEVELS
+from d2zero.model.deformable import DeformableAttention, DeformableFunction, LevelSizes
 from d2zero.model.positions import pixel_centres, sine_positions
 
-LEVELS = 3
 NORM_GROUPS = 32
 
 
 class EncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward, each followed by layer norm."""
 
-    def __init__(self, dim: int, heads: int, points: int, ffn_dim: int, form: DeformableForm | None) -> None:
+    def __init__(self, dim: int, heads: int, points: int, ffn_dim: int, function: DeformableFunction | None) -> None:
         super().__init__()
-        self.attention = DeformableAttention(dim, heads, LEVELS, points, form)
+        self.attention = DeformableAttention(dim, heads, LEVELS, points, function)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
@@ -49,9 +48,9 @@ class PixelDecoder(nn.Module):
         dim: hidden channels C, a multiple of 32.
         heads: attention heads.
         layers: encoder layers.
-        points: samples a head, level and query.
+        points: samples per head, level and query.
         ffn_dim: width of the feed-forward layers.
-        form: how deformable attention is computed; see `DeformableAttention`.
+        function: How deformable attention is computed; see `DeformableAttention`.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class PixelDecoder(nn.Module):
         layers: int = 6,
         points: int = 4,
         ffn_dim: int = 1024,
-        form: DeformableForm | None = None,
+        function: DeformableFunction | None = None,
     ) -> None:
         super().__init__()
         self.input_projections = nn.ModuleList(
@@ -70,7 +69,7 @@ class PixelDecoder(nn.Module):
             for channels in reversed(in_channels[1:])  # strides 32, 16, 8
         )
         self.level_embedding = nn.Parameter(torch.empty(LEVELS, dim))
-        self.layers = nn.ModuleList(EncoderLayer(dim, heads, points, ffn_dim, form) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, points, ffn_dim, function) for _ in range(layers))
         self.lateral = nn.Sequential(nn.Conv2d(in_channels[0], dim, 1, bias=False), nn.GroupNorm(NORM_GROUPS, dim))
         self.fuse = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(NORM_GROUPS, dim), nn.ReLU()

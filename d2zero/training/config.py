@@ -2,19 +2,27 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from d2zero.data.augment import AugmentConfig
 from d2zero.losses.config import LossConfig
 from d2zero.model import ModelConfig
+from d2zero.model.deformable import DeformableImpl
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
 from d2zero_runtime.images import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("steps", "cosine")
-DEFORMABLE = ("auto", "grid_sample", "gather", "triton")
+DEFORMABLE = (DeformableImpl.GRID_SAMPLE, DeformableImpl.GATHER, DeformableImpl.TRITON)  # those with a backward
+
+
+def default_workers() -> int:
+    """Four, or as many as there are cores that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)  # Linux only
+    return min(4, len(usable(0)) if usable else os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ class TrainConfig:
     precision: str = "auto"  # float16 on a GPU, float32 on a CPU
     tf32: bool = False  # TF32 in float32 convolutions and matmuls on a GPU, e.g. of the float32 pixel decoder
     channels_last: bool = True
-    deformable: str = "auto"  # form of deformable attention: the Triton kernel on a GPU, grid_sample on a CPU
+    deformable: str = "auto"  # or one of DEFORMABLE; auto is the Triton kernel on a GPU, grid_sample on a CPU
     compile: bool = False  # torch.compile of the network: minutes at the start, then faster steps
-    workers: int = 4  # processes that read images; 0 reads in the training process
+    workers: int = field(default_factory=default_workers)  # processes that read images; 0 reads in the training process
     cache: bool = False  # keep decoded images in memory (small data sets)
     log_every: int = 20
     checkpoint_every: int = 1000
@@ -76,8 +84,8 @@ class TrainConfig:
                 raise D2ZeroError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.deformable not in DEFORMABLE:
-            raise D2ZeroError(f"deformable must be one of {', '.join(DEFORMABLE)}, got {self.deformable!r}")
+        if self.deformable != "auto":
+            DeformableImpl.parse(self.deformable, DEFORMABLE, "deformable must be auto or one of")
 
 
 def coco_48_17() -> TrainConfig:
@@ -152,19 +160,6 @@ def with_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
             raise D2ZeroError(f"--set takes key=value, such as optim.lr=2e-4, got {setting!r}")
         config = _changed(config, key.split("."), key, text)
     return config
-
-
-def config_from_dict(values: dict[str, Any]) -> TrainConfig:
-    """Read what `dataclasses.asdict` and JSON made of a configuration."""
-    return TrainConfig(
-        **{
-            **values,
-            "model": ModelConfig.from_dict(values["model"]),
-            "loss": LossConfig(**values["loss"]),
-            "optim": OptimConfig(**{**values["optim"], "milestones": tuple(values["optim"]["milestones"])}),
-            "augment": AugmentConfig(**{**values["augment"], "scale_range": tuple(values["augment"]["scale_range"])}),
-        }
-    )
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ moment goes on from its last checkpoint with the same losses as an uninterrupted
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from d2zero.checkpoints.files import save_model
-from d2zero.data.training_set import Batch, TrainingSet
+from d2zero.data.training_set import TrainingSet
 from d2zero.model import D2Zero
 from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import Processes
@@ -31,39 +31,48 @@ from d2zero_runtime.files import whole_file
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model
-_ERROR_PREFIX = f"{D2ZeroError.__module__}.{D2ZeroError.__qualname__}: "
 
 
 @dataclass
 class Run:
     """A training run: its parts and how far it has come."""
 
-    config: TrainConfig
+    training_step: TrainingStep  # the model, its optimiser, and how they take a step
     output: Path
-    model: D2Zero
     data: TrainingSet
-    processes: Processes
     record: Record
     draw: Callable[[D2Zero, Path], None] | None = None  # draws predictions into a file, every `picture_every` steps
     step: int = 0  # steps done
     bad_files: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.training_step = TrainingStep(self.config, self.model, self.processes)
-        self.optimizer, self.scaler = self.training_step.optimizer, self.training_step.scaler
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings."""
+        return self.training_step.config
+
+    @property
+    def model(self) -> D2Zero:
+        """What is trained."""
+        return self.training_step.model
+
+    @property
+    def processes(self) -> Processes:
+        """This process among all that train together."""
+        return self.training_step.processes
 
     def train(self) -> Path:
         """Run to the last step and return the finished model's file."""
         keep_freed_memory()
         self.training_step.prepare()
+        optimizer = self.training_step.optimizer
         self.model.train()
         with self.record as record:
-            for batch in self._batches():
+            for batch in training_loader(self.data, self.config, self.processes, self.step):
                 losses, gradient_norm = self.training_step(self.step, batch)
                 self.step += 1
                 for problem in batch.problems:
                     self.bad_files[problem] = self.bad_files.get(problem, 0) + 1
-                record.step(self.step, losses, gradient_norm, self.optimizer.param_groups[-1]["lr"])
+                record.step(self.step, losses, gradient_norm, optimizer.param_groups[-1]["lr"])
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     self.save_state()
                 if self.draw and self.config.picture_every and self.step % self.config.picture_every == 0:
@@ -71,12 +80,6 @@ class Run:
         if self.processes.is_main:
             save_model(self.model.eval(), self.output / MODEL_FILE, {"training": config_to_dict(self.config)})
         return self.output / MODEL_FILE
-
-    def _batches(self) -> Iterator[Batch]:
-        try:
-            yield from training_loader(self.data, self.config, self.processes, self.step)
-        except D2ZeroError as error:  # a worker wraps it in its own stack trace
-            raise D2ZeroError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_PREFIX)) from None
 
     def _draw_pictures(self) -> None:
         if self.processes.is_main and self.draw:
@@ -94,8 +97,8 @@ class Run:
             "step": self.step,
             "config": json.dumps(config_to_dict(self.config)),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.training_step.optimizer.state_dict(),
+            "scaler": self.training_step.scaler.state_dict(),
             "scale_watch": self.training_step.scale_watch.state_dict(),
             "inputs": self._inputs(),
             "bad_files": self.bad_files,
@@ -136,11 +139,12 @@ class Run:
                     " folder"
                 )
         self.model.load_state_dict(state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        training = self.training_step
+        load_optimizer(training.optimizer, state["optimizer"])
         if state["scaler"]:  # a device without float16 leaves it empty
-            self.scaler.load_state_dict(state["scaler"])
-        watched = state.get("scale_watch") or {"scale": self.scaler.get_scale(), "skipped": 0}
-        self.training_step.scale_watch.load_state_dict(watched)
+            training.scaler.load_state_dict(state["scaler"])
+        watched = state.get("scale_watch") or {"scale": training.scaler.get_scale(), "skipped": 0}
+        training.scale_watch.load_state_dict(watched)
         self.step = state["step"]
         self.bad_files = state["bad_files"]
         self.record.rewind(self.step, state["pending"])

@@ -19,6 +19,7 @@ from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import joined
 from d2zero.training.loop import STATE_FILE, Run
 from d2zero.training.record import Record
+from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
 
@@ -46,7 +47,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     vocabulary = Vocabulary.load(inputs.vocabulary)
     check_split(vocabulary, config.split)
     if vocabulary.synonyms:
-        raise D2ZeroError("training takes one embedding a class; leave synonyms for inference")
+        raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
     config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
@@ -63,11 +64,10 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
     output.mkdir(parents=True, exist_ok=True)
     with joined(device) as processes:
-        # The run is gone when this is left: on torch 2.10 a process hung that still held the network then.
         record = Record(output, config.steps, config.log_every, processes.is_main)
-        return _finished(
-            Run(config, output, model, data, processes, record, _drawer(config, inputs.data)), resume, path
-        )
+        draw = _drawer(config, inputs.data)
+        # No name for the step or the run: on torch 2.10 a process hung that still held the network after this block.
+        return _finished(Run(TrainingStep(config, model, processes), output, data, record, draw), resume, path)
 
 
 def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:

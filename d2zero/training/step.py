@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
 from d2zero.model import D2Zero, HeadOutput
-from d2zero.model.deformable import DeformableForm
-from d2zero.model.deformable_triton import FORMS
+from d2zero.model.deformable import FUNCTIONS, DeformableFunction, DeformableImpl
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch, build_optimizer, lr_factor, set_lr
@@ -32,7 +31,7 @@ class TrainingStep:
     """A model, its optimiser, and how they take a step.
 
     Args:
-        config: precision, memory layout, form of deformable attention, compilation, loss, optimiser.
+        config: precision, memory layout, implementation of deformable attention, compilation, loss, optimiser.
         model: is moved to the device and trained in place.
         processes: this one among all, and its device.
 
@@ -46,7 +45,7 @@ class TrainingStep:
         self.precision = precision_on(config.precision, device)
         model.to(device)
         model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-        model.set_deformable(form_named(config.deformable))
+        model.set_deformable(deformable_function(config.deformable))
         self.optimizer = build_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.scale_watch = ScaleWatch(self.scaler)
@@ -175,9 +174,9 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def form_named(name: str) -> DeformableForm | None:
-    """How deformable attention is computed; `auto`, None, takes the fastest form where the tensors are."""
-    return None if name == "auto" else FORMS[name]
+def deformable_function(name: str) -> DeformableFunction | None:
+    """How deformable attention is computed; `auto`, None, takes the fastest where the tensors are."""
+    return None if name == "auto" else FUNCTIONS[DeformableImpl(name)]
 
 
 def precision_on(name: str, device: torch.device) -> torch.dtype | None:

@@ -7,15 +7,16 @@ Letters: B batch, Q queries, N pixels of a level, C channels, H heads.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2zero.model.decoder import LEVELS, DecoderLayer, MaskedDecoder
+from d2zero.model.config import LEVELS
+from d2zero.model.decoder import DecoderLayer, MaskedDecoder, blocked
 from d2zero.model.masked_attention import masked_attention
+from d2zero.model.triton_launch import has_triton
 
 
 class MatmulAttention(nn.Module):
@@ -100,7 +101,7 @@ class FusedAttention(nn.Module):
         mask_logits_BQN: Tensor | None = None,
     ) -> Tensor:
         """As of `MatmulAttention`, with keys (B, N, C)."""
-        if mask_logits_BQN is not None and splits_keys(queries_BQC.device):
+        if mask_logits_BQN is not None and in_triton(queries_BQC.device):
             attended = masked_attention(queries_BQC, keys_BNC, values_BNC, mask_logits_BQN, attention.num_heads)
         else:
             allowed = None if mask_logits_BQN is None else ~blocked(mask_logits_BQN)[:, None]
@@ -110,15 +111,9 @@ class FusedAttention(nn.Module):
         return output
 
 
-def splits_keys(device: torch.device) -> bool:
+def in_triton(device: torch.device) -> bool:
     """Whether masked attention is our Triton operator on a device."""
-    return device.type == "cuda" and find_spec("triton") is not None
-
-
-def blocked(mask_logits_BQN: Tensor) -> Tensor:
-    """Where queries must not look, bool: negative logits, unless all of a query's are."""
-    negative = mask_logits_BQN < 0
-    return negative & ~negative.all(dim=2, keepdim=True)
+    return device.type == "cuda" and has_triton()
 
 
 def projected(inputs: Tensor, attention: nn.MultiheadAttention, part: int) -> Tensor:

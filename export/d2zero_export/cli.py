@@ -11,13 +11,14 @@ import typer
 
 from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.files import check_output, write_text
 from d2zero_runtime.images import Size
 from d2zero_runtime.sources import expand
 
 if TYPE_CHECKING:
-    from d2zero_export.engine import EngineConfig
-    from d2zero_export.onnx_export import ExportConfig
+    from d2zero_export.engine_options import EngineOptions
+    from d2zero_export.options import OnnxOptions, Pt2Options
     from d2zero_export.parity import RawParity
     from d2zero_export.verify import Verification
 
@@ -57,7 +58,7 @@ def export(
     size: Annotated[
         str | None, typer.Option("--size", help="Fix the size, as 800x1216 (height x width, multiples of 32).")
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Fix the number of images a run.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Fix the number of images per run.")] = None,
     bake: Annotated[bool, typer.Option("--bake", help="Make the classes constants: they cannot be changed.")] = False,
     tf32: Annotated[
         bool,
@@ -85,6 +86,69 @@ def export(
     ] = None,
 ) -> None:
     """Export a checkpoint to ONNX or .pt2, or build a TensorRT engine; verified before it counts as done."""
+    _check_target(output, target)
+    exported = model.suffix == ".onnx"
+    engine = None
+    if target == "tensorrt":
+        from d2zero_export.engine import EngineOptions, require_tensorrt
+
+        _refuse_int8(model, precision)
+        engine = EngineOptions(
+            min=_shape(smallest),
+            opt=_shape(best),
+            max=_shape(largest),
+            timing_cache=timing_cache,
+            tf32=tf32,
+            device=device,
+            verify=verify,
+            max_logits=max_logits,
+        )
+        require_tensorrt(device)  # known before minutes of work
+    elif any((smallest, best, largest, timing_cache, device)):
+        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
+    if compile_for and target != "pt2":
+        raise D2ZeroError("--for is for --format pt2")
+    if target == "pt2" and (exported or deform_attn):
+        raise D2ZeroError("--format pt2 takes a checkpoint (.safetensors), and chooses --deform-attn by its device")
+    if exported and engine is None:
+        raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
+    if exported and (deform_attn or size or batch or bake or calibration or precision != "float32"):
+        raise D2ZeroError(
+            "--precision, --calibration, --deform-attn, --size, --batch and --bake are choices of the ONNX file;"
+            " export it again"
+        )
+    if exported and engine:
+        _build(model, output, engine)
+        return
+    from d2zero_export.options import OnnxOptions, Pt2Options, local_device
+
+    graph: dict[str, Any] = {
+        "precision": precision,
+        "size": _size(size),
+        "batch": batch,
+        "bake": bake,
+        "verify": verify,
+        "tf32": tf32,
+        "max_logits": max_logits,
+    }
+    if target == "pt2":
+        if calibration:
+            raise D2ZeroError("--calibration is for --precision int8 of --format onnx")
+        _export_pt2(model, output, Pt2Options(device=compile_for or local_device(), **graph))
+        return
+    options = OnnxOptions(
+        deform_attn=deform_attn or ("gather" if engine else "gridsample"),
+        calibration=calibration,
+        calibration_images=calibration_images,
+        **graph,
+    )
+    file = output.with_suffix(".onnx")
+    _export_onnx(model, file, options)
+    if engine:
+        _build(file, output, engine, model)
+
+
+def _check_target(output: Path, target: str) -> None:
     if target not in SUFFIXES:
         raise D2ZeroError(f"--format must be one of {', '.join(SUFFIXES)}, got {target!r}")
     if output.suffix != SUFFIXES[target]:
@@ -92,52 +156,10 @@ def export(
         hint = f"; for that, give --format {other}" if other else ""
         raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}{hint}")
     check_output(output)
-    engine = None
-    if target == "tensorrt":
-        _refuse_int8(model, precision)
-        engine = _engine_config(smallest, best, largest, timing_cache, tf32, device)
-    elif any((smallest, best, largest, timing_cache, device)):
-        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
-    if compile_for and target != "pt2":
-        raise D2ZeroError("--for is for --format pt2")
-    if target == "pt2" and (model.suffix == ".onnx" or deform_attn):
-        raise D2ZeroError("--format pt2 takes a checkpoint (.safetensors), and chooses --deform-attn by its device")
-    if model.suffix == ".onnx":
-        if engine is None:
-            raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
-        if deform_attn or size or batch or bake or calibration or precision != "float32":
-            raise D2ZeroError(
-                "--precision, --calibration, --deform-attn, --size, --batch and --bake are choices of the ONNX file;"
-                " export it anew"
-            )
-        _build(model, output, engine, verify, max_logits)
-        return
-    from d2zero_export.onnx_export import ExportConfig
-
-    form = deform_attn or ("gather" if engine else "gridsample")
-    config = ExportConfig(
-        precision=precision,
-        deform_attn=form,
-        size=_size(size),
-        batch=batch,
-        bake=bake,
-        verify=verify,
-        tf32=tf32,
-        max_logits=max_logits,
-        calibration=calibration,
-        calibration_images=calibration_images,
-    )
-    if target == "pt2":
-        _export_pt2(model, output, config, compile_for)
-        return
-    file = output.with_suffix(".onnx")
-    _export_onnx(model, file, config)
-    if engine:
-        _build(file, output, engine, verify, max_logits, model)
 
 
 def _refuse_int8(model: Path, precision: str) -> None:
-    """TensorRT takes signed, symmetric activations alone; ours are for CPUs."""
+    """TensorRT takes only signed, symmetric activations; ours are for CPUs."""
     from d2zero_runtime.artifacts.onnx import read_contract
 
     if precision == "int8" or (model.suffix == ".onnx" and read_contract(model)[0].precision == "int8"):
@@ -147,61 +169,41 @@ def _refuse_int8(model: Path, precision: str) -> None:
         )
 
 
-def _engine_config(
-    smallest: str | None, best: str | None, largest: str | None, timing_cache: Path | None, tf32: bool, device: int
-) -> "EngineConfig":
-    """What was asked for, if it can be built here: known before minutes of work."""
-    from d2zero_export.engine import EngineConfig, Shape, require_tensorrt
-
-    low, middle, high = (Shape.parse(text) if text else None for text in (smallest, best, largest))
-    config = EngineConfig(low, middle, high, timing_cache, tf32=tf32, device=device)
-    require_tensorrt(device)
-    return config
-
-
-def _export_onnx(checkpoint: Path, output: Path, config: "ExportConfig") -> None:
+def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None:
     from d2zero.checkpoints.files import file_hash, load_model
     from d2zero_export.onnx_export import export_onnx
 
     model = load_model(checkpoint)
-    parity = export_onnx(model, output, config, file_hash(checkpoint), _stage)
+    parity = export_onnx(model, output, options, file_hash(checkpoint), _stage)
     size = output.stat().st_size / 1e6
-    print(f"{output}: {size:.1f} MB, {config.precision}, {len(model.vocabulary)} classes inside")
+    print(f"{output}: {size:.1f} MB, {options.precision}, {len(model.vocabulary)} classes inside")
     _show_parity(parity)
 
 
-def _export_pt2(checkpoint: Path, output: Path, config: "ExportConfig", compile_for: str | None) -> None:
+def _export_pt2(checkpoint: Path, output: Path, options: "Pt2Options") -> None:
     import torch
 
     from d2zero.checkpoints.files import file_hash, load_model
-    from d2zero_export.pt2_export import Pt2Config, export_pt2, hardware
+    from d2zero_export.pt2_export import export_pt2, hardware
 
-    device = compile_for or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = Pt2Config(device, config)
     model = load_model(checkpoint)
-    parity = export_pt2(model, output, chosen, file_hash(checkpoint), _stage)
+    parity = export_pt2(model, output, options, file_hash(checkpoint), _stage)
     size = output.stat().st_size / 1e6
-    print(f"{output}: {size:.1f} MB, {config.precision}, for {hardware(device)} with torch {torch.__version__}")
+    machine = hardware(options.device)
+    print(f"{output}: {size:.1f} MB, {options.precision}, for {machine} with torch {torch.__version__}")
     _show_parity(parity)
 
 
-def _build(
-    onnx_file: Path,
-    output: Path,
-    config: "EngineConfig",
-    verify: bool,
-    max_logits: float | None,
-    checkpoint: Path | None = None,
-) -> None:
+def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: Path | None = None) -> None:
     """Build an engine and compare it with its checkpoint, or with the ONNX file on the CPU."""
-    from d2zero_export.engine import build_engine, doubts
+    from d2zero_export.engine import build_engine, known_issues
 
     with BuildProgress() as progress:
-        sidecar = build_engine(onnx_file, output, config, _stage, progress)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, shapes {sidecar.profile.min} to {sidecar.profile.max}")
-    for doubt in doubts(sidecar.contract, sidecar.tensorrt):
-        print(f"warning: {doubt}", file=sys.stderr)
-    if not verify:
+        metadata = build_engine(onnx_file, output, options, _stage, progress)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, shapes {metadata.profile.min} to {metadata.profile.max}")
+    for issue in known_issues(metadata.contract, metadata.tensorrt):
+        print(f"warning: {issue}", file=sys.stderr)
+    if not options.verify:
         _show_parity(None)
         return
     from d2zero_export.parity import LIMITS
@@ -218,7 +220,9 @@ def _build(
     parity = raw_parity(reference, built)
     _show_parity(parity)
     limits = LIMITS[built.precision]
-    failures = parity.failures(replace(limits, logits=max_logits) if max_logits is not None else limits)
+    if options.max_logits is not None:
+        limits = replace(limits, logits=options.max_logits)
+    failures = parity.failures(limits)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if failures:
@@ -270,7 +274,16 @@ def verify(
     given = {"logits": max_logits, "relative": max_relative, "matched": min_matched, "points": max_points}
     given["hm_points"] = max_points
     changed = {name: value for name, value in given.items() if value is not None}
-    result = compare(load_model(checkpoint), model, files, truth, images, changed, provider, tracked)
+    result = compare(
+        load_model(checkpoint),
+        model,
+        images=files,
+        annotations=truth,
+        image_folder=images,
+        changed_limits=changed,
+        providers=provider,
+        progress=tracked,
+    )
     if json_file:
         write_text(json_file, json.dumps(_plain(result), indent=1))
     _show_verification(result, len(files))
@@ -286,6 +299,10 @@ def _plain(result: "Verification") -> dict[str, Any]:
     content = asdict(result)
     content["limits"] = {name: value if math.isfinite(value) else None for name, value in content["limits"].items()}
     return content
+
+
+def _shape(text: str | None) -> Shape | None:
+    return Shape.parse(text) if text else None
 
 
 def _size(text: str | None) -> Size | None:
@@ -335,6 +352,6 @@ def _show_verification(result: "Verification", photos: int) -> None:
         f" mean IoU {agreement.mean_iou:.5f}, {100 * agreement.same_label:.2f} % named alike,"
         f" scores within {agreement.score_difference:.1e}"
     )
-    for mode, figures in result.accuracy.items():
-        pairs = ", ".join(f"{name} {left:.2f}/{right:.2f}" for name, (left, right) in figures.items() if "segm" in name)
+    for mode, metrics in result.accuracy.items():
+        pairs = ", ".join(f"{name} {left:.2f}/{right:.2f}" for name, (left, right) in metrics.items() if "segm" in name)
         print(f"  {mode} (checkpoint/exported): {pairs}")

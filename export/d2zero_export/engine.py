@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2zero_export.engine_config import EngineConfig, Inputs, dimensions, profile_for
+from d2zero_export.engine_options import EngineOptions, Inputs, dimensions, profile_for
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
@@ -24,11 +24,11 @@ from d2zero_runtime.errors import D2ZeroError, listed
 from d2zero_runtime.files import whole_file
 
 __all__ = [
-    "EngineConfig",
+    "EngineOptions",
     "Profile",
     "Shape",
     "build_engine",
-    "doubts",
+    "known_issues",
     "profile_for",
     "require_tensorrt",
     "trtexec_command",
@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 def build_engine(
     onnx_path: Path,
     output: Path,
-    config: EngineConfig | None = None,
+    options: EngineOptions | None = None,
     stage: Callable[[str], None] = lambda name: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> EngineMetadata:
@@ -51,7 +51,7 @@ def build_engine(
     Args:
         onnx_path: made by `export_onnx`.
         output: ends in `.engine`; its sidecar, `.engine.json`, is written beside it. Written whole or not at all.
-        config: how.
+        options: how; `verify` and `max_logits` are for the caller.
         stage: told each stage's name as it begins.
         progress: told a phase of the build, the steps done and their number; called from other threads.
 
@@ -62,15 +62,15 @@ def build_engine(
         D2ZeroError: TensorRT or a GPU is absent, a shape does not fit, or TensorRT refuses the model.
         KeyboardInterrupt: Ctrl-C; the build was stopped and nothing written.
     """
-    config = config or EngineConfig()
+    options = options or EngineOptions()
     if output.suffix != ".engine":
         raise D2ZeroError(f"an engine must end in .engine, got {output.name!r}")
-    environment = require_tensorrt(config.device)
+    environment = require_tensorrt(options.device)
     stage("read")
     contract, vocabulary = read_contract(onnx_path)
     inputs = graph_inputs(onnx_path)
-    config = replace(config, tf32=config.tf32 or contract.tf32)
-    profile = profile_for(config, contract, inputs)
+    options = replace(options, tf32=options.tf32 or contract.tf32)
+    profile = profile_for(options, contract, inputs)
     content = without_default_embeddings(onnx_path)
     stage("parse")
     work = _Work(environment, collector(environment.tensorrt), onnx_path)
@@ -78,11 +78,11 @@ def build_engine(
         environment.tensorrt.init_libnvinfer_plugins(work.messages, "")
     work.parse(content, inputs)
     stage("profile")
-    settings = work.settings(config, profile, inputs, contract)
+    settings = work.settings(options, profile, inputs, contract)
     stage("build")
     plan = work.build(settings, progress)
-    if config.timing_cache:
-        with whole_file(config.timing_cache) as partial:
+    if options.timing_cache:
+        with whole_file(options.timing_cache) as partial:
             partial.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     stage("contract")
     sidecar = EngineMetadata(
@@ -95,7 +95,7 @@ def build_engine(
         onnx_sha256=hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=plan.nbytes,
-        tf32=config.tf32,
+        tf32=options.tf32,
     )
     with whole_file(output) as partial:
         partial.write_bytes(plan)
@@ -103,7 +103,7 @@ def build_engine(
     return sidecar
 
 
-def doubts(contract: ModelContract, version: str) -> tuple[str, ...]:
+def known_issues(contract: ModelContract, version: str) -> tuple[str, ...]:
     """What is known against this model in this TensorRT, for the person to read; empty if nothing is."""
     found = []
     if contract.deform_attn == "gridsample":
@@ -116,17 +116,17 @@ def doubts(contract: ModelContract, version: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def trtexec_command(onnx_path: Path, output: Path, config: EngineConfig | None = None) -> str:
+def trtexec_command(onnx_path: Path, output: Path, options: EngineOptions | None = None) -> str:
     """The command line that builds the same plan with NVIDIA's `trtexec`; it writes no sidecar.
 
     `trtexec` makes a constant of the embeddings' default like every user of TensorRT's parser, so the line
     begins by writing a copy without it, unless the vocabulary is baked.
     """
-    config = config or EngineConfig()
+    options = options or EngineOptions()
     contract, _ = read_contract(onnx_path)
-    config = replace(config, tf32=config.tf32 or contract.tf32)
+    options = replace(options, tf32=options.tf32 or contract.tf32)
     inputs = graph_inputs(onnx_path)
-    profile = profile_for(config, contract, inputs)
+    profile = profile_for(options, contract, inputs)
     source, first = onnx_path, ""
     if EMBEDDINGS_INPUT in inputs:
         source = onnx_path.with_suffix(".trtexec.onnx")
@@ -136,15 +136,15 @@ def trtexec_command(onnx_path: Path, output: Path, config: EngineConfig | None =
             " Path(sys.argv[2]).write_bytes(without_default_embeddings(Path(sys.argv[1])))"
         )
         first = f"python -c {shlex.quote(code)} {shlex.quote(str(onnx_path))} {shlex.quote(str(source))} && "
-    words = ["trtexec", f"--onnx={source}", "--stronglyTyped", *([] if config.tf32 else ["--noTF32"])]
+    words = ["trtexec", f"--onnx={source}", "--stronglyTyped", *([] if options.tf32 else ["--noTF32"])]
     for name, shape in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
         dims = dimensions(shape, contract.text_dim, inputs)
         shapes = ",".join(f"{key}:{'x'.join(map(str, sides))}" for key, sides in dims.items())
         words.append(f"--{name}Shapes={shapes}")
-    words += [f"--timingCacheFile={config.timing_cache}"] if config.timing_cache else []
-    words += [f"--memPoolSize=workspace:{config.workspace_gb * 1024:.0f}"] if config.workspace_gb else []
-    if config.optimization_level is not None:
-        words.append(f"--builderOptimizationLevel={config.optimization_level}")
+    words += [f"--timingCacheFile={options.timing_cache}"] if options.timing_cache else []
+    words += [f"--memPoolSize=workspace:{options.workspace_gb * 1024:.0f}"] if options.workspace_gb else []
+    if options.optimization_level is not None:
+        words.append(f"--builderOptimizationLevel={options.optimization_level}")
     return first + shlex.join([*words, "--skipInference", f"--saveEngine={output}"])
 
 
@@ -176,16 +176,16 @@ class _Work:
         if missing:
             raise D2ZeroError(f"TensorRT made a constant of {listed(missing)} in {self.onnx_path}; a defect of d2zero")
 
-    def settings(self, config: EngineConfig, profile: Profile, inputs: Inputs, contract: ModelContract) -> Any:
+    def settings(self, options: EngineOptions, profile: Profile, inputs: Inputs, contract: ModelContract) -> Any:
         """The builder's settings, with the range of shapes."""
         settings = self.builder.create_builder_config()
-        if not config.tf32:
+        if not options.tf32:
             settings.clear_flag(self.tensorrt.BuilderFlag.TF32)
-        if config.workspace_gb:
+        if options.workspace_gb:
             pool = self.tensorrt.MemoryPoolType.WORKSPACE
-            settings.set_memory_pool_limit(pool, int(config.workspace_gb * GIB))
-        if config.optimization_level is not None:
-            settings.builder_optimization_level = config.optimization_level
+            settings.set_memory_pool_limit(pool, int(options.workspace_gb * GIB))
+        if options.optimization_level is not None:
+            settings.builder_optimization_level = options.optimization_level
         shapes = self.builder.create_optimization_profile()
         low, best, high = (
             dimensions(shape, contract.text_dim, inputs) for shape in (profile.min, profile.opt, profile.max)
@@ -194,8 +194,8 @@ class _Work:
             shapes.set_shape(name, low[name], best[name], high[name])
         if settings.add_optimization_profile(shapes) < 0:
             raise D2ZeroError(self._failure(f"TensorRT refuses the shapes {profile.min} to {profile.max}"))
-        if config.timing_cache:
-            self._use_timing_cache(settings, config.timing_cache)
+        if options.timing_cache:
+            self._use_timing_cache(settings, options.timing_cache)
         return settings
 
     def build(self, settings: Any, progress: Progress) -> memoryview:
@@ -232,8 +232,9 @@ class _Work:
             )
 
     def _failure(self, what: str, reasons: Sequence[str] = ()) -> str:
-        said = reasons or self.messages.errors[:5]
-        return "\n  ".join([f"{what}:", *said]) if said else what
+        """One line, whatever TensorRT's messages are broken into."""
+        said = [" ".join(reason.split()) for reason in reasons or self.messages.errors[:5]]
+        return f"{what}: {'; '.join(said)}" if said else what
 
 
 def _monitor(tensorrt: Any, progress: Progress) -> Any:

@@ -2,7 +2,7 @@
 
 Exact accelerations (equal in real arithmetic; DESIGN §5):
 - the classifier runs at the last head only;
-- attention masks come from mask features that are resized once per level: resizing and the product with a
+- attention masks come from mask features that are resized once per level: resizing and the matmul with a
   query's mask embedding commute, so masks at full resolution are formed once, at the end;
 - the last convolution of the pixel decoder, 1×1, is not run over all pixels: it commutes with resizing and with
   averaging, and is folded into the last layer of the queries' mask MLP and applied to the background's average;
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from d2zero.model import D2Zero
 from d2zero.model.classifier import NORM_FLOOR, background
-from d2zero.model.decoder import LEVELS, DecoderLayer, MaskedDecoder, MaskMLP
+from d2zero.model.config import LEVELS
+from d2zero.model.decoder import DecoderLayer, MaskedDecoder, MaskMLP, blocked
 from d2zero.model.positions import sine_positions
-from d2zero_export.attention import FusedAttention, MatmulAttention, blocked, packed_weights, projected, readers
+from d2zero_export.attention import FusedAttention, MatmulAttention, packed_weights, projected, readers
 
 ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a layer's number: where it must not look
 
@@ -30,7 +31,7 @@ ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a laye
 class InferenceGraph(nn.Module):
     """`(images, class_embeddings) → (class_logits, mask_logits)`, all float32.
 
-    Between them, each part computes in the precision of its own weights (`precision.lowered`).
+    Between them, each part computes in the precision of its own weights (`precision.cast_to`).
 
     Args:
         model: In evaluation mode; its weights are shared, except those that are joined or folded, which are copied.

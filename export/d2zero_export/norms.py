@@ -1,6 +1,6 @@
-"""Group norm as sums in stages, for runtimes that add up a group's numbers one after the other.
+"""Group norm as sums in stages, for runtimes that add up a group's elements one after the other.
 
-At 800×1216 a group of the mask features has 486 400 numbers. Added up one by one in float32, as ONNX Runtime and
+At 800×1216 a group of the mask features has 486 400 elements. Added up one by one in float32, as ONNX Runtime and
 OpenVINO do, their mean is off by up to 1e-3 of their spread where much of the image is padding, and attention masks
 flip bits (docs/LOG.md). Lines first, then lines of lines, costs no more and is as exact as torch.
 
@@ -48,7 +48,7 @@ def in_stages(module: nn.Module) -> int:
     """Let all group norms of a module work so; in place.
 
     Convolutions before them that have no bias get one, the same for all channels: the norm takes it away again. In
-    eight bits and with open sizes, OpenVINO 2026.4 scales twice what several read of a convolution without a bias.
+    eight bits and with dynamic shapes, OpenVINO 2026.4 scales twice what several read of a convolution without a bias.
 
     Returns:
         how many norms there are.

@@ -1,8 +1,8 @@
-"""How far raw outputs of two forms of a model are apart, and how far they may be.
+"""How far raw outputs of two versions of a model are apart, and how far they may be.
 
 The decoder attends where mask logits are not negative. A logit that is nearer to 0 than rounding errors falls to
 either side, and its query then looks at a pixel more or less. At 800×1216 that happens to a few of six million such
-bits in every two forms of a model, the published one in float32 and in float64 among them (docs/LOG.md): single
+bits in every two versions of a model, the published one in float32 and in float64 among them (docs/LOG.md): single
 queries differ by some 5e-3 then, the others, who attend to them, by 1e-4. So nine queries in ten are held to the
 limit of single logits, and all of them on average.
 
@@ -31,9 +31,9 @@ class Limits:
     points: float = 0.1  # AP and recall, in points of percent
     hm_points: float = 0.1  # of their harmonic means over seen and unseen classes
 
-    def points_of(self, figure: str) -> float:
-        """The limit of a figure of accuracy."""
-        return self.hm_points if figure.startswith("hm") else self.points
+    def points_of(self, metric: str) -> float:
+        """The limit of an accuracy metric."""
+        return self.hm_points if metric.startswith("hm") else self.points
 
 
 # In low precision the bits of attention masks that flip are too many for limits on single logits.
@@ -109,7 +109,7 @@ def difference(
 
 
 def _most(differences: NDArray[np.float32]) -> float:
-    """The largest difference (B, Q, …) but for the queries that differ most, in the worst image."""
+    """The largest difference (B, Q, …) except for the queries that differ most, in the worst image."""
     by_query = differences.reshape(*differences.shape[:2], -1).max(axis=2)
     return float(np.quantile(by_query, MOST, axis=1, method="higher").max())
 

@@ -1,6 +1,6 @@
 """Deformable attention as TensorRT's own operator, `MultiscaleDeformableAttnPlugin_TRT`.
 
-The exported graph then has one node where the other forms have many. Only TensorRT runs it, in float32
+The exported graph then has one node where the other implementations have many. Only TensorRT runs it, in float32
 (half coordinates lose 1/8 pixel beyond 128). To check such a file elsewhere, `with_body` gives the operator
 a body of standard operators, which any ONNX runtime inlines.
 
@@ -12,15 +12,15 @@ import onnx.parser
 import torch
 from torch import Tensor
 
+from d2zero.model.config import LEVELS
 from d2zero.model.deformable import LevelSizes
-from d2zero.model.pixel_decoder import LEVELS
 
 DOMAIN = "trt.plugins"  # where ONNX Runtime's TensorRT provider looks for plugins; TensorRT itself ignores it
 OPERATOR = "MultiscaleDeformableAttnPlugin_TRT"
 
 
 def plugin(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
-    """A form of deformable attention (see `d2zero.model.deformable`) for tracing alone: one operator."""
+    """Deformable attention as one operator, only for tracing; arguments as of `d2zero.model.deformable.grid_sample`."""
     batch, _, heads, width = values_BSMN.shape
     device = locations.device
     extents = torch.tensor([[height, width_] for height, width_ in sizes], device=device, dtype=torch.int32)
@@ -48,7 +48,7 @@ def with_body(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _body() -> str:
-    """B batch, S values, M heads, N channels a head, R queries, L levels, P points; G = B·M."""
+    """B batch, S values, M heads, N channels per head, R queries, L levels, P points; G = B·M."""
     sampling = "\n".join(_level(level) for level in range(LEVELS))
     return f"""
     <opset_import: ["" : 18], domain: "{DOMAIN}">

@@ -21,16 +21,16 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,  # of what torch itself compiles
     "int8": torch.float32,  # `quantize`, later
 }
-ISLANDS = ("classifier", "decoder.mask_mlp")  # parts that stay float32 in a graph of lower precision
+FP32_MODULES = ("classifier", "decoder.mask_mlp")  # parts that stay float32 in a graph of lower precision
 
 
-def lowered(model: D2Zero, precision: str, islands: Iterable[str] = ISLANDS) -> D2Zero:
+def cast_to(model: D2Zero, precision: str, fp32_modules: Iterable[str] = FP32_MODULES) -> D2Zero:
     """A copy for inference, in the given precision.
 
     Args:
-        model: in evaluation mode; not changed.
+        model: In evaluation mode; not changed.
         precision: `float32`, `float16`, `bfloat16`, or `int8`, which begins as float32.
-        islands: names of parts that stay float32.
+        fp32_modules: Names of parts that stay float32.
 
     Raises:
         D2ZeroError: there is no such precision.
@@ -40,7 +40,7 @@ def lowered(model: D2Zero, precision: str, islands: Iterable[str] = ISLANDS) -> 
     copied = copy.deepcopy(model).eval()
     fold_batch_norms(copied.backbone)
     copied.to(PRECISIONS[precision])
-    for name in islands:
+    for name in fp32_modules:
         copied.get_submodule(name).float()
     return copied
 
@@ -72,7 +72,7 @@ def fold_batch_norms(backbone: nn.Module) -> int:
 
 
 def _norms_after_convolutions(backbone: nn.Module) -> list[tuple[nn.Conv2d, Any, str]]:
-    """(convolution, batch norm, the norm's name) wherever the norm alone reads the convolution's output."""
+    """(convolution, batch norm, the norm's name) wherever only the norm reads the convolution's output."""
     made: list[tuple[nn.Conv2d, Tensor]] = []  # kept alive, so that no two outputs share an address
     pairs: list[tuple[nn.Conv2d, Any, str]] = []
 

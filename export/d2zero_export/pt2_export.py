@@ -9,65 +9,40 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from d2zero.model import D2Zero
-from d2zero.model.deformable import DeformableForm, best_form
-from d2zero.model.deformable_attention import DeformableAttention
-from d2zero_export.onnx_export import ExportConfig, contract_for, trace, verified
+from d2zero.model.deformable import FUNCTIONS, DeformableAttention, DeformableImpl, best_impl
+from d2zero.model.triton_launch import has_triton
+from d2zero_export.onnx_export import contract_for, trace, verified
+from d2zero_export.options import Pt2Options
 from d2zero_export.parity import RawParity
-from d2zero_export.precision import lowered
+from d2zero_export.precision import cast_to
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.pt2 import Pt2Metadata
 from d2zero_runtime.backends.torch_math import float32_math
 
-DEVICES = ("cpu", "cuda")
 HEADERS = ("triton/backends/nvidia/include", "nvidia/cu13/include/cccl")  # of CUDA, beside torch
 TRITON_OPERATORS = ("d2zero::deformable_attention", "d2zero::masked_attention")  # pyproject.toml's entry points
-
-
-@dataclass(frozen=True)
-class Pt2Config:
-    """How a `.pt2` is compiled.
-
-    Args:
-        device: `cpu` or `cuda`, of this machine.
-        export: precision, fixed sizes, baked classes, verification; `deform_attn` is chosen by the device.
-    """
-
-    device: str = "cpu"
-    export: ExportConfig = field(default_factory=ExportConfig)
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise D2ZeroError(f"a .pt2 is compiled for one of {', '.join(DEVICES)}, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise D2ZeroError("torch sees no CUDA device here; a .pt2 is compiled on the machine that it is for")
-        if self.export.precision == "int8":
-            raise D2ZeroError("a .pt2 is float32, float16 or bfloat16; int8 is for --format onnx")
-        if self.device == "cpu" and self.export.precision == "float16":
-            raise D2ZeroError("on a CPU a .pt2 is float32 or bfloat16; float16 is for GPUs")
 
 
 def export_pt2(
     model: D2Zero,
     output: Path,
-    config: Pt2Config | None = None,
+    options: Pt2Options | None = None,
     checkpoint_hash: str = "",
     stage: Callable[[str], None] = lambda name: None,
 ) -> RawParity | None:
-    """Compile a model; batch, height, width and number of classes stay open unless the configuration fixes them.
+    """Compile a model; batch, height, width and number of classes are dynamic unless the options fix them.
 
     Args:
-        model: in evaluation mode, on the CPU; not changed.
-        output: ends in `.pt2`. Written only if every stage passed.
-        config: how.
-        checkpoint_hash: recorded in the contract.
-        stage: told each stage's name as it begins.
+        model: In evaluation mode, on the CPU; not changed.
+        output: Ends in `.pt2`. Written only if every stage passed.
+        options: How.
+        checkpoint_hash: Recorded in the contract.
+        stage: Told each stage's name as it begins.
 
     Returns:
         What verification measured, or None if it was left out.
@@ -75,44 +50,43 @@ def export_pt2(
     Raises:
         D2ZeroError: torch cannot compile it here, or what it compiled differs from the checkpoint.
     """
-    config = config or Pt2Config()
+    options = options or Pt2Options()
     if output.suffix != ".pt2":
         raise D2ZeroError(f"the compiled model must end in .pt2, got {output.name!r}")
-    form = best_form(config.device, gradients=False)
-    name = form.__name__.removesuffix("_form")
-    contract = replace(contract_for(model, config.export, checkpoint_hash), deform_attn=name)
+    impl = best_impl(options.device, gradients=False)
+    contract = contract_for(model, options, impl, checkpoint_hash)
     stage("precision")
-    prepared = _prepared(model, config, form)
+    prepared = _prepared(model, options, impl)
     stage("trace")
-    program = trace(prepared, config.export, config.device, fused=True)
+    program = trace(prepared, options, options.device, fused=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         candidate = Path(folder) / output.name
         stage("compile")
-        with float32_math(torch, config.export.tf32):
+        with float32_math(torch, options.tf32):
             _compile(program, candidate)
         stage("package")
         description = Pt2Metadata(
             contract=contract,
             embeddings=model.vocabulary.embeddings,
-            device=config.device,
-            hardware=hardware(config.device),
+            device=options.device,
+            hardware=hardware(options.device),
             torch=torch.__version__,
-            operators=TRITON_OPERATORS if name == "triton" else (),
+            operators=TRITON_OPERATORS if impl == DeformableImpl.TRITON else (),
             channels_last=True,
         )
         description.add_to(candidate)
         parity = None
-        if config.export.verify:
+        if options.verify:
             stage("verify")
-            parity = verified(model, candidate, config.export)
+            parity = verified(model, candidate, options)
         candidate.replace(output)
     return parity
 
 
-def _prepared(model: D2Zero, config: Pt2Config, form: DeformableForm) -> D2Zero:
-    prepared = lowered(model, config.export.precision).to(config.device)
-    prepared.set_deformable(form)
+def _prepared(model: D2Zero, options: Pt2Options, impl: DeformableImpl) -> D2Zero:
+    prepared = cast_to(model, options.precision).to(options.device)
+    prepared.set_deformable(FUNCTIONS[impl])
     for module in prepared.modules():
         if isinstance(module, DeformableAttention):
             module.merge_projections()
@@ -127,7 +101,7 @@ def hardware(device: str) -> str:
 def _compile(program: torch.export.ExportedProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package  # where torch's documentation has it
 
-    if find_spec("triton") is None and torch.cuda.is_available():
+    if not has_triton() and torch.cuda.is_available():
         raise D2ZeroError("compiling for a GPU needs Triton, which comes with a torch for CUDA")
     try:
         with cuda_headers():
@@ -145,7 +119,7 @@ def cuda_headers() -> Iterator[None]:
     It looks there last, after the toolkit that torch tells it of.
     """
     before = os.environ.get("CPATH")
-    brought = [Path(torch.__file__).parents[1] / folder for folder in HEADERS if find_spec("triton")]
+    brought = [Path(torch.__file__).parents[1] / folder for folder in HEADERS if has_triton()]
     os.environ["CPATH"] = os.pathsep.join(filter(None, [before, *map(str, brought)]))
     try:
         yield

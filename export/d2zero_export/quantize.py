@@ -1,7 +1,7 @@
 """Static quantization of an exported float32 graph to eight bits, by onnxruntime's own tools.
 
 Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuses them as it can. Activations are
-uint8, ranges from photos; weights int8 a channel, of seven bits: without VNNI, processors add products of uint8
+uint8, ranges from photos; weights int8 per channel, of seven bits: without VNNI, processors add products of uint8
 and int8 in sixteen bits, and those of eight bits would saturate.
 
 Chosen by measurement (docs/LOG.md, "INT8"): the backbone with its additions, convolutions, the linear layers that run
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from d2zero.model import D2Zero
 from d2zero.model.decoder import DecoderLayer
-from d2zero.model.deformable import ROW_FORMS
+from d2zero.model.deformable.sampling import ROW_SUMS
 from d2zero.model.pixel_decoder import EncoderLayer
 from d2zero_export.graph import value_projections
 from d2zero_runtime import D2ZeroError, read_image
@@ -48,8 +48,8 @@ class Photos:
 
     Args:
         images_HWC: uint8 RGB, at network size.
-        preprocessing: that of the exported model.
-        batch: the number of images a run, if the graph takes one number only.
+        preprocessing: The exported model's.
+        batch: The number of images per run, if the graph takes only one.
     """
 
     images_HWC: tuple[NDArray[np.uint8], ...]
@@ -61,7 +61,7 @@ class Photos:
         """Read at most `count` of a folder's photos, evenly over their sorted names.
 
         Raises:
-            D2ZeroError: there is no such folder, it holds no images, or one of them cannot be read.
+            D2ZeroError: there is no such folder, it has no images, or one of them cannot be read.
         """
         if not folder.is_dir():
             raise D2ZeroError(f"--calibration takes a folder of photos, {folder} is none")
@@ -70,7 +70,7 @@ class Photos:
         return cls(tuple(preprocessing.resize(read_image(files[place])) for place in places), preprocessing, batch)
 
     def batches(self) -> Iterator[NDArray[np.float32]]:
-        """Network input, a photo each."""
+        """Network input, one photo each."""
         for image in self.images_HWC:
             yield self.preprocessing.batch([image] * (self.batch or 1), self.preprocessing.padded_size(image.shape[:2]))
 
@@ -145,7 +145,7 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
         model: whose weights it has.
 
     Raises:
-        D2ZeroError: a linear layer is not in the graph as a product of its own, and would stay float32 unnoticed.
+        D2ZeroError: a linear layer is not in the graph as a matmul of its own, and would stay float32 unnoticed.
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     weights = {_content(weight) for weight in _linear_weights(model)}
@@ -161,7 +161,7 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
         waiting.discard(content)
     if waiting:
         raise D2ZeroError(
-            f"{len(waiting)} of {len(weights)} linear layers to quantize are not products in the exported graph, as "
+            f"{len(waiting)} of {len(weights)} linear layers to quantize are not matmuls in the exported graph, as "
             "they should be; this onnxruntime or torch changes it in a way that d2zero does not know"
         )
     return found
@@ -173,7 +173,7 @@ def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
     for attention in (layer.attention for layer in encoder):
         yield attention.output_proj.weight
-        if attention.form in ROW_FORMS:  # the other form has its weights first and queries last: not found here
+        if attention.function in ROW_SUMS:  # grid_sample has its weights first and queries last: not found here
             yield from (attention.value_proj.weight, attention.attention_weights.weight, attention.offsets_apart()[0])
     layers: list[EncoderLayer | DecoderLayer] = [*encoder, *decoder]
     for layer in layers:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
+from d2zero.evaluation.metrics import HEADLINE_METRICS
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -26,8 +27,6 @@ from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.formats import onnxruntime_backend
 from d2zero_runtime.segmenter import RawOutput
 
-FIGURES = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -36,7 +35,7 @@ class Verification:
     parity: RawParity
     attention_flipped: float | None  # share of bits in the decoder's attention masks; None for an engine
     instances: InstanceAgreement
-    accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> figure -> (checkpoint, exported), percent
+    accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> metric -> (checkpoint, exported), percent
     limits: Limits
     failures: tuple[str, ...]
 
@@ -44,6 +43,7 @@ class Verification:
 def verify(
     model: D2Zero,
     exported: Path,
+    *,
     images: Sequence[Path] = (),
     annotations: CocoFile | None = None,
     image_folder: Path | None = None,
@@ -54,14 +54,14 @@ def verify(
     """Compare an exported model with its checkpoint.
 
     Args:
-        model: of the checkpoint.
-        exported: the file.
-        images: files to compare instances on; drawn pictures without any.
-        annotations: to compare accuracy on, in every mode that the vocabulary allows.
-        image_folder: of the annotations' images.
-        changed_limits: fields of `Limits` that shall not be as `LIMITS` has them for what computes.
-        providers: what runs the file.
-        progress: of both evaluations, as `EvaluationRun.run` takes it.
+        model: The checkpoint's.
+        exported: The file.
+        images: Files to compare instances on; drawn pictures without any.
+        annotations: What to compare accuracy on, in every mode that the vocabulary allows.
+        image_folder: The folder of the annotations' images.
+        changed_limits: Fields of `Limits` that replace those of the backend's precision.
+        providers: What runs the file.
+        progress: Of both evaluations, as `EvaluationRun.run` takes it.
     """
     if annotations and image_folder:
         require_images(annotations, image_folder)  # before minutes are spent
@@ -82,10 +82,10 @@ def verify(
         if value < limits.matched:
             failures.append(f"instances {what} {value:.4f} (limit {limits.matched})")
     failures += [
-        f"{mode} {figure} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limit})"
-        for mode, figures in accuracy.items()
-        for figure, (left, right) in figures.items()
-        if abs(left - right) > (limit := limits.points_of(figure.split()[1]))
+        f"{mode} {metric} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limit})"
+        for mode, metrics in accuracy.items()
+        for metric, (left, right) in metrics.items()
+        if abs(left - right) > (limit := limits.points_of(metric.split()[1]))
     ]
     return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
 
@@ -148,10 +148,10 @@ def _accuracy(
             both.append(run.run(progress))
     return {
         str(mode): {
-            f"{kind} {figure}": (both[0][mode][kind][figure], both[1][mode][kind][figure])
+            f"{kind} {metric}": (both[0][mode][kind][metric], both[1][mode][kind][metric])
             for kind in ("segm", "bbox")
-            for figure in FIGURES
-            if both[0][mode][kind].get(figure) is not None
+            for metric in HEADLINE_METRICS
+            if both[0][mode][kind].get(metric) is not None
         }
         for mode in modes
     }

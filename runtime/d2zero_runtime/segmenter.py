@@ -155,7 +155,7 @@ class Segmenter:
 
     # A list for a folder or a pattern. Callers who know which it is need no assertion: hence the Any.
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]
         self, source: str | os.PathLike[str], mode: Mode | str = ..., **options: Unpack[PredictOptions]
     ) -> Detections | Any: ...
 

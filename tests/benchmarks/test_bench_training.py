@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2zero.losses.config import LossConfig
-from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.deformable import DeformableAttention
 from d2zero.training.config import coco_48_17, shapes, with_settings
 from d2zero.training.distributed import Processes
 from d2zero_bench import training, training_steps
@@ -92,7 +92,9 @@ def test_the_published_variant_samples_as_published() -> None:
     model = drawn_model(CONFIG, 5)
     forms = {
         name: {
-            m.form for m in Variant(name, CONFIG, model, CPU).step.model.modules() if isinstance(m, DeformableAttention)
+            m.function
+            for m in Variant(name, CONFIG, model, CPU).step.model.modules()
+            if isinstance(m, DeformableAttention)
         }
         for name in ("published", "model")
     }

@@ -10,7 +10,7 @@ from deformable_cases import Case, assert_equals_float64, case, outputs
 from kernels import poisoned_memory
 
 from d2zero.model.deformable import grid_sample
-from d2zero.model.deformable_triton import deformable_attention, deformable_attention_backward, triton_form
+from d2zero.model.deformable.operator import deformable_attention, deformable_attention_backward, triton_sample
 from d2zero_runtime import D2ZeroError
 
 SIZES = [(2, 3), (4, 7)]
@@ -37,7 +37,7 @@ def arguments(of: Case) -> tuple[torch.Tensor, list[int], torch.Tensor, torch.Te
     ids=str,
 )
 def test_equals_float64(shape: dict) -> None:
-    assert_equals_float64(triton_form, case(**shape))
+    assert_equals_float64(triton_sample, case(**shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -45,8 +45,8 @@ def test_equals_float64(shape: dict) -> None:
 def test_half_precision_values_round_once(dtype: torch.dtype, width: int) -> None:
     drawn = case(SIZES, width=width, batch=2, dtype=dtype)
     # The interpreter cuts float32 to bfloat16 off, where GPUs round to the nearest.
-    assert_equals_float64(triton_form, drawn, ulps=1.0 if dtype == torch.bfloat16 else 0.5)
-    assert [tensor.dtype for tensor in outputs(triton_form, drawn)] == [dtype, dtype, torch.float32, torch.float32]
+    assert_equals_float64(triton_sample, drawn, ulps=1.0 if dtype == torch.bfloat16 else 0.5)
+    assert [tensor.dtype for tensor in outputs(triton_sample, drawn)] == [dtype, dtype, torch.float32, torch.float32]
 
 
 def test_locations_on_pixels_and_borders() -> None:
@@ -55,12 +55,12 @@ def test_locations_on_pixels_and_borders() -> None:
     locations = torch.cartesian_prod(steps, steps).view(1, -1, 1, 1, 1, 2)
     values, grad = torch.randn(1, 16, 1, 2), torch.randn(1, locations.shape[1], 2)
     weights = torch.rand(locations.shape[:-1])
-    assert_equals_float64(triton_form, Case(values, [(4, 4)], locations, weights, grad))
+    assert_equals_float64(triton_sample, Case(values, [(4, 4)], locations, weights, grad))
 
 
 def test_every_element_is_written() -> None:
     with poisoned_memory(), pytest.warns(UserWarning, match="not deterministic"):
-        assert_equals_float64(triton_form, case(SIZES, width=3, queries=7, batch=2))
+        assert_equals_float64(triton_sample, case(SIZES, width=3, queries=7, batch=2))
 
 
 def test_nothing_else_is_read() -> None:
@@ -68,7 +68,7 @@ def test_nothing_else_is_read() -> None:
     clean = case(SIZES, width=3, batch=2)
     dirty = clean._replace(values=clean.values.clone())
     dirty.values[1], dirty.values[:, :, 1] = torch.nan, torch.nan
-    for left, right in zip(outputs(triton_form, clean), outputs(triton_form, dirty), strict=True):
+    for left, right in zip(outputs(triton_sample, clean), outputs(triton_sample, dirty), strict=True):
         left, right = (tensor.unflatten(-1, (2, 3)) if tensor.dim() == 3 else tensor for tensor in (left, right))
         torch.testing.assert_close(left[0, :, 0], right[0, :, 0])  # each is (B, rows, M, …)
 
@@ -78,7 +78,7 @@ def test_nothing_else_is_read() -> None:
 def test_a_broken_location_shows_in_its_own_query_alone(bad: float) -> None:
     drawn = case(SIZES)
     drawn.locations[0, 2, 1, 0, 0, 0] = bad
-    out = triton_form(*drawn[:4])
+    out = triton_sample(*drawn[:4])
     assert out[0, 2, 4:].isnan().all()
     assert out.isfinite().sum() == out.numel() - 4
 
@@ -86,13 +86,13 @@ def test_a_broken_location_shows_in_its_own_query_alone(bad: float) -> None:
 def test_strided_inputs() -> None:
     drawn = case(SIZES, batch=2)
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (drawn.values, drawn.locations)]
-    out = triton_form(strided[0], drawn.sizes, strided[1], drawn.weights)
-    torch.testing.assert_close(out, triton_form(*drawn[:4]), atol=0, rtol=0)
+    out = triton_sample(strided[0], drawn.sizes, strided[1], drawn.weights)
+    torch.testing.assert_close(out, triton_sample(*drawn[:4]), atol=0, rtol=0)
 
 
 def test_no_queries() -> None:
     drawn = case(SIZES, queries=0)
-    assert triton_form(*drawn[:4]).shape == (1, 0, 8)
+    assert triton_sample(*drawn[:4]).shape == (1, 0, 8)
 
 
 def test_the_registrations() -> None:
@@ -105,7 +105,7 @@ def test_the_registrations() -> None:
 
 
 def test_compiled_with_dynamic_sizes_in_one_graph() -> None:
-    compiled = torch.compile(triton_form, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(triton_sample, backend="aot_eager", fullgraph=True, dynamic=True)
     for sizes in (SIZES, [(5, 3), (2, 6)]):
         assert_equals_float64(compiled, case(sizes))
 
@@ -114,7 +114,7 @@ def test_deterministic_algorithms_are_refused() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(D2ZeroError, match="not deterministic"):
-            outputs(triton_form, case(SIZES))
+            outputs(triton_sample, case(SIZES))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -131,8 +131,8 @@ def test_wrong_arguments() -> None:
         (values, sizes, locations[..., :1], weights),
         (values, sizes, locations, weights[..., 0]),
     ):
-        with pytest.raises(D2ZeroError, match=r"triton_form takes|do not fit"):
-            triton_form(*wrong)
+        with pytest.raises(D2ZeroError, match=r"triton_sample takes|do not fit"):
+            triton_sample(*wrong)
 
 
 def test_a_wrong_form_is_noticed() -> None:

@@ -9,8 +9,7 @@ import torch
 from kernels import poisoned_memory
 from masked_attention_cases import Case, assert_equals_float64, case
 
-from d2zero.model import masked_attention as module
-from d2zero.model.masked_attention import masked_attention
+from d2zero.model.masked_attention import masked_attention, operator
 from d2zero_runtime import D2ZeroError
 
 # Rows of a tile beyond the queries have no keys; NumPy, which interprets, warns of what is not stored.
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "processors", lambda device: 12)
+    monkeypatch.setattr(operator, "processors", lambda device: 12)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,11 @@ def test_what_does_not_fit_is_listed(
 
 
 class Malicious:
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
+
     def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("/tmp/d2zero-was-here"),))
+        return (Path.touch, (self.trap,))
 
 
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])  # of NumPy 1 and 2
@@ -103,13 +106,12 @@ def test_arrays_pickled_by_either_numpy(core: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_pickled_code_is_not_executed(suffix: str, words: Path, tmp_path: Path, command: Command) -> None:
-    trap = Path("/tmp/d2zero-was-here")
-    trap.unlink(missing_ok=True)
+    trap = tmp_path / "executed"
     source = tmp_path / f"m{suffix}"
     if suffix == ".pkl":
-        source.write_bytes(pickle.dumps({"model": Malicious()}))
+        source.write_bytes(pickle.dumps({"model": Malicious(trap)}))
     else:
-        torch.save({"model": Malicious()}, source)
+        torch.save({"model": Malicious(trap)}, source)
     outcome = command("convert", source, "-v", words, "-o", tmp_path / "m.safetensors")
     assert outcome.code == 2 and "plain arrays" in outcome.err
     assert not trap.exists()

@@ -1,4 +1,4 @@
-"""The forms of deformable attention compute the same, which is what the definition says."""
+"""The implementations of deformable attention compute the same, which is what the definition says."""
 
 import math
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, embedding_bag, gather, grid_sample
-from d2zero.model.deformable_attention import DeformableAttention
+from d2zero.model.deformable import DeformableAttention, DeformableFunction, embedding_bag, gather, grid_sample
 from d2zero.model.positions import pixel_centres
 
-FORMS = (grid_sample, gather, embedding_bag)
+FUNCTIONS = (grid_sample, gather, embedding_bag)
 
 
 def case(seed: int, spread: float = 0.3) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
@@ -41,20 +40,20 @@ def by_definition(values: Tensor, sizes: list[tuple[int, int]], locations: Tenso
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("spread", [0.1, 0.5, 3.0])
-def test_equals_the_definition(form: DeformableForm, spread: float) -> None:
+def test_equals_the_definition(function: DeformableFunction, spread: float) -> None:
     values, sizes, locations, weights = case(1, spread)
     expected = by_definition(values, sizes, locations, weights)
-    torch.testing.assert_close(form(values, sizes, locations, weights).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(function(values, sizes, locations, weights).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_are_equal() -> None:
     gradients = []
-    for form in FORMS:
+    for function in FUNCTIONS:
         values, sizes, locations, weights = case(2)
         inputs = [tensor.clone().requires_grad_() for tensor in (values, locations, weights)]
-        (form(inputs[0], sizes, inputs[1], inputs[2]) ** 2).sum().backward()
+        (function(inputs[0], sizes, inputs[1], inputs[2]) ** 2).sum().backward()
         gradients.append([tensor.grad for tensor in inputs])
     for others in gradients[1:]:
         torch.testing.assert_close(others, gradients[0], atol=1e-4, rtol=1e-4)
@@ -63,15 +62,15 @@ def test_gradients_are_equal() -> None:
 def test_sampling_a_pixel_centre_returns_the_pixel() -> None:
     values, sizes = torch.arange(6.0).view(1, 6, 1, 1), [(2, 3)]
     locations = torch.tensor([[0.5 / 3, 0.5 / 2], [2.5 / 3, 1.5 / 2]]).view(1, 2, 1, 1, 1, 2)
-    for form in FORMS:
-        out = form(values, sizes, locations, torch.ones(1, 2, 1, 1, 1))
+    for function in FUNCTIONS:
+        out = function(values, sizes, locations, torch.ones(1, 2, 1, 1, 1))
         torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 5.0]))
 
 
 def test_a_merged_projection_is_the_same_attention() -> None:
     torch.manual_seed(0)
     sizes = [(2, 3), (4, 5)]
-    attention = DeformableAttention(8, heads=2, levels=2, points=3, form=lambda *given: grid_sample(*given))
+    attention = DeformableAttention(8, heads=2, levels=2, points=3, function=lambda *given: grid_sample(*given))
     torch.nn.init.normal_(attention.sampling_offsets.weight)
     torch.nn.init.normal_(attention.attention_weights.weight)
     source, reference = torch.randn(2, 26, 8), pixel_centres(sizes, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The Triton form of deformable attention: its kernels in the interpreter and the compiler, and its operators."""
+"""Deformable attention in Triton: its kernels in the interpreter and the compiler, and its operators."""
 
 import importlib.util
 import re
@@ -12,9 +12,7 @@ from kernels import assert_pass_in_the_interpreter, compiled_for_hopper, needs_t
 from torch import Tensor, nn
 from torch.export import Dim
 
-from d2zero.model.deformable import best_form, embedding_bag, grid_sample
-from d2zero.model.deformable_attention import DeformableAttention
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import DeformableAttention, DeformableImpl, best_impl, triton_sample
 from d2zero.model.positions import pixel_centres
 from d2zero_runtime import D2ZeroError
 
@@ -32,9 +30,9 @@ def test_the_kernels_compile_for_hopper(
     values: str, pass_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from d2zero.model import deformable_kernels
+    from d2zero.model.deformable import kernels
 
-    kernel = getattr(deformable_kernels, f"{pass_}_kernel")
+    kernel = getattr(kernels, f"{pass_}_kernel")
     pointers = {"forward": [values, "fp32", "fp32", values], "backward": [values, values, *["fp32"] * 5]}[pass_]
     tile = {"HEADS": 8, "WIDTH": 32, "LEVELS": 1, "POINTS": 1, "QUERIES": 4, "CHANNELS": 32}
     types = [f"*{pointer}" for pointer in pointers] + [("fp32", "fp32"), "i32", "i32"]
@@ -52,7 +50,7 @@ def test_no_image_size_compiles_anew() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    from d2zero.model.deformable_kernels import forward_kernel
+    from d2zero.model.deformable.kernels import forward_kernel
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = jit.create_function_from_signature(forward_kernel.signature, forward_kernel.params, backend)
@@ -67,7 +65,7 @@ class TwoLevels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention = DeformableAttention(dim=8, heads=2, levels=2, points=3, form=triton_form)
+        self.attention = DeformableAttention(dim=8, heads=2, levels=2, points=3, function=triton_sample)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         sizes = [(level.shape[2], level.shape[3]) for level in (coarse, fine)]
@@ -90,18 +88,18 @@ def test_exports_as_one_operator_with_dynamic_sizes() -> None:
 def test_says_what_to_do_without_a_gpu() -> None:
     pytest.importorskip("triton")
     with pytest.raises(D2ZeroError, match=r"CUDA device, got cpu.*grid_sample"):
-        triton_form(*case([(2, 3)])[:4])
+        triton_sample(*case([(2, 3)])[:4])
 
 
 def test_says_what_to_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "d2zero.model.deformable_kernels", raising=False)
-    monkeypatch.delattr("d2zero.model.deformable_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "d2zero.model.deformable.kernels", raising=False)
     with pytest.raises(D2ZeroError, match=r"needs Triton.*install.*grid_sample"):
-        triton_form(*case([(2, 3)])[:4])
+        triton_sample(*case([(2, 3)])[:4])
 
 
-def test_best_form() -> None:
-    assert best_form("cpu", gradients=False) is embedding_bag and best_form("cpu", gradients=True) is grid_sample
+def test_best_implementation() -> None:
+    assert best_impl("cpu", gradients=False) == DeformableImpl.EMBEDDING_BAG
+    assert best_impl("cpu", gradients=True) == DeformableImpl.GRID_SAMPLE
     if importlib.util.find_spec("triton"):
-        assert best_form(torch.device("cuda", 0), gradients=True) is triton_form
+        assert best_impl(torch.device("cuda", 0), gradients=True) == DeformableImpl.TRITON

@@ -13,13 +13,13 @@ from conftest import published_model, published_vocabulary
 from deformable_cases import Case, assert_equals_float64, case, outputs
 
 from d2zero.model import D2Zero, deformable
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import triton_sample
 from d2zero.model.masked_attention import masked_attention
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
 from d2zero.training.step import without_cudnn_attention
-from d2zero_export.onnx_export import ExportConfig
-from d2zero_export.pt2_export import Pt2Config, export_pt2
+from d2zero_export.options import Pt2Options
+from d2zero_export.pt2_export import export_pt2
 from d2zero_runtime import load
 from d2zero_runtime.masks.device import Sizes, in_one_kernel, in_steps
 
@@ -41,8 +41,8 @@ def exact_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.mark.parametrize("form", [deformable.grid_sample, deformable.gather, triton_form])
-def test_published_model_equals_the_recorded_outputs(shared: Path, form: deformable.DeformableForm) -> None:
+@pytest.mark.parametrize("form", [deformable.grid_sample, deformable.gather, triton_sample])
+def test_published_model_equals_the_recorded_outputs(shared: Path, form: deformable.DeformableFunction) -> None:
     recorded = np.load(shared / "reference/reference_48_17.npz")
     model = published_model(published_vocabulary(shared, "48_17")).to("cuda")
     model.set_deformable(form)
@@ -94,26 +94,26 @@ def test_masked_attention_of_the_recipe_has_finite_gradients(dtype: torch.dtype)
     ids=["one", "odd", "wide", "published", "outside"],
 )
 def test_triton_form_equals_float64(shape: dict, dtype: torch.dtype) -> None:
-    assert_equals_float64(triton_form, case(**{"device": "cuda"} | shape, dtype=dtype))
+    assert_equals_float64(triton_sample, case(**{"device": "cuda"} | shape, dtype=dtype))
 
 
 def test_triton_form_writes_every_element() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         with pytest.warns(UserWarning, match="not deterministic"):
-            assert_equals_float64(triton_form, case(LEVELS_800x1216, queries=77, **PUBLISHED | {"width": 24}))
+            assert_equals_float64(triton_sample, case(LEVELS_800x1216, queries=77, **PUBLISHED | {"width": 24}))
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_triton_form_compiled_and_in_a_cuda_graph() -> None:
-    compiled = torch.compile(triton_form, fullgraph=True, dynamic=True)
+    compiled = torch.compile(triton_sample, fullgraph=True, dynamic=True)
     for sizes in ([(4, 7), (9, 5)], [(8, 3), (16, 16)]):
         assert_equals_float64(compiled, case(sizes, device="cuda"))
     drawn = case([(4, 7), (9, 5)], device="cuda")
-    expected, graph = triton_form(*drawn[:4]), torch.cuda.CUDAGraph()
+    expected, graph = triton_sample(*drawn[:4]), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_form(*drawn[:4])
+        out = triton_sample(*drawn[:4])
     out.zero_()
     graph.replay()
     torch.testing.assert_close(out, expected, atol=0, rtol=0)
@@ -129,7 +129,7 @@ def test_triton_form_beyond_two_to_the_31_elements() -> None:
     repeated = [tensor.repeat(batch, *[1] * (tensor.dim() - 1)) for tensor in last[2:]]
     together = Case(values, last.sizes, *repeated[:2], repeated[2].bfloat16())
     alone = alone._replace(grad=last.grad.bfloat16())
-    for many, one in zip(outputs(triton_form, together), outputs(triton_form, alone), strict=True):
+    for many, one in zip(outputs(triton_sample, together), outputs(triton_sample, alone), strict=True):
         torch.testing.assert_close(many[-1:], one, atol=1e-2, rtol=1e-2)
 
 
@@ -175,9 +175,9 @@ def milliseconds(run: Callable[[], object], times: int = 20) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_triton_form_is_five_times_faster(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     values, sizes, locations, weights, _ = case(LEVELS_800x1216, queries=EVERY_PIXEL, **PUBLISHED, dtype=dtype)
-    forms = (deformable.grid_sample, triton_form)
+    forms = (deformable.grid_sample, triton_sample)
 
-    def train(form: deformable.DeformableForm) -> None:
+    def train(form: deformable.DeformableFunction) -> None:
         inputs = [tensor.detach().requires_grad_() for tensor in (values, locations, weights)]
         form(inputs[0], sizes, inputs[1], inputs[2]).sum().backward()
 
@@ -223,7 +223,7 @@ def test_a_compiled_model_is_the_checkpoint_and_is_captured(
     small_model: D2Zero, tmp_path: Path, precision: str
 ) -> None:
     path = tmp_path / "m.pt2"
-    assert export_pt2(small_model, path, Pt2Config("cuda", ExportConfig(precision))) is not None  # verified
+    assert export_pt2(small_model, path, Pt2Options(device="cuda", precision=precision)) is not None  # verified
     images = [np.random.default_rng(seed).integers(0, 256, (96, 128, 3), np.uint8) for seed in range(4)]
     compiled, reference = load(path), small_model.segmenter()
     with warnings.catch_warnings():

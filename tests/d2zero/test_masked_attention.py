@@ -9,7 +9,7 @@ import torch
 from kernels import assert_pass_in_the_interpreter, compiled_for_hopper, needs_triton
 from masked_attention_cases import case
 
-from d2zero.model.masked_attention import KEYS, MOST_SPLITS, masked_attention, split
+from d2zero.model.masked_attention.operator import KEYS, MOST_SPLITS, masked_attention, split
 from d2zero_runtime import D2ZeroError
 
 
@@ -23,7 +23,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
 def test_split_kernel_compiles_for_hopper(values: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from d2zero.model.masked_attention_kernels import split_kernel
+    from d2zero.model.masked_attention.kernels import split_kernel
 
     types = [f"*{kind}" for kind in (*[values] * 4, "i1", *["fp32"] * 3)] + ["i32"] * 9 + ["fp32"]
     tile = {"HEADS": 8, "WIDTH": 32, "QUERIES": 64, "KEYS": KEYS, "CHANNELS": 32, "PRECISION": "ieee"}
@@ -36,7 +36,7 @@ def test_split_kernel_compiles_for_hopper(values: str, tmp_path: Path, monkeypat
 @needs_triton
 def test_combine_kernel_compiles_for_hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from d2zero.model.masked_attention_kernels import combine_kernel
+    from d2zero.model.masked_attention.kernels import combine_kernel
 
     types = ["*fp32", "*fp32", "*fp32", "*fp16", "i32", "i32", "i32"]
     tile = {"HEADS": 8, "WIDTH": 32, "ROWS": 4, "SPLITS": 16, "CHANNELS": 32}
@@ -60,8 +60,7 @@ def test_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(D2ZeroError, match="CUDA device, got cpu"):
         masked_attention(*case())
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "d2zero.model.masked_attention_kernels", raising=False)
-    monkeypatch.delattr("d2zero.model.masked_attention_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "d2zero.model.masked_attention.kernels", raising=False)
     with pytest.raises(D2ZeroError, match="needs Triton"):
         masked_attention(*case())
     assert torch.is_tensor(case().queries)

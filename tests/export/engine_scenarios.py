@@ -15,7 +15,7 @@ from fake_cuda import FakeCuda
 from tensorrt_surface import Recorder, as_tensorrt, constructor
 from tiny_model import CLASSES, WIDTH, write_model
 
-from d2zero_export.engine import EngineConfig, Shape, build_engine
+from d2zero_export.engine import EngineOptions, Shape, build_engine
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.errors import D2ZeroError
 
@@ -64,7 +64,7 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 def test_dynamic_model(setting: Setting, tmp_path: Path) -> None:
     model, output, stages = write_model(tmp_path / "m.onnx"), tmp_path / "out" / "m.engine", []
-    config = EngineConfig(Shape(1, 64, 96, 1), Shape(1, 64, 96, 5), Shape(2, 128, 128, 30), workspace_gb=2)
+    config = EngineOptions(min=Shape(1, 64, 96, 1), opt=Shape(1, 64, 96, 5), max=Shape(2, 128, 128, 30), workspace_gb=2)
     sidecar = build_engine(model, output, config, stages.append)
     assert stages == ["read", "parse", "profile", "build", "contract"]
     assert setting.called("IOptimizationProfile.set_shape") == [
@@ -96,7 +96,7 @@ def test_dynamic_model(setting: Setting, tmp_path: Path) -> None:
 def test_baked_model_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = Setting(monkeypatch, ("images",))
     model = write_model(tmp_path / "m.onnx", baked=True)
-    sidecar = build_engine(model, tmp_path / "m.engine", EngineConfig(tf32=True, optimization_level=0))
+    sidecar = build_engine(model, tmp_path / "m.engine", EngineOptions(tf32=True, optimization_level=0))
     assert sidecar.contract.baked and sidecar.tf32 and sidecar.profile.max.classes == CLASSES
     assert [call[0] for call in setting.called("IOptimizationProfile.set_shape")] == ["images"]
     assert setting.called("OnnxParser.parse") == [(model.read_bytes(),)]
@@ -106,7 +106,9 @@ def test_baked_model_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_tf32_is_what_the_model_allows(setting: Setting, tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx", tf32=True)
-    sidecar = build_engine(model, tmp_path / "m.engine", EngineConfig(Shape(1, 64, 96, 1), Shape(1, 64, 96, 5)))
+    sidecar = build_engine(
+        model, tmp_path / "m.engine", EngineOptions(min=Shape(1, 64, 96, 1), opt=Shape(1, 64, 96, 5))
+    )
     assert sidecar.tf32 and setting.called("IBuilderConfig.clear_flag") == []
 
 
@@ -116,10 +118,11 @@ def test_parser_errors_come_in_one_message(setting: Setting, tmp_path: Path) -> 
         return Recorder(setting.tensorrt.ParserError, answers, setting.calls)
 
     setting.answers.update({"OnnxParser.parse": False, "OnnxParser.num_errors": 7, "OnnxParser.get_error": error})
-    with pytest.raises(D2ZeroError, match=r"cannot read .*m\.onnx:\n  /n0: no such operator") as raised:
+    with pytest.raises(
+        D2ZeroError, match=r"cannot read .*m\.onnx: /n0: no such operator; /n1: .*; and 3 more$"
+    ) as raised:
         build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-    lines = str(raised.value).splitlines()
-    assert len(lines) == 6 and lines[-1] == "  and 3 more"
+    assert "\n" not in str(raised.value) and "/n4" not in str(raised.value)
 
 
 def test_failed_build_names_what_tensorrt_logged(setting: Setting, tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_failed_build_names_what_tensorrt_logged(setting: Setting, tmp_path: Pat
         logger.log(setting.tensorrt.ILogger.ERROR, "no  kernel\nfor /n3")
 
     setting.building(work)
-    with pytest.raises(D2ZeroError, match=r"cannot build .*m\.onnx:\n  no kernel for /n3$"):
+    with pytest.raises(D2ZeroError, match=r"cannot build .*m\.onnx: no kernel for /n3$"):
         build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -208,7 +211,7 @@ def test_failing_progress_stops_the_build(setting: Setting, tmp_path: Path) -> N
 
 def test_timing_cache_is_read_and_written(setting: Setting, tmp_path: Path) -> None:
     cache = tmp_path / "caches" / "t.cache"
-    config = EngineConfig(timing_cache=cache)
+    config = EngineOptions(timing_cache=cache)
     setting.answers["ITimingCache.serialize"] = b"measured"
     model = write_model(tmp_path / "m.onnx")
     build_engine(model, tmp_path / "m.engine", config)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tiny_network import tiny
 
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import DeformableImpl
 from d2zero_export import attention, pt2_export
-from d2zero_export.onnx_export import ExportConfig
+from d2zero_export.options import Pt2Options
 from d2zero_runtime import load
 from d2zero_runtime.artifacts.pt2 import Pt2Metadata
 
@@ -21,9 +21,9 @@ from d2zero_runtime.artifacts.pt2 import Pt2Metadata
 def main(folder: Path) -> None:
     path = folder / "triton.pt2"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pt2_export, "best_form", lambda *_, **__: triton_form)
-        patch.setattr(attention, "splits_keys", lambda device: True)
-        pt2_export.export_pt2(tiny(), path, pt2_export.Pt2Config(export=ExportConfig(verify=False)))
+        patch.setattr(pt2_export, "best_impl", lambda *_, **__: DeformableImpl.TRITON)
+        patch.setattr(attention, "in_triton", lambda device: True)
+        pt2_export.export_pt2(tiny(), path, Pt2Options(verify=False))
     description = Pt2Metadata.read(path)
     assert description.operators == pt2_export.TRITON_OPERATORS and description.channels_last
     assert description.contract.deform_attn == "triton"

@@ -8,7 +8,7 @@ import pytest
 from tensorrt_surface import VERSIONS, run_inside
 from tiny_model import CLASSES, WIDTH, contract, write_model
 
-from d2zero_export.engine import EngineConfig, Shape, build_engine, doubts, profile_for, trtexec_command
+from d2zero_export.engine import EngineOptions, Shape, build_engine, known_issues, profile_for, trtexec_command
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.onnx import graph_inputs, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile
@@ -50,24 +50,24 @@ def test_shapes() -> None:
 
 
 def test_profile_from_the_contract() -> None:
-    found = profile_for(EngineConfig(), contract(), OPEN)
+    found = profile_for(EngineOptions(), contract(), OPEN)
     assert [str(shape) for shape in (found.min, found.opt, found.max)] == [
         "1x64x64x1",
         "1x800x1216x5",
         "4x1344x1344x1203",
     ]
     sizes = Preprocessing(shortest_edge=96, longest_edge=160)
-    assert str(profile_for(EngineConfig(), contract(preprocessing=sizes), OPEN).opt) == "1x96x160x5"
+    assert str(profile_for(EngineOptions(), contract(preprocessing=sizes), OPEN).opt) == "1x96x160x5"
     names = tuple(f"c{number}" for number in range(2000))
     assert (
         profile_for(
-            EngineConfig(), contract(class_names=names, seen=(True,) * 2000, active=(True,) * 2000), OPEN
+            EngineOptions(), contract(class_names=names, seen=(True,) * 2000, active=(True,) * 2000), OPEN
         ).max.classes
         == 2000
     )
-    small = profile_for(EngineConfig(max=Shape(1, 640, 640, 3)), contract(), OPEN)
+    small = profile_for(EngineOptions(max=Shape(1, 640, 640, 3)), contract(), OPEN)
     assert (str(small.min), str(small.opt)) == ("1x64x64x1", "1x640x640x3")
-    large = profile_for(EngineConfig(opt=Shape(8, 1600, 1600, 3)), contract(), OPEN)
+    large = profile_for(EngineOptions(opt=Shape(8, 1600, 1600, 3)), contract(), OPEN)
     assert str(large.max) == "8x1600x1600x1203"
 
 
@@ -75,13 +75,13 @@ def test_fixed_sizes_of_the_model_are_kept(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx", baked=True, images=(1, 3, 96, "width"))
     inputs = graph_inputs(model)
     assert inputs == {"images": (1, 3, 96, None)}
-    found = profile_for(EngineConfig(), contract(), inputs)
+    found = profile_for(EngineOptions(), contract(), inputs)
     for shape in (found.min, found.opt, found.max):
         assert (shape.batch, shape.height, shape.classes) == (1, 96, CLASSES)
     with pytest.raises(D2ZeroError, match="height is fixed at 96, got 128 in --opt 1x128x64x5"):
-        profile_for(EngineConfig(opt=Shape(1, 128, 64, CLASSES)), contract(), inputs)
+        profile_for(EngineOptions(opt=Shape(1, 128, 64, CLASSES)), contract(), inputs)
     with pytest.raises(D2ZeroError, match="classes is fixed at 5, got 80 in --max"):
-        profile_for(EngineConfig(max=Shape(1, 96, 64, 80)), contract(), inputs)
+        profile_for(EngineOptions(max=Shape(1, 96, 64, 80)), contract(), inputs)
 
 
 def test_the_default_embeddings_are_dropped_and_nothing_else(tmp_path: Path) -> None:
@@ -111,7 +111,9 @@ def test_an_exported_model_is_understood(exported: Path) -> None:
 
 def test_trtexec_command(tmp_path: Path) -> None:
     model = write_model(tmp_path / "my model.onnx")
-    config = EngineConfig(max=Shape(2, 640, 640, 9), timing_cache=Path("t.cache"), workspace_gb=4, optimization_level=4)
+    config = EngineOptions(
+        max=Shape(2, 640, 640, 9), timing_cache=Path("t.cache"), workspace_gb=4, optimization_level=4
+    )
     first, _, line = trtexec_command(model, Path("m.engine"), config).partition(" && ")
     assert first.startswith("python -c ") and "without_default_embeddings" in first
     for word in (
@@ -124,13 +126,13 @@ def test_trtexec_command(tmp_path: Path) -> None:
         f"'--onnx={tmp_path}/my model.trtexec.onnx'",
     ):
         assert word in line
-    baked = trtexec_command(write_model(tmp_path / "b.onnx", baked=True), Path("b.engine"), EngineConfig(tf32=True))
+    baked = trtexec_command(write_model(tmp_path / "b.onnx", baked=True), Path("b.engine"), EngineOptions(tf32=True))
     assert baked.startswith(f"trtexec --onnx={tmp_path}/b.onnx --stronglyTyped --minShapes=images:1x3x64x64 ")
 
 
-def test_doubts_and_wrong_settings() -> None:
-    assert "4813" in doubts(contract(), "11.1")[0] and doubts(contract(deform_attn="gather"), "11.1") == ()
+def test_known_issues_and_wrong_settings() -> None:
+    assert "4813" in known_issues(contract(), "11.1")[0] and known_issues(contract(deform_attn="gather"), "11.1") == ()
     with pytest.raises(D2ZeroError, match="0 to 5, got 6"):
-        EngineConfig(optimization_level=6)
+        EngineOptions(optimization_level=6)
     with pytest.raises(D2ZeroError, match="above 0"):
-        EngineConfig(workspace_gb=0)
+        EngineOptions(workspace_gb=0)

@@ -22,9 +22,10 @@ from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
 from d2zero_export.graph import InferenceGraph
-from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
+from d2zero_export.onnx_export import FORBIDDEN, export_onnx
+from d2zero_export.options import OnnxOptions
 from d2zero_export.plugin import OPERATOR
-from d2zero_export.precision import fold_batch_norms, lowered
+from d2zero_export.precision import cast_to, fold_batch_norms
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY
@@ -75,7 +76,7 @@ def test_operators(exported: Path) -> None:
 
 @pytest.mark.slow
 def test_gather_form_has_no_grid_sample_and_gives_the_same(tmp_path: Path) -> None:
-    parity = export_onnx(tiny(), tmp_path / "g.onnx", ExportConfig(deform_attn="gather"))
+    parity = export_onnx(tiny(), tmp_path / "g.onnx", OnnxOptions(deform_attn="gather"))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
 
@@ -84,7 +85,7 @@ def test_gather_form_has_no_grid_sample_and_gives_the_same(tmp_path: Path) -> No
 def test_float16_is_in_the_graph_and_finds_the_same_instances(
     demo_model: D2Zero, photos: list[Path], tmp_path: Path
 ) -> None:
-    parity = export_onnx(demo_model, tmp_path / "h.onnx", ExportConfig(precision="float16"))
+    parity = export_onnx(demo_model, tmp_path / "h.onnx", OnnxOptions(precision="float16"))
     assert parity is not None and max(entry.class_relative for entry in parity.differences) < 0.01
     proto = onnx.load(tmp_path / "h.onnx")
     type_of = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
@@ -93,22 +94,22 @@ def test_float16_is_in_the_graph_and_finds_the_same_instances(
     assert {entry.type.tensor_type.elem_type for entry in (*proto.graph.input, *proto.graph.output)} == {
         onnx.TensorProto.FLOAT
     }
-    result = verify(demo_model, tmp_path / "h.onnx", photos)
+    result = verify(demo_model, tmp_path / "h.onnx", images=photos)
     assert not result.failures and result.instances.matched >= 0.99 and result.instances.same_label >= 0.99
     assert result.attention_flipped is not None and result.attention_flipped < 0.01
     assert load(tmp_path / "h.onnx").contract.precision == "float16"
 
 
-def test_islands_of_float32(demo_model: D2Zero) -> None:
+def test_modules_that_stay_float32(demo_model: D2Zero) -> None:
     import torch
 
     before = demo_model.class_embeddings.dtype
-    copied = lowered(demo_model, "float16", islands=("classifier",))
+    copied = cast_to(demo_model, "float16", fp32_modules=("classifier",))
     assert {p.dtype for p in copied.classifier.parameters()} == {torch.float32}
     assert {p.dtype for p in copied.decoder.parameters()} == {torch.float16}
     assert {p.dtype for p in demo_model.parameters()} == {torch.float32} == {before}  # the original is as it was
     with pytest.raises(D2ZeroError, match="precision must be one of float32, float16, bfloat16, int8, got 'int4'"):
-        lowered(demo_model, "int4")
+        cast_to(demo_model, "int4")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_atto", "efficientnet_b0"])
@@ -135,7 +136,7 @@ def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
 @pytest.mark.slow
 def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(tmp_path: Path) -> None:
     path, model = tmp_path / "plugin.onnx", tiny()
-    parity = export_onnx(model, path, ExportConfig(deform_attn="plugin"))
+    parity = export_onnx(model, path, OnnxOptions(deform_attn="plugin"))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     proto = onnx.load(path)
     nodes = [node for node in proto.graph.node if node.op_type == OPERATOR]
@@ -149,7 +150,7 @@ def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(tmp_path
 @pytest.mark.slow
 def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path, command: Command) -> None:
     path = tmp_path / "fixed.onnx"
-    parity = export_onnx(demo_model, path, ExportConfig(size=(96, 128), batch=2, bake=True))
+    parity = export_onnx(demo_model, path, OnnxOptions(size=(96, 128), batch=2, bake=True))
     assert parity is not None and len(parity.differences) == 7  # other class counts do not apply
     inputs = onnx.load(path).graph.input
     assert [entry.name for entry in inputs] == ["images"]
@@ -168,7 +169,7 @@ def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path,
 @pytest.mark.slow
 def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Path) -> None:
     model = published_model(published_vocabulary(shared, "48_17"))
-    export_onnx(model, tmp_path / "p.onnx", ExportConfig(verify=False))
+    export_onnx(model, tmp_path / "p.onnx", OnnxOptions(verify=False))
     recorded = np.load(shared / "reference/reference_48_17.npz")
     segmenter = load(tmp_path / "p.onnx")
     out = segmenter.predict_raw([recorded["image_u8"]])

@@ -23,7 +23,8 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero_bench.equality import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
-from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
+from d2zero_export.onnx_export import FORBIDDEN, export_onnx
+from d2zero_export.options import OnnxOptions
 from d2zero_export.parity import LIMITS
 from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
 from d2zero_export.verify import raw_parity, verify
@@ -57,7 +58,7 @@ def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_f
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MinMaxCalibrater, "collect_data", noting)
-        calibrated = ExportConfig("int8", verify=False, calibration=shapes_data / "train")
+        calibrated = OnnxOptions(precision="int8", verify=False, calibration=shapes_data / "train")
         export_onnx(demo_model, path, calibrated, traced=traced)
     assert orders == [ExecutionOrder.PRIORITY_BASED]
     return path
@@ -144,7 +145,7 @@ def test_same_model_at_every_size_batch_and_class_count(
     assert len(parity.differences) == 10 and not parity.failures(LIMITS["int8"])
     assert parity.failures(LIMITS["float32"])  # it is another precision
     photos = sorted((shapes_data / "val").iterdir())[:12]
-    result = verify(demo_model, eight_bits, photos)
+    result = verify(demo_model, eight_bits, images=photos)
     assert not result.failures and result.attention_flipped is not None and 0 < result.attention_flipped < 0.03
 
 
@@ -187,7 +188,13 @@ def test_accuracy_of_what_the_command_makes(demo_model: D2Zero, tmp_path: Path, 
     )
     assert outcome.code == 0 and "int8, 36 classes inside" in outcome.out and "quantize" in outcome.err
     truth = read_coco(tmp_path / "annotations/instances_val_gzsi_shapes.json")
-    result = verify(demo_model, eight_bits, sorted((tmp_path / "val").iterdir())[:24], truth, tmp_path / "val")
+    result = verify(
+        demo_model,
+        eight_bits,
+        images=sorted((tmp_path / "val").iterdir())[:24],
+        annotations=truth,
+        image_folder=tmp_path / "val",
+    )
     ours, theirs = result.accuracy["gzsis"]["segm hm_ap50"]
     assert ours > 50 and abs(ours - theirs) <= 0.5
 
@@ -213,7 +220,11 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
         stages: list[str] = []
         with pytest.raises(D2ZeroError, match=message):
             export_onnx(
-                demo_model, tmp_path / "m.onnx", ExportConfig("int8", calibration=tmp_path / folder), "", stages.append
+                demo_model,
+                tmp_path / "m.onnx",
+                OnnxOptions(precision="int8", calibration=tmp_path / folder),
+                "",
+                stages.append,
             )
         assert not stages
     for changes, message in (
@@ -223,7 +234,7 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
         ({"calibration_images": 0}, "at least 1, got 0"),
     ):
         with pytest.raises(D2ZeroError, match=message):
-            replace(ExportConfig("int8", calibration=tmp_path), **changes)
+            replace(OnnxOptions(precision="int8", calibration=tmp_path), **changes)
 
 
 def test_no_engine_in_eight_bits(eight_bits: Path, tmp_path: Path, command: Command) -> None:

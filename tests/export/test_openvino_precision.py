@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_attention import TinyAttention
 
-from d2zero.model.deformable import DeformableForm, gather, grid_sample
+from d2zero.model.deformable import DeformableFunction, gather, grid_sample
 from d2zero_runtime.backends.openvino.backend import computes_in_bfloat16
 from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
 from d2zero_runtime.backends.openvino.rewrites import join_row_sums
@@ -28,7 +28,9 @@ def inputs() -> list[NDArray[np.float32]]:
     return [query, source, random.random((TOTAL, 2), np.float32)]
 
 
-def written(form: DeformableForm, inputs: list[NDArray[np.float32]], folder: Path) -> tuple[Path, NDArray[np.float32]]:
+def written(
+    form: DeformableFunction, inputs: list[NDArray[np.float32]], folder: Path
+) -> tuple[Path, NDArray[np.float32]]:
     """An attention as ONNX, and what it computes."""
     torch.manual_seed(0)
     model, tensors = TinyAttention(form, SIZES).eval(), tuple(torch.from_numpy(values) for values in inputs)
@@ -45,7 +47,7 @@ def lowered(path: Path) -> Any:
 
 
 @FORMS
-def test_types(form: DeformableForm, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
+def test_types(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
     network = lowered(written(form, inputs, tmp_path)[0])
     by_kind: dict[str, list[list[str]]] = {}
     for node in network.get_ordered_ops():
@@ -62,7 +64,7 @@ def test_types(form: DeformableForm, inputs: list[NDArray[np.float32]], tmp_path
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16")
 @FORMS
-def test_places_are_not_rounded(form: DeformableForm, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
+def test_places_are_not_rounded(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
     path, right = written(form, inputs, tmp_path)
     core = openvino.Core()
 

@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2zero.data.shapes import vocabulary
 from d2zero.model import D2Zero, build
-from d2zero.model.deformable_triton import triton_form
+from d2zero.model.deformable import triton_sample
 from d2zero.training.config import shapes
 from d2zero_export.graph import InferenceGraph
-from d2zero_export.onnx_export import ExportConfig, trace
-from d2zero_export.precision import lowered
-from d2zero_export.pt2_export import HEADERS, Pt2Config, cuda_headers, export_pt2, hardware
+from d2zero_export.onnx_export import trace
+from d2zero_export.options import GraphOptions, Pt2Options
+from d2zero_export.precision import cast_to
+from d2zero_export.pt2_export import HEADERS, cuda_headers, export_pt2, hardware
 from d2zero_runtime import D2ZeroError, Vocabulary, load
 from d2zero_runtime.artifacts.pt2 import ENTRY, Pt2Metadata, replace_pt2_vocabulary
 from d2zero_runtime.backends.torch_pt2 import MAX_SHAPES, GraphedNetwork
@@ -73,9 +74,9 @@ def rewritten(path: Path, to: Path, text: str | None) -> Path:
 def test_it_is_loaded_and_run_like_every_exported_model(compiled: Path) -> None:
     segmenter = load(compiled, threads=1)
     images = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-    for words in (None, np.ones((4, WIDTH), np.float32)):
+    for words in (embeddings(), np.ones((4, WIDTH), np.float32)):
         class_logits, mask_logits = segmenter.backend.run(images, words)
-        np.testing.assert_array_equal(class_logits[0], np.maximum(embeddings() if words is None else words, 0))
+        np.testing.assert_array_equal(class_logits[0], np.maximum(words, 0))
         np.testing.assert_array_equal(mask_logits, np.maximum(images, 0))
     assert "AOTInductor (CPU)" in segmenter.backend.name
 
@@ -137,12 +138,12 @@ def test_damaged_and_foreign_files_are_named(compiled: Path, tmp_path: Path) -> 
 
 def test_what_cannot_be_compiled_here_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(D2ZeroError, match="one of cpu, cuda, got 'tpu'"):
-        Pt2Config("tpu")
+        Pt2Options(device="tpu")
     with pytest.raises(D2ZeroError, match="float16 is for GPUs"):
-        Pt2Config("cpu", ExportConfig(precision="float16"))
+        Pt2Options(precision="float16")
     if not torch.cuda.is_available():
         with pytest.raises(D2ZeroError, match="torch sees no CUDA device"):
-            Pt2Config("cuda")
+            Pt2Options(device="cuda")
 
 
 @pytest.mark.parametrize("make", [tiny, lambda: build(shapes().model, vocabulary()).eval()], ids=["one", "three"])
@@ -155,15 +156,15 @@ def test_fused_attention_is_the_same_attention(make: Callable[[], D2Zero]) -> No
 
 def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
     # On a CUDA device that is not there, with tensors without content. A copy would keep CUDA graphs from capturing.
-    model = lowered(tiny(), "float16")
-    model.set_deformable(triton_form)
+    model = cast_to(tiny(), "float16")
+    model.set_deformable(triton_sample)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
             for name, entry in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(torch.empty_like(entry, device="cuda"))
             for name, entry in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty_like(entry, device="cuda")
-        program = trace(model, ExportConfig("float16"), "cuda", fused=True)
+        program = trace(model, GraphOptions(precision="float16"), "cuda", fused=True)
     values = [node.meta.get("val") for node in program.graph.nodes]
     assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
     attentions = [node for node in program.graph.nodes if "attention" in str(node.target)]
@@ -177,9 +178,9 @@ def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
 def test_fused_operators_are_what_torch_compiles() -> None:
     from torch._inductor.decomposition import select_decomp_table
 
-    model = lowered(tiny(), "bfloat16").to(memory_format=torch.channels_last)
-    model.set_deformable(triton_form)
-    program = trace(model, ExportConfig("bfloat16", size=(64, 96), batch=1), fused=True)
+    model = cast_to(tiny(), "bfloat16").to(memory_format=torch.channels_last)
+    model.set_deformable(triton_sample)
+    program = trace(model, GraphOptions(precision="bfloat16", size=(64, 96), batch=1), fused=True)
     nodes = program.run_decompositions(select_decomp_table()).graph.nodes
     by_name = {name: [node for node in nodes if name in str(node.target)] for name in ("softmax", "bmm", "convolution")}
     assert not by_name["softmax"]  # no attention falls back to matmuls

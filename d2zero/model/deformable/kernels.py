@@ -1,4 +1,4 @@
-"""The Triton kernels of multi-scale deformable attention; `deformable_triton` checks arguments and launches them.
+"""The Triton kernels of multi-scale deformable attention; `operator` checks arguments and launches them.
 
 A program handles a block of neighbouring queries of one head of one image. The channels of a pixel's head
 are adjacent in memory, so each corner of a sample is one contiguous read, and neighbouring queries read
@@ -10,7 +10,7 @@ neighbouring pixels. With (H, W) the level's size, a sample's value and its deri
 
 Coordinates and sums are float32 whatever the values are. Rows of memory are addressed with 64 bits.
 
-Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, R queries, L levels, P points;
+Letters: B batch, S = sum of the levels' H·W, M heads, N channels per head, R queries, L levels, P points;
 in the kernels QUERIES and CHANNELS are the sides of a program's tile, CHANNELS the power of two from N up.
 """
 
@@ -31,7 +31,7 @@ def corner(x, y, height, width, start, real, ROW: tl.constexpr):
 
 @triton.jit
 def corners(locations, sample, height, width, start, real, ROW: tl.constexpr):
-    """The four corners of a sample a query: memory rows, on the map or not, and the fractions fx, fy."""
+    """The four corners of one sample per query: memory rows, on the map or not, and the fractions fx, fy."""
     x = tl.load(locations + 2 * sample, mask=real, other=0.0) * width - 0.5
     y = tl.load(locations + 2 * sample + 1, mask=real, other=0.0) * height - 0.5
     x0, y0 = tl.floor(x), tl.floor(y)
@@ -44,11 +44,11 @@ def corners(locations, sample, height, width, start, real, ROW: tl.constexpr):
 
 @triton.jit
 def read(values, row, inside, some):
-    """The channels of one pixel a query in float32, 0 off the map."""
+    """The channels of one pixel per query in float32, 0 off the map."""
     return tl.load(values + row[:, None], mask=inside[:, None] & some, other=0.0).to(tl.float32)
 
 
-# Triton compiles anew for integers of other divisibility, unless told not to, and inside tuples even then, but
+# Triton compiles again for integers of other divisibility, unless told not to, and inside tuples even then, but
 # not for other floats: so `sizes` are whole numbers in float32, and no image size waits for a compiler.
 @triton.jit(do_not_specialize=["total", "queries"])
 def forward_kernel(

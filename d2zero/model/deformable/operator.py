@@ -1,37 +1,34 @@
 """Multi-scale deformable attention as one Triton kernel forward and one backward, for GPUs.
 
-The third form beside `grid_sample` and `gather` (`d2zero.model.deformable`), with the same semantics: bilinear,
-zeros outside, align_corners false. It writes nothing between the values and the sums, where `grid_sample`
-writes every sample. Values are float32, bfloat16 or float16; locations, weights and all sums are float32.
+It writes nothing between the values and the sums, where `grid_sample` writes every sample. Values are float32,
+bfloat16 or float16; locations, weights and all sums are float32.
 
-The kernels stand in `deformable_kernels`, which is imported when one first runs: tracing (`torch.export`,
-fake tensors) needs neither Triton nor a GPU. To `torch.compile` and `torch.export` the two functions are
-operators, `d2zero::deformable_attention` and `d2zero::deformable_attention_backward`, with sizes that may be
-symbols. They are plain custom operators, not `triton_op`s: there is nothing around them to fuse, and
-`wrap_triton` of torch 2.10 refuses Triton's interpreter, in which the tests run.
+To `torch.compile` and `torch.export` the two functions are operators, `d2zero::deformable_attention` and
+`d2zero::deformable_attention_backward`, with sizes that may be symbols. They are plain custom operators, not
+`triton_op`s: there is nothing around them to fuse, and `wrap_triton` of torch 2.10 refuses Triton's interpreter, in
+which the tests run.
 
-Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, R queries, L levels, P points.
+Letters: B batch, S = sum of the levels' H·W, M heads, N channels per head, R queries, L levels, P points.
 """
 
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2zero.model.deformable import DeformableForm, LevelSizes, gather, grid_sample
+from d2zero.model.deformable.sampling import LevelSizes
+from d2zero.model.triton_launch import FLOAT_TYPES, GRID_LIMIT, load_kernels, next_power_of_two
 from d2zero_runtime import D2ZeroError
 
-VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-BYTES_A_THREAD = 16  # the widest read and, on GPUs from Hopper on, the widest atomic addition
+KERNELS = "d2zero.model.deformable.kernels"
+BYTES_PER_THREAD = 16  # the widest read and, on GPUs from Hopper on, the widest atomic addition
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 1  # sums over channels stay in a warp: no shared memory and no barrier, which halt its reads
-LIMIT_OF_GRID = 65535  # programs along the second and third side
 
 
-def triton_form(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
+def triton_sample(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
     """Sample and add up in one kernel; arguments as in `grid_sample`, on a GPU.
 
     Args:
@@ -51,15 +48,11 @@ def triton_form(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, weigh
     return out
 
 
-# What training may be told to use, and what is measured on a GPU, by name.
-FORMS: dict[str, DeformableForm] = {"grid_sample": grid_sample, "gather": gather, "triton": triton_form}
-
-
 @torch.library.custom_op("d2zero::deformable_attention", mutates_args=())
 def deformable_attention(values: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Run the forward kernel; `sizes` is [H, W, H, W, …]."""
     check(values, sizes, locations, weights)
-    kernels = load_kernels(values)
+    kernels = load_kernels(KERNELS, "triton_sample", values, "d2zero.model.deformable.grid_sample")
     values, locations, weights = values.contiguous(), locations.contiguous(), weights.contiguous()
     out = values.new_empty(out_shape(values, locations))
     with torch.cuda.device_of(values):
@@ -76,7 +69,7 @@ def deformable_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernel: gradients of values, locations and weights, each of its input's type."""
     check(values, sizes, locations, weights)
-    kernels = load_kernels(values)
+    kernels = load_kernels(KERNELS, "triton_sample", values, "d2zero.model.deformable.grid_sample")
     refuse_determinism()
     values, locations, weights = values.contiguous(), locations.contiguous(), weights.contiguous()
     grad_values = torch.zeros_like(values, dtype=torch.float32)
@@ -124,18 +117,18 @@ def out_shape(values: Tensor, locations: Tensor) -> tuple[int, int, int]:
 
 
 def constants(values: Tensor, locations: Tensor, warps: int, element_size: int) -> dict[str, int]:
-    """What a kernel is compiled for: a model's numbers, none of an image's, and the tile of a program.
+    """What a kernel is compiled for: a model's sizes, none of an image's, and the tile of a program.
 
-    The tile has as many queries as make each thread move `BYTES_A_THREAD` of a pixel's channels at once.
+    The tile has as many queries as make each thread move `BYTES_PER_THREAD` of a pixel's channels at once.
     """
     _, _, heads, width = values.shape
-    channels = 1 << (width - 1).bit_length()
+    channels = next_power_of_two(width)
     return {
         "HEADS": heads,
         "WIDTH": width,
         "LEVELS": locations.shape[3],
         "POINTS": locations.shape[4],
-        "QUERIES": max(1, warps * 32 * BYTES_A_THREAD // element_size // channels),
+        "QUERIES": max(1, warps * 32 * BYTES_PER_THREAD // element_size // channels),
         "CHANNELS": channels,
         "num_warps": warps,
     }
@@ -146,31 +139,6 @@ def grid(values: Tensor, locations: Tensor, tile: dict[str, int]) -> tuple[int, 
     return -(-locations.shape[1] // tile["QUERIES"]), values.shape[2], values.shape[0]
 
 
-def load_kernels(values: Tensor) -> ModuleType:
-    """Import the kernels.
-
-    Raises:
-        D2ZeroError: Triton is absent, or the values are not where it can run.
-    """
-    try:
-        from d2zero.model import deformable_kernels as kernels
-    except ImportError as error:
-        raise D2ZeroError(
-            f"triton_form needs Triton, which cannot be imported ({error}): install a torch with CUDA, which "
-            "brings it, or use d2zero.model.deformable.grid_sample"
-        ) from error
-    from triton.runtime import JITFunction
-
-    interpreted = not isinstance(kernels.forward_kernel, JITFunction)
-    if not values.is_cuda and not interpreted:
-        raise D2ZeroError(
-            f"triton_form needs tensors on a CUDA device, got {values.device}: move the model with .to('cuda'), "
-            "use d2zero.model.deformable.grid_sample, or set TRITON_INTERPRET=1 before the start to try the "
-            "kernels slowly without a GPU"
-        )
-    return kernels
-
-
 def refuse_determinism() -> None:
     """Speak up where `torch.use_deterministic_algorithms` is on: the order of atomic additions varies.
 
@@ -179,26 +147,26 @@ def refuse_determinism() -> None:
     """
     if not torch.are_deterministic_algorithms_enabled():
         return
-    message = "the backward of triton_form is not deterministic; use d2zero.model.deformable.gather"
+    message = "the backward of triton_sample is not deterministic; use d2zero.model.deformable.gather"
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise D2ZeroError(message)
     warnings.warn(message, stacklevel=2)
 
 
 def check(values: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> None:
-    """Hold the arguments against each other: a kernel reads whatever memory it is told to.
+    """Compare the arguments with each other: a kernel reads whatever memory it is told to.
 
     Raises:
         D2ZeroError: a type, shape or device is off.
     """
-    if values.dtype not in VALUE_TYPES or locations.dtype != torch.float32 or weights.dtype != torch.float32:
+    if values.dtype not in FLOAT_TYPES or locations.dtype != torch.float32 or weights.dtype != torch.float32:
         raise D2ZeroError(
-            "triton_form takes values of float32, bfloat16 or float16 with locations and weights of float32, got "
+            "triton_sample takes values of float32, bfloat16 or float16 with locations and weights of float32, got "
             f"{values.dtype}, {locations.dtype}, {weights.dtype}"
         )
     if values.dim() != 4 or locations.dim() != 6 or not values.device == locations.device == weights.device:
         raise D2ZeroError(
-            "triton_form takes values (B, S, M, N), locations (B, R, M, L, P, 2) and weights on one device, got "
+            "triton_sample takes values (B, S, M, N), locations (B, R, M, L, P, 2) and weights on one device, got "
             f"{list(values.shape)} on {values.device}, {list(locations.shape)} on {locations.device}, weights on "
             f"{weights.device}"
         )
@@ -212,5 +180,5 @@ def check(values: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tens
             f"weights {list(weights.shape)}: expected (B, S, M, N), (H, W) of L levels with S pixels together, "
             "(B, R, M, L, P, 2) and (B, R, M, L, P)"
         )
-    if max(batch, heads) > LIMIT_OF_GRID:
-        raise D2ZeroError(f"triton_form takes at most {LIMIT_OF_GRID} images and heads, got {batch} and {heads}")
+    if max(batch, heads) > GRID_LIMIT:
+        raise D2ZeroError(f"triton_sample takes at most {GRID_LIMIT} images and heads, got {batch} and {heads}")

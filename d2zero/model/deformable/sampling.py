@@ -1,21 +1,16 @@
-"""Multi-scale deformable attention, as one function in interchangeable forms.
-
-Each query samples P points on each of L levels for each of M heads, bilinearly, with zeros outside, and
-adds up the samples by attention weight (Deformable DETR, Zhu et al. 2021, equation 3). The forms compute
-the same sums:
+"""The implementations of deformable attention by torch's operators; all compute the same sums.
 
 - `grid_sample`: torch's own operator, level by level. Good with autograd, and what ONNX knows as GridSample.
 - `gather`: four row gathers from the channels-last values of all levels at once. Compiles well, and uses
   no operator that an inference engine might get wrong.
-- `embedding_bag`: the same rows, read and added up by one operator that writes nothing but the sums. A third of
+- `embedding_bag`: the same rows, read and summed by one operator that writes nothing but the sums. A third of
   grid_sample's time on a CPU, forward; not faster with a backward.
 
-Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, R queries, L levels, P points.
+Letters: B batch, S = sum of the levels' H·W, M heads, N channels per head, R queries, L levels, P points.
 """
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LevelSizes = Sequence[tuple[int, int]]  # (H, W) of each level
-DeformableForm = Callable[[Tensor, LevelSizes, Tensor, Tensor], Tensor]
+DeformableFunction = Callable[[Tensor, LevelSizes, Tensor, Tensor], Tensor]
 EXACT = 2**24  # float32 has all whole numbers up to here: rows of 16.7 million pixels
 RowSum = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -103,10 +98,10 @@ def corners(levels: SampleLevels, x: Tensor, y: Tensor, weights: Tensor) -> Corn
     """Find them.
 
     Args:
-        levels: of the samples.
+        levels: The samples' levels.
         x: (B, M, R, L·P), pixels from the first one's centre, in the map of the sample's level.
-        y: the same.
-        weights: of the samples, of the same shape.
+        y: The same.
+        weights: The samples' weights, of the same shape.
     """
     first, height, width = levels
     columns, shares_x = _two_pixels(x, width)
@@ -129,7 +124,7 @@ def _two_pixels(at: Tensor, extent: Tensor) -> tuple[list[Tensor], list[Tensor]]
 
 
 def levels_of_samples(sizes: LevelSizes, points: int, like: Tensor) -> SampleLevels:
-    """Find them, for P samples a level, of the type and on the device of `like`."""
+    """Find them, for P samples per level, of the type and on the device of `like`."""
     starts = torch.tensor([0, *(height * width for height, width in sizes)][:-1], device=like.device).cumsum(0)
     heights, widths = torch.tensor([list(size) for size in sizes], device=like.device).unbind(1)
     columns = (starts, heights, widths)
@@ -159,7 +154,7 @@ def _bagged(table_TN: Tensor, rows: Sequence[Tensor], shares: Sequence[Tensor]) 
     return found
 
 
-ROW_FORMS: dict[DeformableForm, RowSum] = {gather: _gathered, embedding_bag: _bagged}
+ROW_SUMS: dict[DeformableFunction, RowSum] = {gather: _gathered, embedding_bag: _bagged}
 
 
 def sum_rows(
@@ -189,12 +184,3 @@ def _table_rows(row: Tensor, total: int) -> Tensor:
     if isinstance(known, int) and known <= EXACT:  # a pass over memory less
         return (row + head.to(row.dtype)).int().clamp(min=0)
     return row.int().clamp(min=0) + head.int()
-
-
-def best_form(device: torch.device | str, gradients: bool) -> DeformableForm:
-    """The fastest on a device: our Triton kernel on a GPU, where Triton is; on a CPU, without and with gradients."""
-    if torch.device(device).type == "cuda" and find_spec("triton"):
-        from d2zero.model.deformable_triton import triton_form
-
-        return triton_form
-    return grid_sample if gradients else embedding_bag

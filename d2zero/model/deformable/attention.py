@@ -1,14 +1,15 @@
-"""The module of multi-scale deformable attention: projections around one of the forms in `deformable`."""
+"""The module of multi-scale deformable attention: projections around one of the implementations."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2zero.model.deformable import (
-    ROW_FORMS,
-    DeformableForm,
+from d2zero.model.deformable.implementations import FUNCTIONS, best_impl
+from d2zero.model.deformable.sampling import (
+    ROW_SUMS,
+    DeformableFunction,
     LevelSizes,
-    best_form,
+    RowSum,
     corners,
     grid_sample,
     levels_of_samples,
@@ -25,13 +26,15 @@ class DeformableAttention(nn.Module):
         heads: M.
         levels: L.
         points: P.
-        form: which of the equal forms computes the samples; the fastest where the tensors are if left out.
+        function: What computes the samples; the fastest implementation where the tensors are if left out.
     """
 
-    def __init__(self, dim: int, heads: int, levels: int, points: int, form: DeformableForm | None = None) -> None:
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, function: DeformableFunction | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.form = form
+        self.function = function
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, dim)
@@ -40,7 +43,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Offsets start as one compass direction a head, point p reaching p pixels."""
+        """Offsets start as one compass direction per head, point p reaching p pixels."""
         angle = torch.arange(self.heads) * (2 * torch.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -59,7 +62,7 @@ class DeformableAttention(nn.Module):
     def merge_projections(self) -> None:
         """Let one linear layer make offsets and weights, for inference: queries are read once.
 
-        A copy of the weights as they are now, used by the forms that take locations.
+        A copy of the weights as they are now, used by the implementations that take locations.
         """
         parts = (self.sampling_offsets, self.attention_weights)
         weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
@@ -69,14 +72,14 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
         """Attend from `query_BSC` to points of `source_BSC` around `reference_S2` (x, y in 0..1)."""
-        form = self.form or best_form(query_BSC.device, torch.is_grad_enabled())
-        if form is grid_sample:
+        function = self.function or FUNCTIONS[best_impl(query_BSC.device, torch.is_grad_enabled())]
+        if function is grid_sample:
             sampled = self._grid_sampled(query_BSC, source_BSC, reference_S2, sizes)
-        elif form in ROW_FORMS:
-            sampled = self._rows_sampled(query_BSC, source_BSC, reference_S2, sizes, form)
+        elif function in ROW_SUMS:
+            sampled = self._rows_sampled(query_BSC, source_BSC, reference_S2, sizes, ROW_SUMS[function])
         else:
             values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
-            sampled = form(values, sizes, *self._samples(query_BSC, reference_S2, sizes))
+            sampled = function(values, sizes, *self._samples(query_BSC, reference_S2, sizes))
         output: Tensor = self.output_proj(sampled.to(source_BSC.dtype))
         return output
 
@@ -96,9 +99,9 @@ class DeformableAttention(nn.Module):
         return reference_S2[:, None, None, None] + offsets / _extents(sizes, reference_S2)[:, None], weights
 
     def _grid_sampled(self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes) -> Tensor:
-        """The form `grid_sample` with the queries innermost from the projections on: (B, R, C).
+        """`grid_sample` with the queries innermost from the projections on: (B, R, C).
 
-        Numbers that are handled two or four at a time cost more than what is computed with them (docs/LOG.md:
+        Elements that are handled two or four at a time cost more than what is computed with them (docs/LOG.md:
         1.4 times faster in ONNX Runtime, 1.5 to 1.9 times in eager torch). So the rows of the projections are put in
         the order (L, xy, M, P), and the step from pixels to grids is in their weights.
         """
@@ -120,9 +123,9 @@ class DeformableAttention(nn.Module):
         return sampled_GNR.view(batch, source_BSC.shape[2], -1).transpose(1, 2)
 
     def _rows_sampled(
-        self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes, form: DeformableForm
+        self, query_BSC: Tensor, source_BSC: Tensor, reference_S2: Tensor, sizes: LevelSizes, add: RowSum
     ) -> Tensor:
-        """The forms that read rows, with x and y apart from the projection on: (B, R, C)."""
+        """The implementations that read rows, with x and y apart from the projection on: (B, R, C)."""
         levels = levels_of_samples(sizes, self.points, reference_S2)
         weight, bias = self.offsets_apart()
         x, y = F.linear(query_BSC, weight, bias).float().unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -131,10 +134,10 @@ class DeformableAttention(nn.Module):
         scores = self.attention_weights(query_BSC).float().unflatten(-1, (self.heads, -1))
         weights = scores.transpose(1, 2).softmax(-1)
         values = self.value_proj(source_BSC).unflatten(-1, (self.heads, -1))
-        return sum_rows(values, corners(levels, x, y, weights), ROW_FORMS[form])
+        return sum_rows(values, corners(levels, x, y, weights), add)
 
     def offsets_apart(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the sampling offsets with all x before all y, as the forms that read rows use them."""
+        """Weight and bias of the sampling offsets with all x before all y: what reads rows uses them so."""
         offsets = self.sampling_offsets
         weight = offsets.weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)  # xy, M·L·P
         return weight, offsets.bias.unflatten(0, (-1, 2)).T.flatten()
@@ -145,7 +148,7 @@ class DeformableAttention(nn.Module):
         weight = project.weight.unflatten(0, groups).transpose(0, 1).flatten(0, 2)
         bias = project.bias.unflatten(0, groups).transpose(0, 1).reshape(-1, 1)
         scores = (weight @ query_BCR + bias).float().unflatten(1, (self.levels, self.heads, -1))
-        # By hand: a softmax over other than the last numbers is turned over and back by ONNX Runtime.
+        # By hand: a softmax over other than the last dimension is transposed and back by ONNX Runtime.
         powers = (scores - scores.amax((1, 3), keepdim=True).detach()).exp()
         weights: Tensor = powers / powers.sum((1, 3), keepdim=True)
         return weights

@@ -1,8 +1,4 @@
-"""Masked cross-attention of the decoder on a GPU: keys in splits, the mask made where it is used.
-
-Fused attention of torch gives a head's hundred queries to two programs, sixteen for eight heads, and a GPU has more
-than a hundred processors; with a mask only its slower kernels remain. Here keys are split over as many programs as the
-GPU has room for, and combined exactly (`masked_attention_kernels`).
+"""Masked cross-attention by two Triton kernels, over splits of the keys and over their sums.
 
 To `torch.export` it is the operator `d2zero::masked_attention`, with sizes that may be symbols. For inference: it has
 no gradient.
@@ -11,20 +7,19 @@ Letters: B batch, Q queries, N keys, C channels, H heads, W channels per head.
 """
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from d2zero.model.triton_launch import FLOAT_TYPES, GRID_LIMIT, load_kernels, next_power_of_two
 from d2zero_runtime import D2ZeroError
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = "d2zero.model.masked_attention.kernels"
 QUERIES, KEYS, WARPS = 64, 32, 4  # of a program's tile; with 64 keys, float32 spills registers
 ROWS = 4  # of a program that combines
 MOST_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 4
 LEAST_WIDTH = 16  # of what the matrix units multiply
-LIMIT_OF_GRID = 65535  # programs along the second and third side
 
 
 @torch.library.custom_op("d2zero::masked_attention", mutates_args=())
@@ -45,7 +40,7 @@ def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_logits:
         D2ZeroError: Triton or a GPU is absent, or the tensors do not fit together.
     """
     check(queries, keys, values, mask_logits, heads)
-    kernels = load_kernels(queries)
+    kernels = load_kernels(KERNELS, "masked_attention", queries)
     queries, keys, values = (
         entry if entry.stride(-1) == 1 else entry.contiguous() for entry in (queries, keys, values)
     )
@@ -63,7 +58,7 @@ def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_logits:
         kernels.split_kernel[(splits, heads * blocks, batch)](
             queries, keys, values, mask_logits, everywhere, sums, tops, powers, asking, keys.shape[1], split_keys,
             *queries.stride()[:2], *keys.stride()[:2], *values.stride()[:2], math.log2(math.e) / math.sqrt(width),
-            **tile, QUERIES=QUERIES, KEYS=KEYS, PRECISION=float32_products(), num_warps=WARPS,
+            **tile, QUERIES=QUERIES, KEYS=KEYS, PRECISION=float32_precision(), num_warps=WARPS,
         )  # fmt: skip
         rows = batch * heads * asking
         kernels.combine_kernel[(-(-rows // ROWS),)](
@@ -97,31 +92,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def float32_products() -> str:
+def float32_precision() -> str:
     """How the kernels multiply float32, as torch's own matmuls do now: exactly, or rounded to TF32."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def next_power_of_two(number: int) -> int:
-    """The least power of two that is not below a number from 1 on."""
-    return 1 << (number - 1).bit_length()
-
-
-def load_kernels(queries: Tensor) -> ModuleType:
-    """Import the kernels.
-
-    Raises:
-        D2ZeroError: Triton is absent, or the tensors are not where it can run.
-    """
-    try:
-        from d2zero.model import masked_attention_kernels as kernels
-    except ImportError as error:
-        raise D2ZeroError(f"masked_attention needs Triton, which cannot be imported ({error})") from error
-    from triton.runtime import JITFunction
-
-    if not queries.is_cuda and isinstance(kernels.split_kernel, JITFunction):
-        raise D2ZeroError(f"masked_attention needs tensors on a CUDA device, got {queries.device}")
-    return kernels
 
 
 def check(queries: Tensor, keys: Tensor, values: Tensor, mask_logits: Tensor, heads: int) -> None:
@@ -131,7 +104,7 @@ def check(queries: Tensor, keys: Tensor, values: Tensor, mask_logits: Tensor, he
         D2ZeroError: a type, shape or device is off.
     """
     tensors = (queries, keys, values, mask_logits)
-    if any(entry.dim() != 3 or entry.device != queries.device or entry.dtype not in TYPES for entry in tensors):
+    if any(entry.dim() != 3 or entry.device != queries.device or entry.dtype not in FLOAT_TYPES for entry in tensors):
         found = ", ".join(f"{list(entry.shape)} {entry.dtype} on {entry.device}" for entry in tensors)
         raise D2ZeroError(
             "masked_attention takes queries (B, Q, C), keys and values (B, N, C) and mask logits (B, Q, N) on one"
@@ -147,5 +120,5 @@ def check(queries: Tensor, keys: Tensor, values: Tensor, mask_logits: Tensor, he
             f" {list(values.shape)} and mask logits {list(mask_logits.shape)}: expected one type, (B, Q, C), (B, N, C)"
             " twice and (B, Q, N), N at least 1, C a multiple of the heads"
         )
-    if max(batch, heads * -(-asking // QUERIES)) > LIMIT_OF_GRID:
-        raise D2ZeroError(f"masked_attention takes at most {LIMIT_OF_GRID} images, got {batch}")
+    if max(batch, heads * -(-asking // QUERIES)) > GRID_LIMIT:
+        raise D2ZeroError(f"masked_attention takes at most {GRID_LIMIT} images, got {batch}")

@@ -1,4 +1,4 @@
-"""The Triton kernels of masked cross-attention; `masked_attention` checks arguments and launches them.
+"""The Triton kernels of masked cross-attention; `operator` checks arguments and launches them.
 
 A hundred queries attend to up to 15 200 keys in eight heads: few programs if each had all keys of a head. So the keys
 are split. A program has a block of queries of one head and one split of the keys, which it reads in tiles as flash

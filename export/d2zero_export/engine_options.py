@@ -16,8 +16,8 @@ SMALLEST_SIDE = 2 * STEP  # panoramas, and the drawn images of `verify`
 Inputs = dict[str, tuple[int | None, ...]]
 
 
-@dataclass(frozen=True)
-class EngineConfig:
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
     """How an engine is built.
 
     Args:
@@ -28,9 +28,11 @@ class EngineConfig:
             faster with it. It belongs to one GPU model and one TensorRT version.
         workspace_gb: most scratch memory that a layer may use, in GiB; all of the GPU's if left out.
         optimization_level: 0 (fast to build) to 5 (long search); TensorRT's own choice, 3, if left out.
-        tf32: let float32 products be rounded to ten bits. TensorRT does so by default, here it is off: a
+        tf32: let float32 matmuls be rounded to ten bits. TensorRT does so by default, here it is off: a
             float32 model stays float32, unless its file allows it.
         device: CUDA's number of the GPU.
+        verify: compare the engine with its checkpoint, or with the ONNX file.
+        max_logits: largest difference of class and mask logits that passes; by precision if left out.
     """
 
     min: Shape | None = None
@@ -41,6 +43,8 @@ class EngineConfig:
     optimization_level: int | None = None
     tf32: bool = False
     device: int = 0
+    verify: bool = True
+    max_logits: float | None = None
 
     def __post_init__(self) -> None:
         if self.workspace_gb is not None and self.workspace_gb <= 0:
@@ -49,7 +53,7 @@ class EngineConfig:
             raise D2ZeroError(f"optimization_level must be 0 to 5, got {self.optimization_level}")
 
 
-def profile_for(config: EngineConfig, contract: ModelContract, inputs: Inputs) -> Profile:
+def profile_for(options: EngineOptions, contract: ModelContract, inputs: Inputs) -> Profile:
     """The shapes that an engine is built for: those given, the model's fixed sizes, and defaults from its contract.
 
     Raises:
@@ -57,12 +61,12 @@ def profile_for(config: EngineConfig, contract: ModelContract, inputs: Inputs) -
     """
     low, best, high = _defaults(contract)
     fixed = _fixed(contract, inputs)
-    _check_fixed(config, fixed)
-    high = config.max or _with(high, fixed)
-    best = config.opt or _with(_bounded(best, high, min), fixed)
-    if not config.max:
+    _check_fixed(options, fixed)
+    high = options.max or _with(high, fixed)
+    best = options.opt or _with(_bounded(best, high, min), fixed)
+    if not options.max:
         high = _bounded(high, best, max)
-    low = config.min or _with(_bounded(low, best, min), fixed)
+    low = options.min or _with(_bounded(low, best, min), fixed)
     return Profile(low, best, high)
 
 
@@ -104,14 +108,14 @@ def _fixed(contract: ModelContract, inputs: Inputs) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _check_fixed(config: EngineConfig, fixed: dict[str, int]) -> None:
+def _check_fixed(options: EngineOptions, fixed: dict[str, int]) -> None:
     for name in ("min", "opt", "max"):
-        shape = getattr(config, name)
+        shape = getattr(options, name)
         for field, size in fixed.items():
             if shape and getattr(shape, field) != size:
                 raise D2ZeroError(
                     f"the model's {field} is fixed at {size}, got {getattr(shape, field)} in --{name} {shape};"
-                    f" give {size}, or export the model with its {field} left open"
+                    f" give {size}, or export the model with a dynamic {field}"
                 )
 
 
