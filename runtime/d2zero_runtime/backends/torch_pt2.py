@@ -110,7 +110,9 @@ class Pt2Backend(Backend[Input]):
             images = torch.from_numpy(np.ascontiguousarray(images_B3HW)).to(self._device)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-        return (images,) if embeddings_KD is None else (images, self._uploaded(embeddings_KD))
+        if embeddings_KD is None or self._contract.baked:
+            return (images,)
+        return images, self._uploaded(embeddings_KD)
 
 
 class GraphedNetwork:

@@ -90,7 +90,7 @@ class TensorrtBackend(Backend[Images]):
             self._environment.select()
             prepared = self._prepare(shape)
             self._upload(IMAGES, images_B3HW)
-            if embeddings_KD is not None:
+            if embeddings_KD is not None and EMBEDDINGS_INPUT in self._inputs:
                 self._upload_embeddings(embeddings_KD)
             self._launch(prepared)
             outputs = [self._download(name, prepared.shapes[name]) for name in OUTPUTS]
