@@ -1,5 +1,6 @@
 """Opening what a command was given as its model: a checkpoint or an exported model."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def open_segmenter(
         from d2zero.training.distributed import pick_device
 
         segmenter = load_model(path, pick_device(device)).segmenter()
+    for issue in segmenter.backend.known_issues:
+        print(f"warning: {issue}", file=sys.stderr)
     if vocabulary:
         segmenter.set_vocabulary(Vocabulary.load(vocabulary))
     return segmenter

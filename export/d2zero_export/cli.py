@@ -196,7 +196,8 @@ def _export_pt2(checkpoint: Path, output: Path, options: "Pt2Options") -> None:
 
 def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: Path | None = None) -> None:
     """Build an engine and compare it with its checkpoint, or with the ONNX file on the CPU."""
-    from d2zero_export.engine import build_engine, known_issues
+    from d2zero_export.engine import build_engine
+    from d2zero_runtime.backends.tensorrt.issues import known_issues
 
     with BuildProgress() as progress:
         metadata = build_engine(onnx_file, output, options, _stage, progress)

@@ -28,7 +28,6 @@ __all__ = [
     "Profile",
     "Shape",
     "build_engine",
-    "known_issues",
     "profile_for",
     "require_tensorrt",
     "trtexec_command",
@@ -101,19 +100,6 @@ def build_engine(
         partial.write_bytes(plan)
     sidecar.write(output)
     return sidecar
-
-
-def known_issues(contract: ModelContract, version: str) -> tuple[str, ...]:
-    """What is known against this model in this TensorRT, for the person to read; empty if nothing is."""
-    found = []
-    if contract.deform_attn == "gridsample":
-        found.append(
-            f"TensorRT {version}: GridSample in deformable attention was seen to give wrong results without an error"
-            " (NVIDIA/TensorRT#4813, 10.13 to 11.1); export with --deform-attn gather, and verify the engine"
-        )
-    if contract.opset >= 20:
-        found.append(f"opset {contract.opset}: TensorRT reads GridSample as nearest from 20 on (NVIDIA/TensorRT#4646)")
-    return tuple(found)
 
 
 def trtexec_command(onnx_path: Path, output: Path, options: EngineOptions | None = None) -> str:

@@ -8,10 +8,11 @@ import pytest
 from tensorrt_surface import VERSIONS, run_inside
 from tiny_model import CLASSES, WIDTH, contract, write_model
 
-from d2zero_export.engine import EngineOptions, Shape, build_engine, known_issues, profile_for, trtexec_command
+from d2zero_export.engine import EngineOptions, Shape, build_engine, profile_for, trtexec_command
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.onnx import graph_inputs, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile
+from d2zero_runtime.backends.tensorrt.issues import known_issues
 from d2zero_runtime.images import Preprocessing
 
 OPEN = {"images": (None, 3, None, None), "class_embeddings": (None, WIDTH)}

@@ -40,6 +40,9 @@ class Backend(ABC, Generic[InputT]):
     profile: Profile | None = None
     """The shapes that it runs; any if there is none."""
 
+    known_issues: tuple[str, ...] = ()
+    """Known defects of what runs the network that concern this model, one sentence each."""
+
     @abstractmethod
     def run(self, images_B3HW: InputT, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network.

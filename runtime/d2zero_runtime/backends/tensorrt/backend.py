@@ -24,6 +24,7 @@ from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.backends.base import Backend, Images
 from d2zero_runtime.backends.tensorrt.environment import Environment, collector, numbers, require_tensorrt
+from d2zero_runtime.backends.tensorrt.issues import known_issues
 from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
 from d2zero_runtime.errors import D2ZeroError
 
@@ -52,6 +53,7 @@ class TensorrtBackend(Backend[Images]):
         self._environment = require_tensorrt(device)
         self._metadata, self._graphs_wanted = metadata, cuda_graphs
         self.profile = metadata.profile
+        self.known_issues = known_issues(metadata.contract, metadata.tensorrt)
         _check_compatible(path, metadata, self._environment)
         self._messages = collector(self._environment.tensorrt)
         self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
