@@ -77,7 +77,7 @@ CASES = [
     ("eval model.safetensors --data data --images empty -o out", "none of the 24 images"),
     ("eval model.safetensors --data data --pictures sheet.xyz", "--pictures must end in .png"),
     ("eval model.safetensors --data data --json empty", "--json takes a file"),
-    ("eval model.safetensors --data data -o text.json", "cannot use text.json"),
+    ("eval model.safetensors --data data -o text.json", "--output takes a folder"),
     ("eval model.safetensors --data data --device mps", "device must be auto, cpu or cuda"),
     ("eval model.safetensors --data data --annotations boxes.json", "3 of"),
     ("eval model.safetensors --data data --annotations no_images.json", "lists no images"),
