@@ -130,7 +130,7 @@ def text(results: Path) -> str:
 
 def write_pages(results: Path) -> None:
     """Each report of `d2zero benchmark` as HTML, beside the results."""
-    from d2zero_bench.html import write_html
+    from d2zero_bench.page import write_html
     from d2zero_bench.report import Report
 
     for stage, content in read(results).items():

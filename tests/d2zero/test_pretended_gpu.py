@@ -20,7 +20,6 @@ from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
-from d2zero_bench.training_steps import drawn_batch
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends import pixels as device_images
 from d2zero_runtime.backends.pixels import PixelBatch
@@ -28,6 +27,7 @@ from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.masks import device as device_masks
 from d2zero_runtime.masks.device import DeviceLogits, Sizes
 from d2zero_runtime.segmenter import RawOutput
+from studies.training_steps import drawn_batch
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.inference import segmenter_of
 from d2zero.model import D2Zero
-from d2zero_bench.equality import lower_precision
+from d2zero_bench.measure import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, ExportConfig, export_onnx
 from d2zero_export.parity import LIMITS
