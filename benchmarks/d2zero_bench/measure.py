@@ -15,6 +15,7 @@ import numpy as np
 
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.environment import without_folders
+from d2zero_bench.plan import Plan
 from d2zero_bench.report import CandidateInfo, Equality, Report, Result, Sample
 from d2zero_bench.worker import Answer, Evaluate, Message, Prepare, ReadMemory, Run
 from d2zero_export.parity import LIMITS, difference
@@ -49,20 +50,14 @@ class Measurement:
         workers: The candidates by name.
         photos: The image files that they read.
         report: Where findings go.
-        rounds: Rounds per case; in each, every candidate runs one batch.
-        warmup: Runs of a candidate before a case's first round, not counted.
-        seed: Seed of the orders.
-        compared: Batches whose raw outputs are compared.
+        plan: How often, and in which order.
         progress: Wraps loops, as `d2zero.cli.terminal.tracked` does.
     """
 
     workers: Mapping[str, Asked]
     photos: Photos
     report: Report
-    rounds: int
-    warmup: int
-    seed: int
-    compared: int
+    plan: Plan
     progress: Progress
     _compared: set[Case] = field(default_factory=set)
 
@@ -91,7 +86,7 @@ class Measurement:
                 continue
             with self._noting_failure(name):
                 worker.ask(Prepare(case))
-                for number in range(self.warmup):
+                for number in range(self.plan.warmup):
                     worker.ask(Run(case, self.photos.batch(case, number)))
                 ready.append(name)
         return ready
@@ -115,7 +110,7 @@ class Measurement:
     def _logits(self, name: str, case: Case) -> Raw | None:
         """Logits of the first batches together; None where there are none to compare."""
         found: list[Raw] = []
-        for number in range(self.compared):
+        for number in range(self.plan.compared):
             logits = self.workers[name].ask(Run(case, self.photos.batch(case, number), with_logits=True)).logits
             if logits is None:
                 return None
@@ -125,10 +120,11 @@ class Measurement:
     def _measure(self, case: Case, ready: Sequence[str], label: str) -> None:
         results = {name: Result(name, case) for name in ready}
         self.report.results += results.values()
-        for number in self.progress(iter(range(self.rounds)), self.rounds, label):
+        rounds = self.plan.rounds
+        for number in self.progress(iter(range(rounds)), rounds, label):
             paths = self.photos.batch(case, number)
             found: dict[str, Sample] = {}
-            for name in round_order(ready, case, number, self.seed):
+            for name in round_order(ready, case, number, self.plan.seed):
                 if name not in self.report.failures:
                     with self._noting_failure(name):
                         found[name] = self.workers[name].ask(Run(case, paths)).sample

@@ -127,7 +127,7 @@ def page(report: Report) -> str:
         _latency(report),
         _tradeoff(report),
         *(_sweep(report, what) for what in _SWEEPS),
-        Section("All figures", tables=[_numbers(report, case) for case in report.cases]),
+        Section("All measurements", tables=[_numbers(report, case) for case in report.cases]),
         _accuracy(report),
         _equality(report),
         Section("Left out", tables=_tables(["candidate", "why"], list(report.failures.items()))),

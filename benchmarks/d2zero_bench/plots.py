@@ -24,7 +24,7 @@ COLOURS = {
 }  # fmt: skip
 SERIES = 8  # colours of series: c0 … c7
 SPAN = 5.0  # the least range of a scatter's vertical axis: differences that mean nothing stay small
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "d2zero", "font.size": 10, "font.family": "sans-serif",
     "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["quiet"], "axes.edgecolor": COLOURS["rule"],
     "xtick.color": COLOURS["quiet"], "ytick.color": COLOURS["quiet"], "grid.color": COLOURS["rule"],

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from d2zero_bench.cases import Case
@@ -246,21 +247,13 @@ class Report:
         if version not in (1, FORMAT_VERSION):
             raise D2ZeroError(f"expected a benchmark's report up to version {FORMAT_VERSION}, got version {version}")
         try:
-            return cls(
-                **{
-                    key: content[key]
-                    for key in ("title", "environment", "settings", "baseline", "failures", "complete")
-                },
-                candidates=[CandidateInfo(**entry) for entry in content["candidates"]],
-                results=[Result(**_upgraded(_with_case(entry, "figures"), version)) for entry in content["results"]],
-                equality=[
-                    Equality(**{**_with_case(entry, "judged"), "failures": tuple(entry["failures"])})
-                    for entry in content["equality"]
-                ],
-                accuracy=[Accuracy(**entry) for entry in content["accuracy"]],
-            )
-        except (KeyError, TypeError) as error:
+            report = msgspec.convert(content, cls)
+        except msgspec.ValidationError as error:
             raise D2ZeroError(f"this report of a benchmark is damaged: {error}") from error
+        for sample in (sample for result in report.results for sample in result.samples):
+            if version == 1 and "decode" in sample:  # its network ran between the other stages, copies included
+                sample["inference"] = sample[NETWORK]
+        return report
 
     def write(self, path: Path) -> None:
         """Write the JSON, atomically."""
@@ -284,21 +277,6 @@ class Report:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write plain data, atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:
-    kept = {key: value for key, value in entry.items() if key not in left_out}
-    return {**kept, "case": Case(**entry["case"])}
-
-
-def _upgraded(entry: dict[str, Any], version: int) -> dict[str, Any]:
-    """A result of version 1: its network ran between the other stages, copies included."""
-    if version > 1:
-        return entry
-    samples = [
-        {**sample, "inference": sample[NETWORK]} if "decode" in sample else sample for sample in entry["samples"]
-    ]
-    return {**entry, "samples": samples}
 
 
 def names(report: Report, kinds: Sequence[str] = ("d2zero", "peer")) -> list[str]:

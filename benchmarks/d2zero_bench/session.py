@@ -53,9 +53,7 @@ class Session:
             self.report = report = self._empty(cases, photos)
             report.settings.update(facts or {})
             workers = {worker.name: worker for worker in self._open_all(stack, report)}
-            measurement = Measurement(
-                workers, photos, report, plan.rounds, plan.warmup, plan.seed, plan.compared, self._progress
-            )
+            measurement = Measurement(workers, photos, report, plan, self._progress)
             measurement.run(cases)
             if plan.annotations and plan.images:
                 measurement.evaluate(plan.annotations, plan.images, plan.limit)

@@ -221,7 +221,7 @@ def measure(report: EvaluationReport, images: Sequence[int], candidates: Sequenc
 def _run(candidate: str, files: tuple[Path, Path], images: int) -> tuple[Sample, Metrics]:
     """One run: what it took, and what it found."""
     output = files[0].with_name("metrics.json")
-    command = [sys.executable, HERE / "launch.py", *_command(candidate, *files, output)]
+    command = [sys.executable, str(HERE / "launch.py"), *_command(candidate, *files, output)]
     done = subprocess.run(command, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
     if answer["code"]:

@@ -140,7 +140,8 @@ def measured(*fakes: Fake, rounds: int = 5) -> Report:
     report.candidates = [fake.info for fake in fakes]
     photos = Photos(Path(), (Path("0.jpg"),))
     workers = {fake.info.name: fake for fake in fakes}
-    measurement = Measurement(workers, photos, report, rounds, 1, 0, 1, lambda items, *_: items)
+    plan = Plan((Path("a.onnx"),), rounds=rounds, warmup=1)
+    measurement = Measurement(workers, photos, report, plan, lambda items, *_: items)
     try:
         measurement.run([CASE])
     except KeyboardInterrupt:
@@ -261,7 +262,7 @@ def test_the_page_is_well_formed_and_fetches_nothing() -> None:
 def test_what_was_not_measured_is_left_out_of_the_page() -> None:
     report = Report("t", {}, {}, "a", [CandidateInfo("a", "d2zero", "x")], [Result("a", CASE, [sample(1)])])
     titles = [heading.text for heading in ElementTree.fromstring(page(report).split("\n", 1)[1]).iter("h2")]
-    assert titles == ["Latency by stage", "All figures", "How it was measured"]
+    assert titles == ["Latency by stage", "All measurements", "How it was measured"]
     assert "Stopped before the end" in page(report)
 
 
