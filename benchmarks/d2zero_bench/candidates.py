@@ -4,11 +4,11 @@ Letters: B batch, K classes, D text width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +51,6 @@ class Spec:
     masks: str = "rle"
     queries: int = 100
     classes: int = 80
-
-    def but(self, **changes: Any) -> "Spec":
-        """The same with some fields changed."""
-        return replace(self, **changes)
 
 
 class Outcome(NamedTuple):

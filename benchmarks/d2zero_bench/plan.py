@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from d2zero_bench.candidates import VARIANTS, Spec
-from d2zero_bench.cases import Case, make_cases
 from d2zero_bench.gates import Gate
 from d2zero_bench.peers import known_peers
 from d2zero_runtime import D2ZeroError
@@ -105,8 +104,8 @@ class Plan:
         if self.baseline_name not in ours:
             raise D2ZeroError(f"--baseline must be one of {listed(ours, 20)}; got {self.baseline!r}")
         for gate in (*self.max_p90, *self.min_hm):
-            if gate.candidate and gate.candidate not in known:
-                raise D2ZeroError(f"a limit is for {gate.candidate!r}, but there are only {listed(known)}")
+            if gate.candidate and gate.candidate not in ours:
+                raise D2ZeroError(f"a limit is for {gate.candidate!r}, but there are only {listed(ours)}")
 
     @property
     def baseline_name(self) -> str:
@@ -125,7 +124,7 @@ class Plan:
         if path.suffix == ".onnx" and providers:
             several = len(providers) > 1 or path in self.providers_of
             return [
-                model.but(name=f"{path.name}:{provider}" if several else path.name, providers=(provider,))
+                replace(model, name=f"{path.name}:{provider}" if several else path.name, providers=(provider,))
                 for provider in providers
             ]
         if path.suffix in EXPORTED_SUFFIXES:
@@ -135,9 +134,6 @@ class Plan:
         if unknown:
             raise D2ZeroError(f"--variant must be among {', '.join(VARIANTS)}; got {unknown[0]!r}")
         return [
-            model.but(name=path.name if name == "model" else f"{path.name}:{name}", variant=name) for name in chosen
+            replace(model, name=path.name if name == "model" else f"{path.name}:{name}", variant=name)
+            for name in chosen
         ]
-
-    def cases(self, own_size: Size) -> list[Case]:
-        """The settings in which all candidates are measured; `own_size` is the size where none was given."""
-        return make_cases(self.sizes or (own_size,), self.batches, self.classes, self.grid)

@@ -6,6 +6,7 @@ matplotlib draws in the colours of `COLOURS`; `inline_svg` replaces each by the 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -30,6 +31,7 @@ STYLE: Any = {
     "xtick.color": COLOURS["quiet"], "ytick.color": COLOURS["quiet"], "grid.color": COLOURS["rule"],
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "legend.fontsize": 9.5, "figure.constrained_layout.use": True,
+    "text.parse_math": False,
 }  # fmt: skip
 WIDTH = 9.0  # inches, of 72 pixels
 
@@ -104,7 +106,9 @@ def scatter(points: Sequence[Series], x_unit: str, y_unit: str) -> Figure:
     """Points: across from 0, upwards what the points need and `SPAN` at least."""
     figure, axes = _axes(4.0)
     for point in points:
-        axes.scatter(point.x, point.y, 60, color=_colour(point), edgecolors=COLOURS["card"], label=point.label)
+        axes.scatter(
+            point.x, point.y, 60, color=_colour(point), edgecolors=COLOURS["card"], label=_visible(point.label)
+        )
     low, high = min(min(point.y) for point in points), max(max(point.y) for point in points)
     margin = max(SPAN - (high - low), 0.2 * (high - low)) / 2
     axes.set_xlim(0, 1.1 * max(max(point.x) for point in points))
@@ -120,7 +124,7 @@ def lines(drawn: Sequence[Series], labels: Sequence[str], x_unit: str, y_unit: s
     figure, axes = _axes(3.8)
     for series in drawn:
         axes.plot(series.x, series.y, marker="o", color=_colour(series), markeredgecolor=COLOURS["card"],
-                  label=series.label)  # fmt: skip
+                  label=_visible(series.label))  # fmt: skip
         if series.low:
             axes.vlines(series.x, series.low, series.high, color=_colour(series), linewidth=5, alpha=0.3)
     axes.set_xticks(range(len(labels)), labels)
@@ -138,7 +142,7 @@ def inline_svg(figure: Figure, label: str) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     text = stream.getvalue()
-    text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every plot
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
@@ -152,6 +156,11 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 def _colour(series: Series) -> str:
     return COLOURS[f"c{series.colour % SERIES}"]
+
+
+def _visible(label: str) -> str:
+    """A legend leaves out names that begin with an underscore, unless something invisible is before it."""
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _units(axes: Axes, x_unit: str, y_unit: str) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import Spec
-from d2zero_bench.cases import Case, Photos
+from d2zero_bench.cases import Case, Photos, make_cases
 from d2zero_bench.environment import environment, without_folders
 from d2zero_bench.measure import Measurement, Progress
 from d2zero_bench.plan import Plan
@@ -48,7 +49,7 @@ class Session:
             _require_images(plan.annotations, plan.images, plan.limit)  # before minutes are spent
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            cases = plan.cases((0, 0) if plan.sizes else self._own_size())
+            cases = make_cases(plan.sizes or (self._own_size(),), plan.batches, plan.classes, plan.grid)
             photos = Photos.of(folder, plan.images, cases)
             self.report = report = self._empty(cases, photos)
             report.settings.update(facts or {})
@@ -67,7 +68,7 @@ class Session:
         found = self._open(stack, report, ours)
         base = found[0].info
         classes = plan.classes[0] or base.classes
-        peers = [spec.but(queries=base.queries, classes=classes) for spec in plan.specs if spec.peer]
+        peers = [replace(spec, queries=base.queries, classes=classes) for spec in plan.specs if spec.peer]
         found += self._open(stack, report, peers)
         order = [spec.name for spec in plan.specs]
         found.sort(key=lambda worker: order.index(worker.name))

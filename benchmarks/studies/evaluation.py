@@ -33,6 +33,7 @@ from d2zero_bench.environment import environment
 from d2zero_bench.report import ratios, write_json
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
+from studies.command import exit_code
 from studies.drawn_coco import write_drawn
 
 OURS, PLAIN, DEFAULTS = CANDIDATES = ("d2zero", "pycocotools", "pycocotools-defaults")
@@ -158,22 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all samples and statistics")
     given = parser.parse_args(words)
+    return exit_code(lambda: _measure_and_show(given, words))
+
+
+def _measure_and_show(given: argparse.Namespace, words: Sequence[str]) -> None:
+    images = sorted(parse_counts("--images", given.images))
+    detections, repeats = _one("--detections", given.detections), _one("--repeats", given.repeats)
+    settings = {"detections an image": detections, "repeats": repeats, "seed": given.seed}
+    where = environment(words, None, "python benchmarks/studies/evaluation.py")
+    report = EvaluationReport(where, settings, baseline=PLAIN)
     try:
-        images = sorted(parse_counts("--images", given.images))
-        detections, repeats = _one("--detections", given.detections), _one("--repeats", given.repeats)
-        settings = {"detections an image": detections, "repeats": repeats, "seed": given.seed}
-        where = environment(words, None, "python benchmarks/studies/evaluation.py")
-        report = EvaluationReport(where, settings, baseline=PLAIN)
-        try:
-            measure(report, images, CANDIDATES if given.defaults else (OURS, PLAIN))
-        finally:
-            _show(report, given.json)
-    except (D2ZeroError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        measure(report, images, CANDIDATES if given.defaults else (OURS, PLAIN))
+    finally:
+        _show(report, given.json)
 
 
 def _show(report: EvaluationReport, json_file: Path | None) -> None:

@@ -36,6 +36,7 @@ from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import listed
 from d2zero_runtime.files import write_text
 from d2zero_runtime.segmenter import read_exported
+from studies.command import exit_code
 from studies.growth_curves import MEMORY, Curve, Point, page, terminal_table
 
 if TYPE_CHECKING:
@@ -87,18 +88,14 @@ QUICK = Work((64, 96), (17, 34), (1, 2), (5, 10), (2, 4), rounds=2)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; 2 for what the user can fix, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        given = _parser().parse_args(words)
-        work, only = _work(given), _chosen(given)
-        with TemporaryDirectory() as folder:
-            model = given.model or _exported(Path(folder), given.published, None)
-            _run(given, model, _curves(model, work, only, Path(folder), given.published), words, work)
-    except D2ZeroError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: _measure(_parser().parse_args(words), words))
+
+
+def _measure(given: argparse.Namespace, words: Sequence[str]) -> None:
+    work, only = _work(given), _chosen(given)
+    with TemporaryDirectory() as folder:
+        model = given.model or _exported(Path(folder), given.published, None)
+        _run(given, model, _curves(model, work, only, Path(folder), given.published), words, work)
 
 
 def _parser() -> argparse.ArgumentParser:

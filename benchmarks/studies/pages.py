@@ -14,6 +14,7 @@ from d2zero_bench.report import Report
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 from studies import growth_curves
+from studies.command import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,17 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("runs/pages"), help="the folder for pages")
     given = parser.parse_args(arguments)
-    try:
-        for path in given.results:
+    return exit_code(lambda: write_pages(given.results, given.output))
+
+
+def write_pages(results: Sequence[Path], output: Path) -> None:
+    """One page per file.
+
+    Raises:
+        D2ZeroError: A file has results of neither kind.
+    """
+    for path in results:
+        try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            text = growth_curves.page(content) if "curves" in content else page(Report.from_dict(content))
-            target = given.output / ("growth" if "curves" in content else "") / f"{path.stem}.html"
-            write_text(target, text)
-            print(target)
-    except (D2ZeroError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except json.JSONDecodeError as error:
+            raise D2ZeroError(f"{path} is no JSON: {error}") from error
+        growth = "curves" in content
+        target = output / ("growth" if growth else "") / f"{path.stem}.html"
+        write_text(target, growth_curves.page(content) if growth else page(Report.read(path)))
+        print(target)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from d2zero_bench.report import ARRAY, FILE, NETWORK, Report
 from d2zero_bench.tables import best_ratio, difference, milliseconds
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
+from studies.command import exit_code
 
 MARKER = "<!-- benchmark table -->"
 HEAD = (
@@ -28,12 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(arguments)
-    try:
-        rewrite(given.readme, given.results)
-    except (D2ZeroError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: rewrite(given.readme, given.results))
 
 
 def rewrite(readme: Path, results: Path) -> None:

@@ -24,10 +24,11 @@ import numpy as np
 
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import drawn_vocabulary
-from d2zero_bench.cases import Case, Photos
+from d2zero_bench.cases import Case, Photos, make_cases
 from d2zero_bench.cli import require_plots, run_and_show
 from d2zero_bench.plan import Plan
 from d2zero_runtime import D2ZeroError, Vocabulary
+from studies.command import exit_code
 
 if TYPE_CHECKING:
     from d2zero.model import D2Zero
@@ -58,18 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
     given = parser.parse_args(arguments)
-    try:
-        require_plots("make benchmark")
-        with TemporaryDirectory() as folder:
-            for plan, name in _plans(Path(folder), given.only):
-                plan = replace(plan, threads=given.threads, rounds=given.rounds or plan.rounds)
-                _run(plan, given.output / name)
-    except D2ZeroError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: _measure(given))
+
+
+def _measure(given: argparse.Namespace) -> None:
+    require_plots("make benchmark")
+    with TemporaryDirectory() as folder:
+        for plan, name in _plans(Path(folder), given.only):
+            _run(replace(plan, threads=given.threads, rounds=given.rounds or plan.rounds), given.output / name)
 
 
 def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
@@ -152,7 +149,7 @@ def floors(plan: Plan, precisions: Sequence[str] = ("float32",)) -> dict[str, st
     found = {}
     for precision in precisions:
         rates = measured_rates("cuda", precision, 8192) if on_gpu else measured_rates("cpu", precision, 2048, 256)
-        for case in plan.cases(SIZE):
+        for case in make_cases(plan.sizes, plan.batches, plan.classes):
             found[f"floor, {precision}, {case}"] = described(work_of(plan.models[0], case, precision), rates)
     return found
 

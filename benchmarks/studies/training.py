@@ -37,6 +37,7 @@ from d2zero_bench.measure import round_order
 from d2zero_bench.report import Sample, Spread, ratios, throughput, write_json
 from d2zero_bench.tables import milliseconds, ratio
 from d2zero_runtime import D2ZeroError
+from studies.command import exit_code
 from studies.training_data import loading_rates, training_set
 from studies.training_steps import (
     EXACT,
@@ -246,26 +247,23 @@ def load(report: TrainingReport, config: TrainConfig, given: argparse.Namespace)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; 1 if a variant was left out, 2 for what the user can fix, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    given = _parser().parse_args(words)
+    return exit_code(lambda: _measure(_parser().parse_args(words), words))
+
+
+def _measure(given: argparse.Namespace, words: Sequence[str]) -> int:
+    config, names = _checked(given)
+    where = environment(words, None, "python benchmarks/studies/training.py")
+    report = TrainingReport(where, _settings(given, config))
+    if given.device.type == "cuda":
+        torch.cuda.set_device(given.device)
+    keep_freed_memory()  # as training does
     try:
-        config, names = _checked(given)
-        where = environment(words, None, "python benchmarks/studies/training.py")
-        report = TrainingReport(where, _settings(given, config))
-        if given.device.type == "cuda":
-            torch.cuda.set_device(given.device)
-        keep_freed_memory()  # as training does
-        try:
-            if names:
-                Steps(report, config, names, given).run()
-            if given.only != "steps":
-                load(report, config, given)
-        finally:
-            show(report, given.json)
-    except D2ZeroError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        if names:
+            Steps(report, config, names, given).run()
+        if given.only != "steps":
+            load(report, config, given)
+    finally:
+        show(report, given.json)
     return 1 if report.notes else 0
 
 

@@ -286,6 +286,16 @@ def test_accuracies_are_drawn_apart_and_to_scale() -> None:
     assert len({tuple(colour) for colour in colours}) == 3
 
 
+def test_odd_names_are_shown_as_they_are() -> None:
+    report, name = Report("t", {}, {}, "a"), "_a$b$ <&>.onnx"
+    report.candidates.append(CandidateInfo(name, "d2zero", "x"))
+    report.results.append(Result(name, CASE, [sample(5.0)]))
+    report.accuracy.append(Accuracy(name, "gzsis", 60, {"hm_ap50": 50.0}))
+    tree = ElementTree.fromstring(page(report).split("\n", 1)[1])
+    shown = [text for text in tree.itertext() if name in text]
+    assert len(shown) >= 4  # a bar, a legend, tables
+
+
 def test_bars_are_the_stages_of_each_candidate() -> None:
     axes = latency_figure(full_report(), CASE).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
