@@ -274,6 +274,12 @@ def test_a_missing_transformers_is_named(command: Command, monkeypatch: pytest.M
     assert outcome.code == 2 and "pip install 'd2zero[bench]'" in outcome.err
 
 
+def test_what_draws_reports_is_named_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2zero_bench.cli.find_spec", lambda name: None)
+    outcome = command("benchmark", packaged_checkpoint(), "--html", "r.html")
+    assert outcome.code == 2 and "--html needs jinja2 and matplotlib" in outcome.err and outcome.err.count("\n") == 1
+
+
 SAYING_ROUNDS = """
 import sys
 from d2zero.cli.main import main
