@@ -54,7 +54,7 @@ check: setup
 # A table for this machine in minutes; RESULTS=benchmarks/results writes where the README's table is made from.
 RESULTS ?= runs/benchmark
 benchmark: setup
-	$(BIN)/python -m d2zero_bench.standard --output $(RESULTS)
+	$(BIN)/python benchmarks/studies/standard.py --output $(RESULTS)
 
 format: setup
 	$(BIN)/ruff format .

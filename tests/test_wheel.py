@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ def test_wheel_predicts_without_torch(exported: Path, tmp_path: Path) -> None:
 
     uv("build", "--wheel", "--out-dir", tmp_path / "dist", ROOT)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        shipped = content.namelist()
+    assert "d2zero_bench/page.html.jinja" in shipped
+    assert not [name for name in shipped if name.startswith(("studies", "gpu", "benchmarks", "tests"))]
     uv("venv", "--python", sys.executable, tmp_path / "env")
     python = tmp_path / "env/bin/python"
     uv("pip", "install", "--python", python, "-c", ROOT / "constraints.txt", f"{wheel}[cpu]")

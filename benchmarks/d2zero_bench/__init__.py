@@ -1,5 +1,6 @@
-"""Benchmarks: latency by stage, throughput, memory, equality and accuracy of models, side by side.
+"""`d2zero benchmark`: latency by stage, throughput, memory, equality and accuracy of models, side by side.
 
-`d2zero benchmark` measures, `report` keeps, `table` and `html` show, `gates` refuse. What is measured are
-`Segmenter`s: a checkpoint's, an exported model's, or a variant's (`variants`); peers run their network alone.
+`plan` says what to measure, `session` opens a `worker` process per candidate, `measure` runs them in rounds, `report`
+keeps the samples, `tables` and `page` show them, `gates` refuse. Studies of one question are scripts beside the
+package (`benchmarks/studies`, `benchmarks/gpu`).
 """

@@ -13,7 +13,7 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Preprocessing, Size
 from d2zero_runtime.sources import expand
 
-DRAWN = 8  # photos drawn of each size
+DRAWN = 8  # photos drawn per size
 JPEG_QUALITY = 90
 
 
@@ -22,10 +22,10 @@ class Case:
     """One setting in which all candidates are measured.
 
     Args:
-        height: of the image as the network gets it, before padding to multiples of 32.
-        width: of the same.
-        batch: images at a time.
-        classes: so many drawn embeddings; the model's own vocabulary if left out.
+        height: The image's height as the network gets it, before padding to multiples of 32.
+        width: Its width.
+        batch: Images per batch.
+        classes: The number of drawn embeddings; the model's own vocabulary if left out.
     """
 
     height: int
@@ -41,7 +41,7 @@ class Case:
         """A model's preprocessing with this case's size: photos are fitted into it and padded to it.
 
         Raises:
-            D2ZeroError: the model was made for one other size.
+            D2ZeroError: The model was made for one other size.
         """
         divisor = own.size_divisor
         canvas = -(-self.height // divisor) * divisor, -(-self.width // divisor) * divisor
@@ -58,7 +58,7 @@ def parse_sizes(text: str) -> list[Size]:
     """Read `800x1216,480x640` (height x width).
 
     Raises:
-        D2ZeroError: it is not written so.
+        D2ZeroError: It is not written so.
     """
     sizes = []
     for part in text.split(","):
@@ -75,7 +75,7 @@ def parse_counts(flag: str, text: str) -> list[int]:
     """Read `1,4,8`.
 
     Raises:
-        D2ZeroError: it is not written so.
+        D2ZeroError: It is not written so.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
@@ -114,7 +114,7 @@ class Photos:
         """Real photos if there are some, else drawn ones, written to `folder`.
 
         Raises:
-            D2ZeroError: the folder of photos holds none.
+            D2ZeroError: The folder of photos holds none.
         """
         if images is not None:
             files = tuple(Path(str(item)) for item in expand(images))

@@ -1,7 +1,7 @@
 """`d2zero benchmark`: how fast, how large, how equal, how accurate, side by side."""
 
 import sys
-from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +9,10 @@ import typer
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import listed
-from d2zero_runtime.masks.postprocess import MASK_KINDS
 
 if TYPE_CHECKING:
-    from d2zero_bench.gates import Gate
+    from d2zero_bench.plan import Plan
     from d2zero_bench.report import Report
-    from d2zero_bench.session import Session
 
 
 def benchmark(
@@ -38,7 +36,7 @@ def benchmark(
         str | None,
         typer.Option("--size", help="Heights x widths, as 800x1216,480x640; the baseline's own for a 480x640 photo."),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", help="Images at a time, as 1,4,8.")] = "1",
+    batch: Annotated[str, typer.Option("--batch", help="Images per batch, as 1,4,8.")] = "1",
     classes: Annotated[
         str | None,
         typer.Option("--classes", help="Numbers of drawn classes, as 65,80,1203; the model's own if left out."),
@@ -54,23 +52,25 @@ def benchmark(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Accuracy on the first so many images only.")
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each case, every candidate in each.")] = 20,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds per case, every candidate in each.")] = 20,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before the first round.")] = 2,
-    seed: Annotated[int, typer.Option("--seed", help="Of the candidates' order in each round.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the candidates' order in each round.")] = 0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of each candidate; the libraries' own choice if left out.")
+        int | None,
+        typer.Option("--threads", min=1, help="Threads of each candidate; the libraries' own choice if left out."),
     ] = None,
     providers: Annotated[
         str | None,
         typer.Option(
-            "--providers", help="What runs an .onnx, a candidate each: cpu,cuda,tensorrt,openvino,openvino-bf16."
+            "--providers",
+            help="Providers of an .onnx, one candidate per provider: cpu,cuda,tensorrt,openvino,openvino-bf16.",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where torch runs.")] = "auto",
     masks: Annotated[
         str, typer.Option("--masks", help="What post-processing makes: rle, bitmap, packed (fastest on a GPU) or none.")
     ] = "rle",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all samples and figures.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all samples and metrics.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots, one file.")] = None,
     max_p90: Annotated[
         list[str] | None,
@@ -83,26 +83,22 @@ def benchmark(
 ) -> None:
     """Measure models side by side: latency by stage, throughput, memory, equality, accuracy.
 
-    Each candidate runs in a process of its own, one at a time, in turns. Interrupted, what was measured is kept.
+    Each candidate runs in a process of its own; one runs at a time, interleaved. Interrupted, what was measured is
+    kept.
     """
     from d2zero_bench.cases import parse_counts, parse_sizes
     from d2zero_bench.gates import Gate
-    from d2zero_bench.measure import Settings
-    from d2zero_bench.session import Plan, Session
+    from d2zero_bench.plan import Plan
 
-    if annotations and not images:
-        raise D2ZeroError("--annotations need the folder of their images: give --images")
-    if min_hm and not annotations:
-        raise D2ZeroError("--min-hm needs accuracy: give --annotations and --images")
-    if masks not in MASK_KINDS:
-        raise D2ZeroError(f"--masks must be one of {', '.join(MASK_KINDS)}, got {masks!r}")
-    _require_files([*models, *([annotations] if annotations else [])])
-    slowest = [Gate.parse("--max-p90", text) for text in max_p90 or ()]
-    least = [Gate.parse("--min-hm", text) for text in min_hm or ()]
+    missing = [str(path) for path in [*models, *([annotations] if annotations else [])] if not path.is_file()]
+    if missing:  # known before seconds of loading
+        raise D2ZeroError(f"no such file: {listed(missing)}")
+    if html_file:
+        require_plots("--html")
     plan = Plan(
         models=tuple(models),
-        variants=None if variant is None else tuple(part.strip() for part in variant.split(",")),
-        peers=peers,
+        variants=_names(variant),
+        peers=_names(peers) or (),
         baseline=baseline,
         sizes=tuple(parse_sizes(size)) if size else (),
         batches=tuple(parse_counts("--batch", batch)),
@@ -111,34 +107,51 @@ def benchmark(
         images=images,
         annotations=annotations,
         limit=limit,
+        rounds=rounds,
+        warmup=warmup,
+        seed=seed,
         threads=threads,
-        providers=tuple(part.strip() for part in providers.split(",")) if providers else None,
+        providers=_names(providers),
         device=device,
         masks=masks,
-        settings=Settings(rounds, warmup, seed),
+        max_p90=tuple(Gate.parse("--max-p90", text) for text in max_p90 or ()),
+        min_hm=tuple(Gate.parse("--min-hm", text) for text in min_hm or ()),
     )
-    session = Session(plan, sys.argv[2:])
-    _require_named([*slowest, *least], session)
+    _check(run_and_show(plan, sys.argv[2:], json_file, html_file), plan)
+
+
+def run_and_show(
+    plan: "Plan",
+    command: list[str],
+    json_file: Path | None,
+    html_file: Path | None,
+    facts: dict[str, str] | None = None,
+) -> "Report":
+    """Measure, print the tables and write the files, also of what was measured before something ended it."""
+    from d2zero_bench.session import Session
+
+    session = Session(plan, command)
     try:
-        report = session.run()
+        return session.run(facts)
     finally:
         if session.report is not None and session.report.cases:
             show(session.report, json_file, html_file)
-    _end(report, slowest, least)
 
 
 def show(report: "Report", json_file: Path | None = None, html_file: Path | None = None) -> None:
     """Print the tables and write the files."""
     from d2zero.cli.terminal import console
-    from d2zero_bench.html import write_html
-    from d2zero_bench.table import tables
+    from d2zero_bench.tables import tables
 
     screen = console()
     for table in tables(report):
         screen.print(table)
-    for line in dict.fromkeys(
-        failure for entry in report.equality for failure in _differences(entry.candidate, entry.failures)
-    ):
+    differences = [
+        f"{entry.candidate} is not the baseline's model: {failure}"
+        for entry in report.equality
+        for failure in entry.failures
+    ]
+    for line in dict.fromkeys(differences):
         print(f"warning: {line}", file=sys.stderr)
     if not report.complete:
         print("stopped before the end: this is what was measured")
@@ -146,35 +159,33 @@ def show(report: "Report", json_file: Path | None = None, html_file: Path | None
         report.write(json_file)
         print(f"all figures: {json_file}")
     if html_file:
+        from d2zero_bench.page import write_html
+
         write_html(report, html_file)
         print(f"report: {html_file}")
 
 
-def _differences(candidate: str, failures: Sequence[str]) -> list[str]:
-    return [f"{candidate} is not the baseline's model: {failure}" for failure in failures]
+def require_plots(what: str) -> None:
+    """Refuse before any work.
+
+    Raises:
+        D2ZeroError: What draws reports is not installed.
+    """
+    if not (find_spec("jinja2") and find_spec("matplotlib")):
+        raise D2ZeroError(f"{what} needs jinja2 and matplotlib; install them with: pip install 'd2zero[bench]'")
 
 
-def _end(report: "Report", slowest: "list[Gate]", least: "list[Gate]") -> None:
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",")) if text else None
+
+
+def _check(report: "Report", plan: "Plan") -> None:
     from d2zero_bench.gates import failures
 
-    found = failures(report, slowest, least)
+    found = failures(report, plan.max_p90, plan.min_hm)
     for line in found:
         print(f"FAILED: {line}", file=sys.stderr)
     if report.failures:
         raise D2ZeroError("; ".join(f"{name} was left out: {why}" for name, why in report.failures.items()))
     if found:
         raise typer.Exit(1)
-
-
-def _require_files(paths: Sequence[Path]) -> None:
-    """Known before seconds of loading."""
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise D2ZeroError(f"no such file: {listed(missing)}")
-
-
-def _require_named(gates: "Sequence[Gate]", session: "Session") -> None:
-    known = [spec.name for spec in session.specs]
-    for gate in gates:
-        if gate.candidate and gate.candidate not in known:
-            raise D2ZeroError(f"a limit is for {gate.candidate!r}, but there are only {listed(known)}")

@@ -1,4 +1,4 @@
-"""Where a benchmark ran: what decides the figures, and nothing that tells who ran it."""
+"""Where a benchmark ran: what decides the results, and nothing that tells who ran it."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def environment(command: Sequence[str], threads: int | None, program: str = "d2z
 
 
 def without_folders(text: str) -> str:
-    """Each path in a text by its last part alone."""
+    """A text with only the last part of each path."""
     return re.sub(r"(?:[A-Za-z]:)?[^\s=,'\"()]*[/\\]([^\s=,'\"()/\\]*)", r"\1", text)
 
 

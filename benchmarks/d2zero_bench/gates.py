@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from d2zero_bench.report import FILE, Report, names
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
 
 
 @dataclass(frozen=True)
@@ -12,8 +11,8 @@ class Gate:
     """One limit, for a named candidate or for every D2Zero candidate.
 
     Args:
-        value: in the figure's unit.
-        candidate: empty for all.
+        value: The limit, in the metric's unit.
+        candidate: The candidate's name; empty for all.
     """
 
     value: float
@@ -24,7 +23,7 @@ class Gate:
         """Read `120` or `demo.onnx=120`.
 
         Raises:
-            D2ZeroError: it is not written so.
+            D2ZeroError: It is not written so.
         """
         name, _, number = text.rpartition("=")
         try:
@@ -32,28 +31,18 @@ class Gate:
         except ValueError:
             raise D2ZeroError(f"{flag} must be a number, or CANDIDATE=NUMBER; got {text!r}") from None
 
-    def applies_to(self, report: Report) -> list[str]:
-        """Names of the candidates that it holds for.
-
-        Raises:
-            D2ZeroError: there is none of that name.
-        """
-        ours = names(report, ("d2zero",))
-        if self.candidate and self.candidate not in ours:
-            raise D2ZeroError(f"no candidate to hold to a limit is called {self.candidate!r}; there are {listed(ours)}")
-        return [self.candidate] if self.candidate else ours
+    def candidates(self, report: Report) -> list[str]:
+        """The candidates that must keep it."""
+        return [self.candidate] if self.candidate else names(report, ("d2zero",))
 
 
-def failures(report: Report, max_p90: list[Gate], min_hm: list[Gate]) -> list[str]:
+def failures(report: Report, max_p90: tuple[Gate, ...], min_hm: tuple[Gate, ...]) -> list[str]:
     """What exceeds a limit: the candidate, the value, the limit. What was not measured has not passed."""
-    found = []
-    for gate in max_p90:
-        for name in gate.applies_to(report):
-            found += _slow(report, name, gate.value)
-    for gate in min_hm:
-        for name in gate.applies_to(report):
-            found += _inaccurate(report, name, gate.value)
-    return found
+    slow = [line for gate in max_p90 for name in gate.candidates(report) for line in _slow(report, name, gate.value)]
+    inaccurate = [
+        line for gate in min_hm for name in gate.candidates(report) for line in _inaccurate(report, name, gate.value)
+    ]
+    return slow + inaccurate
 
 
 def _slow(report: Report, name: str, limit: float) -> list[str]:

@@ -1,7 +1,7 @@
-"""The measurement: candidates in turn, round by round, in a new order each round.
+"""The measurement: candidates one after the other, round by round, in a new order each round.
 
-A machine that drifts (heat, neighbours) slows all candidates of a round alike; ratios are of pairs of a round.
-All findings go into the report at once: an interruption loses the round it falls into and nothing more.
+A machine that drifts (heat, neighbours) slows all candidates of a round alike; ratios are of pairs of a round. All
+findings go into the report immediately: an interruption loses the round it falls into and nothing more.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,62 +9,55 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import numpy as np
 
-from d2zero_bench.candidates import Candidate
+from d2zero_bench.candidates import Logits
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.environment import without_folders
-from d2zero_bench.equality import compare, lower_precision
-from d2zero_bench.report import Report, Result, Sample
+from d2zero_bench.plan import Plan
+from d2zero_bench.report import CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.worker import Answer, Evaluate, Message, Prepare, ReadMemory, Run
+from d2zero_export.parity import LIMITS, difference
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.backends.base import Raw
 
 Progress = Callable[[Iterator[int], int, str], Iterator[int]]
+_NARROWEST_FIRST = ("float32", "tf32", "float16", "bfloat16", "int8")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How often and in which order.
+class Asked(Protocol):
+    """What is measured: a `Worker`."""
 
-    Args:
-        rounds: of each case; in each, every candidate runs one batch.
-        warmup: runs of a candidate before a case's first round, not counted.
-        seed: of the orders.
-        compared: batches whose raw outputs are compared.
-    """
+    info: CandidateInfo
 
-    rounds: int = 20
-    warmup: int = 2
-    seed: int = 0
-    compared: int = 1
+    def ask(self, message: Message[Answer]) -> Answer:
+        """Answer one of the messages of `d2zero_bench.worker`."""
 
 
 def round_order(names: Sequence[str], case: Case | str, number: int, seed: int) -> list[str]:
     """The order of candidates in one round: a function of the seed, the case and the round."""
-    shuffled = list(names)
-    Random(f"{seed} {case} {number}").shuffle(shuffled)
-    return shuffled
+    return Random(f"{seed} {case} {number}").sample(names, len(names))
 
 
 @dataclass
 class Measurement:
-    """Candidates over cases; findings go into the report.
+    """Candidates over cases.
 
     A candidate that cannot go on is left out from there, with the reason in `report.failures`.
 
     Args:
-        candidates: by name.
-        photos: what they read.
-        settings: how often.
-        report: filled.
-        progress: wraps loops, as `d2zero.cli.terminal.tracked` does.
+        workers: The candidates by name.
+        photos: The image files that they read.
+        report: Where findings go.
+        plan: How often, and in which order.
+        progress: Wraps loops, as `d2zero.cli.terminal.tracked` does.
     """
 
-    candidates: Mapping[str, Candidate]
+    workers: Mapping[str, Asked]
     photos: Photos
-    settings: Settings
     report: Report
+    plan: Plan
     progress: Progress
     _compared: set[Case] = field(default_factory=set)
 
@@ -73,79 +66,102 @@ class Measurement:
         for number, case in enumerate(cases, 1):
             # A peer has no classes to vary.
             kinds = ("d2zero", "peer") if case.classes == cases[0].classes else ("d2zero",)
-            ready = self._prepared(case, kinds)
+            ready = self._prepare(case, kinds)
             self._compare(case, ready)
-            self._rounds(case, ready, f"{case} ({number} of {len(cases)})")
+            self._measure(case, ready, f"{case} ({number} of {len(cases)})")
 
-    def accuracies(self, annotations: Path, images: Path, limit: int | None) -> None:
-        """Accuracy of each candidate that has one."""
-        for name, candidate in self.candidates.items():
-            with self._going_on(name):
-                found = candidate.accuracy(annotations, images, limit)
+    def evaluate(self, annotations: Path, images: Path, limit: int | None) -> None:
+        """Measure the accuracy of each candidate that has one."""
+        for name, worker in self.workers.items():
+            with self._noting_failure(name):
+                found = worker.ask(Evaluate(annotations, images, limit))
                 if found is not None:
                     self.report.accuracy.append(found)
 
-    def _prepared(self, case: Case, kinds: Sequence[str]) -> list[str]:
+    def _prepare(self, case: Case, kinds: Sequence[str]) -> list[str]:
         """The candidates that take part in a case, warmed up."""
         ready = []
-        for name, candidate in self.candidates.items():
-            if candidate.info.kind not in kinds or name in self.report.failures:
+        for name, worker in self.workers.items():
+            if worker.info.kind not in kinds or name in self.report.failures:
                 continue
-            with self._going_on(name):
-                candidate.prepare(case)
-                for number in range(self.settings.warmup):
-                    candidate.run(case, self.photos.batch(case, number))
+            with self._noting_failure(name):
+                worker.ask(Prepare(case))
+                for number in range(self.plan.warmup):
+                    worker.ask(Run(case, self.photos.batch(case, number)))
                 ready.append(name)
         return ready
 
     def _compare(self, case: Case, ready: Sequence[str]) -> None:
-        """Once for each size and number of classes, on the first photos."""
-        alike = Case(case.height, case.width, classes=case.classes)
-        if alike in self._compared or self.report.baseline not in ready:
+        """Compare with the baseline, once per size and number of classes, on the first photos."""
+        alike, baseline = Case(case.height, case.width, classes=case.classes), self.report.baseline
+        if alike in self._compared or baseline not in ready:
             return
         self._compared.add(alike)
-        baseline = self.candidates[self.report.baseline]
-        with self._going_on(self.report.baseline):
-            theirs = self._raw(baseline, case)
+        with self._noting_failure(baseline):
+            theirs = self._logits(baseline, case)
             for name in ready:
-                with self._going_on(name):
-                    ours = self._raw(self.candidates[name], case) if name != self.report.baseline else None
+                with self._noting_failure(name):
+                    ours = self._logits(name, case) if name != baseline else None
                     if ours is not None and theirs is not None:
-                        info = self.candidates[name].info
-                        precision = lower_precision(info.precision, baseline.info.precision)
-                        self.report.equality.append(compare(info, case, theirs, ours, precision))
+                        info = self.workers[name].info
+                        precision = lower_precision(info.precision, self.workers[baseline].info.precision)
+                        self.report.equality.append(compare(name, case, theirs, ours, precision))
 
-    def _raw(self, candidate: Candidate, case: Case) -> Raw | None:
-        """Raw outputs of the first batches as one; None of what has none to compare."""
-        found: list[Raw] = []
-        for number in range(self.settings.compared):
-            raw = candidate.raw(case, self.photos.batch(case, number))
-            if raw is None:
+    def _logits(self, name: str, case: Case) -> Logits | None:
+        """Logits of the first batches together; None where there are none to compare."""
+        found: list[Logits] = []
+        for number in range(self.plan.compared):
+            logits = self.workers[name].ask(Run(case, self.photos.batch(case, number), with_logits=True)).logits
+            if logits is None:
                 return None
-            found.append(raw)
+            found.append(logits)
         return np.concatenate([classes for classes, _ in found]), np.concatenate([masks for _, masks in found])
 
-    def _rounds(self, case: Case, ready: Sequence[str], label: str) -> None:
+    def _measure(self, case: Case, ready: Sequence[str], label: str) -> None:
         results = {name: Result(name, case) for name in ready}
         self.report.results += results.values()
-        rounds = self.settings.rounds
+        rounds = self.plan.rounds
         for number in self.progress(iter(range(rounds)), rounds, label):
             paths = self.photos.batch(case, number)
             found: dict[str, Sample] = {}
-            for name in round_order(ready, case, number, self.settings.seed):
+            for name in round_order(ready, case, number, self.plan.seed):
                 if name not in self.report.failures:
-                    with self._going_on(name):
-                        found[name] = self.candidates[name].run(case, paths)
+                    with self._noting_failure(name):
+                        found[name] = self.workers[name].ask(Run(case, paths)).sample
             for name, sample in found.items():  # a whole round or nothing: rounds are pairs
                 results[name].samples.append(sample)
         for name, result in results.items():
-            with self._going_on(name):
-                result.host_mb, result.gpu_mb = self.candidates[name].memory()
+            with self._noting_failure(name):
+                result.host_mb, result.gpu_mb = self.workers[name].ask(ReadMemory())
 
     @contextmanager
-    def _going_on(self, name: str) -> Iterator[None]:
+    def _noting_failure(self, name: str) -> Iterator[None]:
         """Note an error of one candidate; the others go on."""
         try:
             yield
         except D2ZeroError as error:
             self.report.failures.setdefault(name, without_folders(str(error)))
+
+
+def compare(name: str, case: Case, theirs: Logits, ours: Logits, precision: str) -> Equality:
+    """Whether a candidate is the same model as the baseline, as `d2zero verify` judges it.
+
+    Args:
+        name: The candidate's name.
+        case: Where they ran.
+        theirs: The baseline's class and mask logits.
+        ours: The candidate's.
+        precision: The lower one of the two, whose limits count.
+    """
+    for tensor, left, right in zip(("class logits", "mask logits"), theirs, ours, strict=True):
+        if left.shape != right.shape:
+            failure = f"another model: {tensor} have shape {right.shape}, the baseline's {left.shape}"
+            return Equality(name, case, None, None, (failure,))
+    found = difference(str(case), theirs, ours)
+    failures = tuple(found.failures(LIMITS[precision]))
+    return Equality(name, case, found.class_logits, found.mask_logits, failures, found.class_most, found.mask_most)
+
+
+def lower_precision(one: str, other: str) -> str:
+    """Of two, the one with the wider limits."""
+    return max(one, other, key=_NARROWEST_FIRST.index)

@@ -6,7 +6,7 @@ whole life.
 
 GPU: what nvidia-smi says that this process holds; CUDA's context is in it. Other candidates, which are open at the
 same time, are not. Caching allocators keep what they once needed, so what is held after a run is the peak of it.
-Where nvidia-smi does not see the process (containers number them anew), it is the peak of torch's allocator alone.
+Where nvidia-smi does not see the process (containers renumber them), it is only the peak of torch's allocator.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_host_peak() -> None:
-    """Start the high-water mark anew, where that can be done."""
+    """Reset the high-water mark, where that can be done."""
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -1,17 +1,21 @@
-"""Peers: other people's models of the same kind, to see what a network of this size costs elsewhere.
+"""Peers: other people's networks of the same kind, to see what a network of this size costs elsewhere.
 
-Random weights made from a configuration: nothing is downloaded, and no accuracy is claimed. Only the network
-is measured, on the same sizes and with as many queries.
+Random weights made from a configuration: nothing is downloaded, and no accuracy is claimed. Only the network is
+measured, on images of noise: what its preprocessing would make, at the same sizes and with as many queries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2zero_bench.candidates import Outcome, Spec, limit_torch_threads, milliseconds, resident_ms
+from d2zero_bench.cases import Case
+from d2zero_bench.report import NETWORK, Accuracy, CandidateInfo
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends.torch_math import float32_math
 
@@ -21,7 +25,7 @@ class PeerForm:
     """How a peer runs.
 
     Args:
-        compiled: By torch.compile; eagerly otherwise.
+        compiled: Whether torch.compile compiles it, at each size's first run; eagerly otherwise.
         precision: float32, tf32 (what GPUs make of float32 where that is allowed), or float16, weights and
             images as ours.
     """
@@ -39,87 +43,98 @@ PEERS = {
 }
 
 
-class PeerNetwork:
-    """A network of transformers, run by torch.
+class Peer:
+    """A network of transformers, run by torch; measured as a `Candidate` is, but only its network.
 
     Args:
-        config: a `Mask2FormerConfig`.
-        form: how it runs; compiled, each size is compiled at its first run.
-        device: auto, cpu or cuda:N.
+        spec: How to open it.
+        changes: Fields of its configuration.
+
+    Raises:
+        D2ZeroError: transformers is not installed.
     """
 
-    def __init__(self, config: Any, form: PeerForm, device: str = "cpu") -> None:
+    def __init__(self, spec: Spec, **changes: Any) -> None:
+        if spec.threads:
+            limit_torch_threads(spec.threads)
         import torch
-        from transformers import Mask2FormerForUniversalSegmentation
 
         from d2zero.training.distributed import pick_device
 
+        self._form, self._device = PEERS[spec.peer], pick_device(spec.device)
         torch.manual_seed(0)
-        self._device = pick_device(device)
-        network = Mask2FormerForUniversalSegmentation(config).eval().to(self._device)
-        if form.precision == "float16":
+        network = _mask2former(spec.queries, spec.classes, **changes).eval().to(self._device)
+        if self._form.precision == "float16":
             network = network.half()
-        self._network = torch.compile(network, dynamic=False) if form.compiled else network
-        self._precision = form.precision
-        self.on_gpu = self._device.type == "cuda"
-        how = f", {form.precision}{', compiled' if form.compiled else ''}"
-        self.name = f"transformers {_version()}, torch {torch.__version__} ({self._device}{how})"
+        self.network = torch.compile(network, dynamic=False) if self._form.compiled else network
+        how = f"{self._form.precision}{', compiled' if self._form.compiled else ''}"
+        backend = f"transformers {_version()}, torch {torch.__version__} ({self._device}, {how})"
+        self.info = CandidateInfo(
+            spec.name, "peer", backend, self._form.precision, queries=spec.queries, classes=spec.classes
+        )
+        self._run_once: Callable[[], None] = lambda: None
 
-    def resident(self, images_B3HW: NDArray[np.float32]) -> Callable[[], None]:
-        """Move the input to the device, as `d2zero_runtime.backends.base.Backend.resident` does.
+    def prepare(self, case: Case) -> None:
+        """Draw a case's input and move it to the device."""
+        height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
+        batch = np.random.default_rng(0).standard_normal((case.batch, 3, height, width)).astype(np.float32)
+        self._run_once = self._resident(batch)
 
-        Returns:
-            Runs the network once, leaves the outputs where they are, and waits until they are there.
-        """
+    def run(self, case: Case, paths: Sequence[Path], with_logits: bool = False) -> Outcome:
+        """Milliseconds of the network; never logits, which would be another model's."""
+        on_gpu = self._device.type == "cuda"
+        return Outcome({NETWORK: resident_ms(self._run_once) if on_gpu else milliseconds(self._run_once)})
+
+    def evaluate(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
+        """None: its weights are random."""
+        return None
+
+    def _resident(self, images_B3HW: NDArray[np.float32]) -> Callable[[], None]:
+        """Move the input to the device; returns what runs the network once and waits until outputs are there."""
         import torch
 
-        dtype = torch.float16 if self._precision == "float16" else torch.float32
+        dtype = torch.float16 if self._form.precision == "float16" else torch.float32
         images = torch.from_numpy(images_B3HW).to(self._device, dtype)
 
         def run_once() -> None:
-            with torch.inference_mode(), float32_math(torch, self._precision == "tf32"):
-                self._network(pixel_values=images)
-            if self.on_gpu:
+            with torch.inference_mode(), float32_math(torch, self._form.precision == "tf32"):
+                self.network(pixel_values=images)
+            if images.is_cuda:
                 torch.cuda.synchronize(self._device)
 
         return run_once
 
 
-def mask2former_config(queries: int, labels: int, **changes: Any) -> Any:
-    """Mask2Former with a ResNet-50, as published; `changes` are fields of its configuration.
-
-    Raises:
-        D2ZeroError: transformers is not installed.
-    """
-    try:
-        transformers: Any = import_module("transformers")  # partly typed, and not to our use
-    except ImportError as error:
-        raise D2ZeroError("--peers needs transformers; install it with: pip install 'd2zero[bench]'") from error
+def _mask2former(queries: int, labels: int, **changes: Any) -> Any:
+    """Mask2Former with a ResNet-50, as published, and random weights."""
+    _version()
+    transformers: Any = import_module("transformers")  # partly typed, and not to our use
     backbone = changes.pop("backbone_config", None) or transformers.ResNetConfig(
         out_features=["stage1", "stage2", "stage3", "stage4"]
     )
-    return transformers.Mask2FormerConfig(backbone_config=backbone, num_queries=queries, num_labels=labels, **changes)
+    config = transformers.Mask2FormerConfig(backbone_config=backbone, num_queries=queries, num_labels=labels, **changes)
+    return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
-def parse_peers(text: str) -> list[str]:
-    """Read `mask2former,mask2former-compiled`, or `all` (those in float32, which run anywhere).
+def known_peers(chosen: Sequence[str]) -> tuple[str, ...]:
+    """Peers by name; `all` are those in float32, which run anywhere.
 
     Raises:
-        D2ZeroError: there is no such peer, or transformers is not installed.
+        D2ZeroError: There is no such peer, or transformers is not installed.
     """
-    everywhere = [name for name, form in PEERS.items() if form.precision == "float32"]
-    chosen = everywhere if text.strip() == "all" else [name.strip() for name in text.split(",")]
-    strangers = [name for name in chosen if name not in PEERS]
-    if strangers:
-        raise D2ZeroError(f"--peers must be all, or some of {', '.join(PEERS)}; got {strangers[0]!r}")
+    if not chosen:
+        return ()
+    if tuple(chosen) == ("all",):
+        chosen = [name for name, form in PEERS.items() if form.precision == "float32"]
+    unknown = [name for name in chosen if name not in PEERS]
+    if unknown:
+        raise D2ZeroError(f"--peers must be all, or some of {', '.join(PEERS)}; got {unknown[0]!r}")
     _version()
-    return chosen
+    return tuple(chosen)
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version("transformers")
-    except PackageNotFoundError as error:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError as error:
         raise D2ZeroError("--peers needs transformers; install it with: pip install 'd2zero[bench]'") from error

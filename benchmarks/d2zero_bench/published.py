@@ -1,4 +1,4 @@
-"""The published form of the model, with equal outputs: what the accelerations are measured against.
+"""The published form of the model, with equal outputs: what the accelerations are compared with.
 
 DESIGN §2 and §5. Deformable attention by torch's grid_sample; all ten heads classified, each with its masks at
 full resolution; every one of the top instances' masks upsampled as a dense map, to the padded size, then to the
@@ -44,7 +44,7 @@ class PublishedSegmenter(Segmenter):
     ) -> list[Detections]:
         """Turn raw output into instances; see `Segmenter.postprocess`."""
         if options.get("masks", "rle") != "rle" or self.vocabulary.synonyms:
-            raise D2ZeroError("the published variant has run lengths alone, and no synonyms")
+            raise D2ZeroError("the published variant has only run lengths, and no synonyms")
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
         return [
             self._instances(
@@ -52,7 +52,7 @@ class PublishedSegmenter(Segmenter):
                 self._there(out.mask_logits[row][:, : padded[0] // 4, : padded[1] // 4]),
                 (padded, input_sizes[row], output_sizes[row]),
                 mode,
-                **{key: value for key, value in options.items() if key != "masks"},
+                **{key: value for key, value in options.items() if key not in ("masks", "threads")},
             )
             for row, padded in enumerate(out.padded_sizes)
         ]

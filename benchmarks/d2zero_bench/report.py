@@ -1,6 +1,6 @@
 """All that a benchmark found, as data: written to JSON, read back, and what tables and plots are made from.
 
-Samples are kept, in milliseconds; figures are derived from them.
+Samples are kept, in milliseconds; statistics are derived from them.
 """
 
 import json
@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from d2zero_bench.cases import Case
-from d2zero_bench.figures import Spread, ratios, throughput
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 
@@ -31,17 +33,45 @@ Sample = dict[str, float]  # milliseconds by stage, and of the network; a peer h
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Percentiles of one quantity."""
+
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Of at least one sample."""
+        return cls(*(float(value) for value in np.percentile(samples, (10, 50, 90, 99))))
+
+
+def throughput(milliseconds: Sequence[float], batch: int) -> float:
+    """Images per second, one batch after the other."""
+    return 1000 * batch * len(milliseconds) / sum(milliseconds)
+
+
+def ratios(samples: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """How many times the baseline's time a candidate takes, from samples of the same rounds.
+
+    Both of a pair ran within moments of each other: what slows the machine for a while slows both.
+    """
+    return Spread.of([ours / theirs for ours, theirs in zip(samples, baseline, strict=True)])
+
+
+@dataclass(frozen=True)
 class CandidateInfo:
     """What was measured.
 
     Args:
-        name: unique in the report.
+        name: The candidate's name, unique in the report.
         kind: `d2zero`, or `peer` (only the network, random weights).
-        backend: what ran its network, and where.
+        backend: What ran its network, and where.
         precision: What it computes in.
-        megabytes: of its file; None without one.
-        queries: Q of the model.
-        classes: in its own vocabulary.
+        megabytes: The size of its file; None without one.
+        queries: The model's queries.
+        classes: Classes of its own vocabulary.
     """
 
     name: str
@@ -58,11 +88,11 @@ class Result:
     """One candidate in one case.
 
     Args:
-        candidate: its name.
-        case: the setting.
-        samples: of each round, in order; those of all candidates are paired.
-        host_mb: high-water mark of the candidate's own process while it was measured here, in 1e6 bytes.
-        gpu_mb: what that process then held of GPUs.
+        candidate: The candidate's name.
+        case: The setting.
+        samples: One sample per round, in order; those of all candidates are paired.
+        host_mb: The high-water mark of the candidate's own process while it was measured here, in 1e6 bytes.
+        gpu_mb: What that process then held of GPUs.
     """
 
     candidate: str
@@ -88,23 +118,23 @@ class Result:
 
     @property
     def images_per_second(self) -> float | None:
-        """Throughput from files, stages one after the other; of a peer, of its network."""
+        """Throughput from files, stages one after the other; for a peer, of its network."""
         found = self.times(FILE) or self.times(NETWORK)
         return throughput(found, self.case.batch) if found else None
 
 
 @dataclass(frozen=True)
 class Equality:
-    """Raw outputs against the baseline's.
+    """Raw outputs compared with the baseline's.
 
     Args:
-        candidate: its name.
-        case: where.
-        class_logits: largest difference; None if shapes differ.
-        mask_logits: largest difference.
-        failures: what exceeds the limits of the precision; empty if nothing does.
-        class_most: largest difference of nine queries in ten (`d2zero_export.parity`); None in older reports.
-        mask_most: the same of mask logits.
+        candidate: The candidate's name.
+        case: Where they ran.
+        class_logits: The largest difference; None if shapes differ.
+        mask_logits: The largest difference.
+        failures: What exceeds the limits of the precision; empty if nothing does.
+        class_most: The largest difference of nine queries in ten (`d2zero_export.parity`); None in older reports.
+        mask_most: The same of mask logits.
     """
 
     candidate: str
@@ -118,7 +148,7 @@ class Equality:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Figures of one candidate in percent, masks; by name as `d2zero eval` has them."""
+    """Metrics of one candidate in percent, of masks; by name as `d2zero eval` has them."""
 
     candidate: str
     mode: str
@@ -131,10 +161,10 @@ class Report:
     """A benchmark's findings, filled while it runs.
 
     Args:
-        title: for people.
-        environment: where it ran.
-        settings: how it ran.
-        baseline: the candidate that others are compared with.
+        title: The report's title.
+        environment: Where it ran.
+        settings: How it ran.
+        baseline: The candidate that others are compared with.
     """
 
     title: str
@@ -188,7 +218,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the figures that follow from the samples for those who read the JSON."""
+        """Plain data, with the statistics that follow from the samples for those who read the JSON."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
         for entry, result in zip(content["results"], self.results, strict=True):
             entry["samples"] = [
@@ -211,27 +241,19 @@ class Report:
         """Read what `to_dict` made, now or in version 1.
 
         Raises:
-            D2ZeroError: it was written by a newer version, or is something else.
+            D2ZeroError: It was written by a newer version, or is something else.
         """
         version = content.get("format_version") if isinstance(content, dict) else None
         if version not in (1, FORMAT_VERSION):
             raise D2ZeroError(f"expected a benchmark's report up to version {FORMAT_VERSION}, got version {version}")
         try:
-            return cls(
-                **{
-                    key: content[key]
-                    for key in ("title", "environment", "settings", "baseline", "failures", "complete")
-                },
-                candidates=[CandidateInfo(**entry) for entry in content["candidates"]],
-                results=[Result(**_upgraded(_with_case(entry, "figures"), version)) for entry in content["results"]],
-                equality=[
-                    Equality(**{**_with_case(entry, "judged"), "failures": tuple(entry["failures"])})
-                    for entry in content["equality"]
-                ],
-                accuracy=[Accuracy(**entry) for entry in content["accuracy"]],
-            )
-        except (KeyError, TypeError) as error:
+            report = msgspec.convert(content, cls)
+        except msgspec.ValidationError as error:
             raise D2ZeroError(f"this report of a benchmark is damaged: {error}") from error
+        for sample in (sample for result in report.results for sample in result.samples):
+            if version == 1 and "decode" in sample:  # its network ran between the other stages, copies included
+                sample["inference"] = sample[NETWORK]
+        return report
 
     def write(self, path: Path) -> None:
         """Write the JSON, atomically."""
@@ -242,7 +264,7 @@ class Report:
         """Read a written report.
 
         Raises:
-            D2ZeroError: it is no report.
+            D2ZeroError: It is no report.
         """
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -255,21 +277,6 @@ class Report:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write plain data, atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _with_case(entry: dict[str, Any], *left_out: str) -> dict[str, Any]:
-    kept = {key: value for key, value in entry.items() if key not in left_out}
-    return {**kept, "case": Case(**entry["case"])}
-
-
-def _upgraded(entry: dict[str, Any], version: int) -> dict[str, Any]:
-    """A result of version 1: its network ran between the other stages, copies included."""
-    if version > 1:
-        return entry
-    samples = [
-        {**sample, "inference": sample[NETWORK]} if "decode" in sample else sample for sample in entry["samples"]
-    ]
-    return {**entry, "samples": samples}
 
 
 def names(report: Report, kinds: Sequence[str] = ("d2zero", "peer")) -> list[str]:

@@ -10,9 +10,9 @@ gets. The file is written after each row.
 
 The floor of a call is the larger of two times: that of its bytes, each input read and each output written
 once, at the bandwidth of a large copy on this GPU; and that of its float32 operations at the rate of a large
-float32 matrix product. What a form writes between inputs and outputs is its own affair, and why it is slower.
+float32 matmul or convolution. What a form writes between inputs and outputs is its own affair, and why it is slower.
 
-Letters: B batch, S = sum of the levels' H·W, M heads, N channels a head, L levels, P points.
+Letters: B batch, S = sum of the levels' H·W, M heads, N channels per head, L levels, P points.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from torch import Tensor
 from d2zero.model.deformable import DeformableFunction, LevelSizes, gather, grid_sample, triton_sample
 from d2zero.model.positions import pixel_centres
 from d2zero_bench.environment import without_folders
-from d2zero_runtime.backends.torch_math import float32_math
+from studies.roofline import measured_rates
 
 FORMS = {"grid_sample": grid_sample, "gather": gather, "triton": triton_sample}
 TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,15 +97,9 @@ def correctness(shapes: dict[str, LevelSizes], device: str) -> Iterator[dict[str
 
 
 def measured_limits(device: str, dry: bool) -> dict[str, float]:
-    """Bytes a second of a copy and float32 operations a second of a matrix product, the best of ten."""
-    source = torch.empty(2**20 if dry else 2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = min(milliseconds(lambda: target.copy_(source), device, 10)) / 1000
-    side = 256 if dry else 8192
-    matrix = torch.randn(side, side, device=device)
-    with float32_math(torch, tf32=False):
-        multiplied = min(milliseconds(lambda: matrix @ matrix, device, 10)) / 1000
-    return {"bytes_a_second": 2 * source.numel() / copy, "float32_operations_a_second": 2 * side**3 / multiplied}
+    """Bytes per second of a copy and float32 operations per second of a large matmul or convolution."""
+    rates = measured_rates(device, "float32", *((256, 1) if dry else (8192, 1024)))
+    return {"bytes_a_second": rates.bytes, "float32_operations_a_second": rates.operations}
 
 
 def work(sizes: LevelSizes, batch: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
@@ -116,7 +110,7 @@ def work(sizes: LevelSizes, batch: int, dtype: torch.dtype, backward: bool) -> d
     places = samples * 3 * 4  # x, y and weight
     moved = 2 * values + places  # values and places in, output out
     corners = samples * 4 * WIDTH * dtype.itemsize
-    operations = samples * (8 * WIDTH + 30)  # four multiply-adds a channel; shares and addresses
+    operations = samples * (8 * WIDTH + 30)  # four multiply-adds per channel; weights and addresses
     if backward:
         moved += 3 * values + 2 * places  # values and output gradient in, their gradient out; places in and out
         corners += corners + samples * 4 * WIDTH * 4  # read again, and added to in float32

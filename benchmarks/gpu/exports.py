@@ -53,7 +53,7 @@ def make_checkpoint(work: Path, rehearsal: bool) -> None:
     import shutil
 
     from d2zero.demo.run import packaged_checkpoint
-    from d2zero_bench.standard import random_checkpoint
+    from studies.standard import random_checkpoint
 
     if rehearsal:
         shutil.copyfile(packaged_checkpoint(), work / CHECKPOINT)

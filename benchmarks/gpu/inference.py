@@ -16,31 +16,39 @@ from exports import CHECKPOINT, SIZE, SMALL
 from stages import write_json
 
 from d2zero.cli.terminal import console
-from d2zero_bench.measure import Settings
-from d2zero_bench.session import Plan, Session
-from d2zero_bench.standard import floors
-from d2zero_bench.table import tables
+from d2zero_bench.plan import Plan
+from d2zero_bench.session import Session
+from d2zero_bench.tables import tables
 from d2zero_runtime import D2ZeroError
+from studies.standard import floors
 
 ROUNDS, WARMUP = 20, 3
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # whose floors are measured
 
 
 def plan_of(given: argparse.Namespace) -> Plan:
-    """What to measure: the files that are there."""
+    """What to measure: the files that are there.
+
+    Raises:
+        D2ZeroError: There are none.
+    """
     missing = [name for name in given.names if not (given.work / name).is_file()]
     files = [given.work / name for name in given.names if name not in missing]
     variants = tuple(given.variants.split(",")) if given.variants else None
+    models = ((given.work / CHECKPOINT,) if variants else ()) + tuple(files)
+    if not models:
+        raise D2ZeroError(f"none of {', '.join(given.names)} was exported")
     return Plan(
-        models=((given.work / CHECKPOINT,) if variants else ()) + tuple(files),
+        models=models,
         variants=variants,
-        peers=given.peers,
+        peers=tuple(given.peers.split(",")) if given.peers else (),
         providers=(given.provider,) if any(path.suffix == ".onnx" for path in files) else None,
         sizes=(SMALL if given.rehearsal else SIZE,),
         batches=(given.batch,),
         device="cpu" if given.rehearsal else "cuda",
         masks="packed",
-        settings=Settings(2 if given.rehearsal else given.rounds, 1 if given.rehearsal else WARMUP),
+        rounds=2 if given.rehearsal else given.rounds,
+        warmup=1 if given.rehearsal else WARMUP,
         left_out=dict.fromkeys(missing, "was not exported"),
         all_must_open=False,
         title="The demo's model (rehearsal)" if given.rehearsal else "The published architecture, random weights",
@@ -86,7 +94,7 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     add("--batch", type=int, default=1)
     add("--rounds", type=int, default=ROUNDS)
     add("--provider", default="cuda", help="of .onnx files")
-    add("--floors", action="store_true", help="measure what the hardware needs at least, in each precision")
+    add("--floors", action="store_true", help="measure the hardware's lower bounds, in each precision")
     add("--rehearsal", action="store_true")
     return parser
 
@@ -96,8 +104,6 @@ def main() -> int:
     given = parser_of(__doc__).parse_args()
     try:
         plan = plan_of(given)
-        if not plan.models:
-            raise D2ZeroError(f"none of {', '.join(given.names)} was exported")
         facts = {}
         if given.floors:
             precisions = PRECISIONS[:1] if given.rehearsal else PRECISIONS

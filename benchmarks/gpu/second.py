@@ -38,8 +38,8 @@ def plan(given: argparse.Namespace) -> dict[str, Stage]:
         "onnxruntime tests": call.script("run_tests.py", "-m", "gpu and not timed",
                                          str(ROOT / "tests/export/test_gpu_export.py"), seconds=20,
                                          environment=with_cuda),
-        "training": Stage(("-m", "d2zero_bench.training", "--only", "steps", *size, *rounds, "--variants", trained,
-                           "--json", "{json}"), seconds=45),
+        "training": Stage((str(ROOT / "benchmarks/studies/training.py"), "--only", "steps", *size, *rounds,
+                           "--variants", trained, "--json", "{json}"), seconds=45),
         "compiled peer": call.script("inference.py", *work, "--peers", "mask2former-float16-compiled", "--rounds", "10",
                                      "float16.pt2", rehearsal=dry, seconds=60),
     }  # fmt: skip

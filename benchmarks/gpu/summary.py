@@ -113,8 +113,8 @@ FIGURES: tuple[Figure, ...] = (
 
 
 def text(results: Path) -> str:
-    """A short table: figure, target, measured, met."""
-    found, lines = read(results), [f"{'figure':<42} {'target':>10} {'measured':>16}  met"]
+    """A short table: metric, target, measured, met."""
+    found, lines = read(results), [f"{'metric':<42} {'target':>10} {'measured':>16}  met"]
     for name, unit, stage, target, how in FIGURES:
         try:
             value: float | None = how(found[stage])
@@ -130,7 +130,7 @@ def text(results: Path) -> str:
 
 def write_pages(results: Path) -> None:
     """Each report of `d2zero benchmark` as HTML, beside the results."""
-    from d2zero_bench.html import write_html
+    from d2zero_bench.page import write_html
     from d2zero_bench.report import Report
 
     for stage, content in read(results).items():

@@ -1,7 +1,7 @@
 """One training step: forward, the losses of all heads, backward, clipping, AdamW.
 
-The loop (`d2zero.training.loop`) and the benchmark (`d2zero_bench.training`) run the same code. Where batches
-come from, and what becomes of a step's losses, is left to them.
+The loop (`d2zero.training.loop`) and the study of it (`benchmarks/studies/training.py`) run the same code. Where
+batches come from, and what becomes of a step's losses, is left to them.
 """
 
 from collections.abc import Callable, Iterator

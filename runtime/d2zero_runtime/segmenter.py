@@ -317,7 +317,7 @@ class Segmenter:
             input_sizes: (height, width) of each image as given to `predict_raw`.
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            options: `max_detections`, `score_threshold`, `masks`.
+            options: `max_detections`, `score_threshold`, `masks`, `threads`.
         """
         return postprocess_all(
             np.asarray(out.class_logits, np.float32),

@@ -9,13 +9,13 @@ import pytest
 
 from d2zero.data.coco import decode_mask, read_coco
 from d2zero.data.splits import COCO_48_17
-from d2zero_bench import readme
-from d2zero_bench.evaluation_report import EvaluationReport, Sample, table
 from d2zero_runtime import D2ZeroError
+from studies import readme
 
 coco_mask = pytest.importorskip("pycocotools.mask")
-evaluation = pytest.importorskip("d2zero_bench.evaluation")
+evaluation = pytest.importorskip("studies.evaluation")
 main, write_drawn = evaluation.main, evaluation.write_drawn
+EvaluationReport, Sample, table = evaluation.EvaluationReport, evaluation.Sample, evaluation.table
 
 
 def test_drawn_files_are_valid_and_reproducible(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_both_sides_agree_and_the_report_has_all(tmp_path: Path, capsys: pytest.
     assert "pycocotools-defaults" in capsys.readouterr().out
     content = json.loads(path.read_text())
     assert content["kind"] == "evaluation" and content["settings"]["detections an image"] == 10
-    assert content["environment"]["command"].startswith("python -m d2zero_bench.evaluation --images 12,3")
+    assert content["environment"]["command"].startswith("python benchmarks/studies/evaluation.py --images 12,3")
     assert "pycocotools" in content["environment"]["versions"]
     assert content["equality"].keys() == {"3", "12"} and max(content["equality"].values()) < 1e-9
     assert len(content["samples"]) == 6 and content["complete"]
@@ -77,7 +77,7 @@ def test_bad_arguments(words: str, message: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_figures_that_differ_end_it() -> None:
+def test_metrics_that_differ_end_it() -> None:
     plain = {("segm", "ap50", "cat"): 50.0}
     assert evaluation._largest_difference({"pycocotools": plain, "d2zero": {("segm", "ap50", "cat"): 50 + 1e-9}}) > 0
     with pytest.raises(D2ZeroError, match="speed does not matter"):

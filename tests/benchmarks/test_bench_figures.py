@@ -1,6 +1,7 @@
 """Figures, orders, cases, limits and reports of benchmarks, without a model."""
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,19 +12,32 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from d2zero_bench import readme
+from d2zero_bench.candidates import Outcome
 from d2zero_bench.cases import Case, Photos, make_cases, parse_counts, parse_sizes
 from d2zero_bench.environment import environment, instructions, without_folders
-from d2zero_bench.equality import compare
-from d2zero_bench.figures import Spread, percentile, ratios, throughput
 from d2zero_bench.gates import Gate, failures
-from d2zero_bench.html import page
-from d2zero_bench.measure import Measurement, Settings, round_order
-from d2zero_bench.report import ARRAY, FILE, STAGES, Accuracy, CandidateInfo, Equality, Report, Result, Sample
-from d2zero_bench.session import Plan
-from d2zero_bench.svg import ticks
-from d2zero_bench.table import difference, tables
+from d2zero_bench.measure import Measurement, compare, round_order
+from d2zero_bench.page import latency_figure, page, tradeoff_figure
+from d2zero_bench.plan import Plan
+from d2zero_bench.plots import COLOURS
+from d2zero_bench.report import (
+    ARRAY,
+    FILE,
+    STAGES,
+    Accuracy,
+    CandidateInfo,
+    Equality,
+    Report,
+    Result,
+    Sample,
+    Spread,
+    ratios,
+    throughput,
+)
+from d2zero_bench.tables import difference, tables
+from d2zero_bench.worker import Memory, Prepare, ReadMemory, Run
 from d2zero_runtime import D2ZeroError, Preprocessing
+from studies import readme, roofline
 
 CASE = Case(96, 128)
 
@@ -58,9 +72,9 @@ def full_report() -> Report:
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_percentiles_are_numpys(count: int) -> None:
     values = np.random.default_rng(count).exponential(10, count).tolist()
-    for percent in (0, 10, 50, 90, 99, 100):
-        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-12)
-    assert Spread.of(values).p99 == pytest.approx(np.percentile(values, 99), rel=1e-12)
+    found = Spread.of(values)
+    for percent in (10, 50, 90, 99):
+        assert getattr(found, f"p{percent}") == np.percentile(values, percent)
 
 
 def test_stages_add_up_to_the_scopes() -> None:
@@ -97,29 +111,27 @@ def test_the_order_of_a_round_is_drawn_from_the_seed() -> None:
 
 
 class Fake:
-    """A candidate that writes down when it ran, and fails or is interrupted when told to."""
+    """A worker that writes down when it ran, and fails or is interrupted when told to."""
 
     def __init__(self, name: str, log: list[str], error: BaseException | None = None, at: int = 0) -> None:
         self.info, self.log, self.error, self.at = CandidateInfo(name, "d2zero", "none"), log, error, at
         self.runs = 0
 
-    def prepare(self, case: Case) -> None:
-        self.log.append(f"prepare {self.info.name}")
-
-    def run(self, case: Case, paths: list[Path]) -> Sample:
-        self.runs += 1
-        if self.error is not None and self.runs == self.at:
-            raise self.error
-        self.log.append(self.info.name)
-        return sample(float(self.runs))
-
-    def raw(self, case: Case, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
-
-    def memory(self) -> tuple[float | None, float | None]:
-        return 5.0, None
-
-    def accuracy(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
+    def ask(self, message: object) -> object:
+        match message:
+            case Prepare():
+                self.log.append(f"prepare {self.info.name}")
+            case Run(with_logits=True):
+                logits = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
+                return Outcome(sample(1.0), logits)
+            case Run():
+                self.runs += 1
+                if self.error is not None and self.runs == self.at:
+                    raise self.error
+                self.log.append(self.info.name)
+                return Outcome(sample(float(self.runs)))
+            case ReadMemory():
+                return Memory(5.0, None)
         return None
 
 
@@ -127,9 +139,9 @@ def measured(*fakes: Fake, rounds: int = 5) -> Report:
     report = Report("t", {}, {}, fakes[0].info.name)
     report.candidates = [fake.info for fake in fakes]
     photos = Photos(Path(), (Path("0.jpg"),))
-    measurement = Measurement(
-        {fake.info.name: fake for fake in fakes}, photos, Settings(rounds, 1), report, lambda items, *_: items
-    )
+    workers = {fake.info.name: fake for fake in fakes}
+    plan = Plan((Path("a.onnx"),), rounds=rounds, warmup=1)
+    measurement = Measurement(workers, photos, report, plan, lambda items, *_: items)
     try:
         measurement.run([CASE])
     except KeyboardInterrupt:
@@ -164,15 +176,14 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
 
 
 def test_a_different_model_is_marked_not_hidden() -> None:
-    info = CandidateInfo("b", "d2zero", "none")
     theirs = np.ones((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
-    close = compare(info, CASE, theirs, (theirs[0] + np.float32(2**-17), theirs[1]), "float32")
+    close = compare("b", CASE, theirs, (theirs[0] + np.float32(2**-17), theirs[1]), "float32")
     assert close.failures == () and close.class_logits == 2**-17
-    far = compare(info, CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
+    far = compare("b", CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
     assert far.mask_logits == 0.5 and far.failures[0].startswith("mask_logits differ by 5.00e-01 (limit 1e-03)")
     assert difference(close) == "8e-06" and difference(replace(close, mask_logits=6e-3)) == "8e-06 (6e-03)"
     assert difference(replace(close, class_most=None, mask_most=None)) == "8e-06"  # an older report
-    other = compare(info, CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
+    other = compare("b", CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
     assert other.class_logits is None and "another model" in other.failures[0]
     console = Console(width=140)
     with console.capture() as shown:
@@ -182,21 +193,21 @@ def test_a_different_model_is_marked_not_hidden() -> None:
 
 def test_limits_name_candidate_value_and_limit() -> None:
     report = full_report()
-    assert failures(report, [Gate.parse("--max-p90", "1000")], [Gate.parse("--min-hm", "50")]) == []
-    slow = failures(report, [Gate(50.0)], [])
+    assert failures(report, (Gate.parse("--max-p90", "1000"),), (Gate.parse("--min-hm", "50"),)) == []
+    slow = failures(report, (Gate(50.0),), ())
     assert (
         len(slow) == 4 and slow[0] == "b:published: p90 of file → detections 83.5 ms at 96×128, batch 1 (limit 50 ms)"
     )
-    assert failures(report, [Gate.parse("--max-p90", "a=20")], [])[0].startswith("a: p90 of file → detections 31.5 ms")
-    assert failures(report, [], [Gate(61.0)]) == ["b:published: HM AP50 60.00 (limit 61)"]
+    assert failures(report, (Gate.parse("--max-p90", "a=20"),), ())[0].startswith("a: p90 of file → detections 31.5 ms")
+    assert failures(report, (), (Gate(61.0),)) == ["b:published: HM AP50 60.00 (limit 61)"]
     report.accuracy = []
-    assert "a: HM AP50 was not measured" in failures(report, [], [Gate(1.0)])[0]
+    assert "a: HM AP50 was not measured" in failures(report, (), (Gate(1.0),))[0]
     report.results = []
-    assert "a: p90 was not measured" in failures(report, [Gate(1.0)], [])[0]
+    assert "a: p90 was not measured" in failures(report, (Gate(1.0),), ())[0]
     with pytest.raises(D2ZeroError, match="--max-p90 must be a number"):
         Gate.parse("--max-p90", "a=fast")
-    with pytest.raises(D2ZeroError, match="called 'z'"):
-        failures(report, [Gate(1.0, "z")], [])
+    with pytest.raises(D2ZeroError, match="a limit is for 'z'"):
+        Plan((Path("a.onnx"),), max_p90=(Gate(1.0, "z"),))
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -242,41 +253,59 @@ def test_the_page_is_well_formed_and_fetches_nothing() -> None:
     assert len(root.findall(f".//{svg}")) == 4 + 1 + 3  # bars a case, accuracy, three sweeps
     titles = [heading.text for heading in root.iter("h2")]
     assert "Cost against number of classes" in titles and "Left out" in titles
-    bare = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    bare = re.sub(r'xmlns(:xlink)?="[^"]*"|href="#|url\(#', "", text)  # names, and places in the page itself
     assert not any(sign in bare for sign in ("http:", "https:", "src=", "href=", "url(", "@import", "<script"))
+    assert not any(colour in text.partition("</style>")[2] for colour in COLOURS.values())  # light and dark
     assert "prefers-color-scheme: dark" in text and "a &lt;title&gt;" in text
 
 
 def test_what_was_not_measured_is_left_out_of_the_page() -> None:
     report = Report("t", {}, {}, "a", [CandidateInfo("a", "d2zero", "x")], [Result("a", CASE, [sample(1)])])
     titles = [heading.text for heading in ElementTree.fromstring(page(report).split("\n", 1)[1]).iter("h2")]
-    assert titles == ["Latency by stage", "All figures", "How it was measured"]
+    assert titles == ["Latency by stage", "All measurements", "How it was measured"]
     assert "Stopped before the end" in page(report)
-
-
-def test_ticks_are_round_and_reach_the_top() -> None:
-    assert ticks(97) == [0, 20, 40, 60, 80, 100]
-    for highest in (0.003, 1, 7.3, 250, 98765):
-        marks = ticks(highest)
-        assert marks[-1] >= highest and marks[-2] < highest and 3 <= len(marks) <= 8
-    assert ticks(72.3, lowest=67.9) == [67, 68, 69, 70, 71, 72, 73]
 
 
 def test_accuracies_are_drawn_apart_and_to_scale() -> None:
     report = Report("t", {}, {}, "a")
-    for name, ms, hm in (("a", 50.0, 71.16), ("b", 20.0, 70.54), ("c", 21.0, 68.1)):
+    measured = (("a", 50.0, 71.16), ("b", 20.0, 70.54), ("c", 21.0, 68.1))
+    for name, ms, hm in measured:
         report.candidates.append(CandidateInfo(name, "d2zero", "x"))
         report.results.append(Result(name, CASE, [sample(ms)]))
         report.accuracy.append(Accuracy(name, "gzsis", 60, {"hm_ap50": hm}))
+    figure = tradeoff_figure(report)
+    assert figure is not None
+    axes, (legend,) = figure.axes[0], figure.legends
+    places = [tuple(dots.get_offsets()[0]) for dots in axes.collections]
+    assert places == [(ms + 3.5, hm) for _, ms, hm in measured]  # milliseconds of all stages
+    low, high = axes.get_ylim()
+    assert high - low >= 5 and low < 68.1 < 71.16 < high and axes.get_xlim()[0] == 0
+    colours = [dots.get_facecolor()[0].tolist() for dots in axes.collections]
+    assert [entry.get_text() for entry in legend.get_texts()] == ["a", "b", "c"]
+    assert [dots.get_facecolor()[0].tolist() for dots in legend.legend_handles] == colours
+    assert len({tuple(colour) for colour in colours}) == 3
+
+
+def test_odd_names_are_shown_as_they_are() -> None:
+    report, name = Report("t", {}, {}, "a"), "_a$b$ <&>.onnx"
+    report.candidates.append(CandidateInfo(name, "d2zero", "x"))
+    report.results.append(Result(name, CASE, [sample(5.0)]))
+    report.accuracy.append(Accuracy(name, "gzsis", 60, {"hm_ap50": 50.0}))
     tree = ElementTree.fromstring(page(report).split("\n", 1)[1])
-    section = next(part for part in tree.iter("section") if part.find("h2").text == "Latency against accuracy")  # type: ignore[union-attr]
-    drawn = [element for element in section.iter() if element.tag.endswith("circle")]
-    heights = [float(dot.attrib["cy"]) for dot in drawn]
-    assert (heights[2] - heights[0]) / (heights[1] - heights[0]) == pytest.approx((71.16 - 68.1) / 0.62, rel=0.01)
-    assert heights[2] - heights[0] > 80 and all(24 < height < 256 for height in heights)
-    assert [span.find("i").attrib["class"] for span in section.iter("span")] == [  # type: ignore[union-attr]
-        f"swatch {dot.attrib['class'].split()[1]}" for dot in drawn
+    shown = [text for text in tree.itertext() if name in text]
+    assert len(shown) >= 4  # a bar, a legend, tables
+
+
+def test_bars_are_the_stages_of_each_candidate() -> None:
+    axes = latency_figure(full_report(), CASE).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "a",
+        "b:published",
+        "mask2former (only the network)",
     ]
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    assert [width for (width,) in widths] == [1, 1, 20.5, 1, 1, 1, 40.5, 1, 15]
+    assert [text.get_text() for text in axes.texts] == ["23.5", "43.5", "15.0"]
 
 
 def test_cases_vary_one_thing_at_a_time_or_all() -> None:
@@ -335,19 +364,35 @@ def test_the_readme_table_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_each_provider_is_a_candidate_of_its_own() -> None:
-    plan = Plan(models=(Path("m.onnx"), Path("c.safetensors")), providers=("cpu", "openvino-bf16"))
-    assert [(spec.name, spec.providers) for spec in plan.specs()] == [
+    plan = Plan(models=(Path("m.onnx"), Path("c.safetensors")), providers=("cpu", "openvino-bf16"), masks="packed")
+    assert [(spec.name, spec.providers) for spec in plan.specs] == [
         ("m.onnx:cpu", ("cpu",)),
         ("m.onnx:openvino-bf16", ("openvino-bf16",)),
         ("c.safetensors", None),
     ]
-    assert [spec.name for spec in Plan(models=(Path("m.onnx"),), providers=("cpu",)).specs()] == ["m.onnx"]
+    assert {spec.masks for spec in plan.specs} == {"packed"}
+    assert [spec.name for spec in Plan(models=(Path("m.onnx"),), providers=("cpu",)).specs] == ["m.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ()}, "no model"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"warmup": -1}, "--warmup 0"),
+        ({"annotations": Path("a.json")}, "give --images"),
+        ({"baseline": "z"}, "--baseline must be one of m.onnx"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(D2ZeroError, match=message):
+        Plan(**{"models": (Path("m.onnx"),), **options})
 
 
 def test_work_is_counted_without_computing() -> None:
     import torch
 
-    from d2zero_bench.roofline import Rates, Work, count, described
+    from studies.roofline import Rates, Work, count, described
 
     linear = torch.nn.Linear(30, 20).requires_grad_(False)
 
@@ -365,8 +410,6 @@ def test_work_is_counted_without_computing() -> None:
 
 
 def test_the_faster_of_product_and_convolution_is_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    from d2zero_bench import roofline
-
     product, convolution = 2 * 64**3, 2 * (256 * 256 * 9) * (4 * 4)
     for seconds, rate in (((1.0, 50.0, 1.0), product), ((1e3, 1.0, 1.0), convolution)):
         spans = iter(seconds)  # product, convolution, copy
@@ -381,8 +424,6 @@ def test_rates_are_measured_with_the_float32_math_of_the_precision(
 ) -> None:
     import torch
 
-    from d2zero_bench import roofline
-
     seen = []
     monkeypatch.setattr(roofline, "_best", lambda *_: seen.append(torch.get_float32_matmul_precision()) or 1.0)
     before = torch.get_float32_matmul_precision()
@@ -394,7 +435,7 @@ def test_rates_are_measured_with_the_float32_math_of_the_precision(
 def test_a_gpu_is_measured_without_pycocotools() -> None:
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"
-        "import d2zero.demo.run, d2zero_bench.published, d2zero_bench.standard, d2zero_bench.training\n"
+        "import d2zero.demo.run, d2zero_bench.published, studies.standard, studies.training\n"
         "import d2zero_export.onnx_export, d2zero_export.pt2_export, numpy as np\n"
         "print(d2zero_bench.published._encoded(np.ones((2, 3), bool)))"
     )

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from d2zero.demo.run import packaged_checkpoint
-from d2zero_bench.measure import Settings
-from d2zero_bench.session import Plan, Session
+from d2zero_bench.plan import Plan
+from d2zero_bench.session import Session
 from d2zero_runtime import D2ZeroError
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks/gpu"
@@ -240,7 +240,7 @@ def test_what_cannot_be_opened_is_left_out_where_the_plan_says_so(tmp_path: Path
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"no model")
     plan = Plan(
-        (packaged_checkpoint(), damaged), sizes=((64, 64),), settings=Settings(rounds=1, warmup=0), all_must_open=False,
+        (packaged_checkpoint(), damaged), sizes=((64, 64),), rounds=1, warmup=0, all_must_open=False,
         left_out={"other.pt2": "no compiler"},
     )  # fmt: skip
     report = Session(plan, []).run()

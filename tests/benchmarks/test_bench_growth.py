@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2zero_bench import growth, growth_measure
-from d2zero_bench.growth_curves import MEMORY, Curve, Point, exponent
-from d2zero_bench.growth_page import page, terminal_table
-from d2zero_bench.measure import Settings
-from d2zero_bench.session import Plan
+from d2zero_bench.plan import Plan
 from d2zero_export.graph import InferenceGraph
 from d2zero_runtime import D2ZeroError
+from studies import growth, pages
+from studies.growth_curves import MEMORY, Curve, Point, exponent, figures, page, terminal_table
 
 WORK = (17.0, 65.0, 256.0, 1203.0, 4000.0, 10000.0)
 
@@ -24,6 +22,17 @@ WORK = (17.0, 65.0, 256.0, 1203.0, 4000.0, 10000.0)
 def curve(quantity: str, cost: Callable[[float], float], limit: float = 1.0, why: str = "") -> Curve:
     points = tuple(Point(f"{work:g}", work, {quantity: (cost(work) * 1.5, cost(work))}) for work in WORK)
     return Curve("classes", "classes", "drawn", points, {quantity: limit}, {quantity: why})
+
+
+def content(*curves: Curve) -> dict:
+    """What `growth.py` writes, through JSON."""
+    written = {
+        "title": "growth <of cost>",
+        "environment": {"processor": "a"},
+        "settings": {"rounds": 1},
+        "curves": [curve.to_dict() for curve in curves],
+    }
+    return json.loads(json.dumps(written))
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 1.0, 1.37, 2.0])
@@ -90,24 +99,34 @@ def test_what_was_not_measured_everywhere_has_no_verdict() -> None:
 
 def test_a_verdict_and_its_reason_are_shown() -> None:
     square = curve("network", lambda work: work**2, why="each meets <each>")
-    text = page("growth <of cost>", {"processor": "a"}, {"rounds": 1}, [square])
+    text = page(content(square))
     ElementTree.fromstring(text.partition("\n")[2])
     assert "grows worse than its work" in text and "each meets &lt;each&gt;" in text
     assert square.relative("network")[-1] == pytest.approx(10000 / 17)
-    fine = page("growth", {}, {}, [curve("network", lambda work: work, why="each meets each")])
+    fine = page(content(curve("network", lambda work: work, why="each meets each")))
     assert "worse than its work" not in fine and "each meets" not in fine
     assert [str(cell) for cell in terminal_table(square).columns[-1]._cells] == ["grows worse than its work"]
 
 
-def test_lines_have_the_colours_of_the_legend() -> None:
+def test_a_quantity_has_one_colour_in_both_plots() -> None:
     samples = {"network": (1.0,), MEMORY: (2.0,), "vocabulary": (3.0,)}
     points = tuple(Point(f"{work:g}", work, samples) for work in WORK)
-    text = page("growth", {}, {}, [Curve("classes", "classes", "", points, dict.fromkeys(samples, 1.0), {})])
-    tree = ElementTree.fromstring(text.partition("\n")[2])
-    legend = {span.find("i").attrib["class"].split()[1]: "".join(span.itertext()) for span in tree.iter("span")}  # type: ignore[union-attr]
-    dots = [entry for entry in tree.iter() if entry.tag.endswith("circle")]
-    drawn = {(dot.attrib["class"].split()[1], "".join(dot.itertext()).partition(":")[0]) for dot in dots}
-    assert drawn == set(legend.items()) and len(drawn) == 3
+    drawn = figures(Curve("classes", "classes", "", points, dict.fromkeys(samples, 1.0), {}))
+    times, relative = ({line.get_label(): line.get_color() for line in plot.axes[0].lines} for plot in drawn)
+    assert list(times) == ["network", "vocabulary"] and len(relative) == len(set(relative.values())) == 3
+    assert times.items() <= relative.items()
+
+
+def test_committed_results_become_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    files = [results / "demo-cpu.json", results / "growth/demo-cpu.json"]
+    assert pages.main([*map(str, files), "--output", str(tmp_path)]) == 0
+    for name, heading in (("demo-cpu.html", "Latency by stage"), ("growth/demo-cpu.html", "Against classes")):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        ElementTree.fromstring(text.partition("\n")[2])
+        assert heading in text
+    (tmp_path / "other.json").write_text("[]")
+    assert pages.main([str(tmp_path / "other.json")]) == 2 and "other.json: expected" in capsys.readouterr().err
 
 
 def test_a_quick_run(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,10 +146,10 @@ def test_a_quick_run(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "should be" in capsys.readouterr().out
 
 
-def test_queries_are_a_model_each(exported: Path, tmp_path: Path) -> None:
+def test_each_number_of_queries_has_a_model(exported: Path, tmp_path: Path) -> None:
     models = {count: Path(shutil.copy(exported, tmp_path / f"{count}.onnx")) for count in (5, 10)}
-    plan = Plan((exported,), providers=("cpu",), sizes=((64, 64),), settings=Settings(2, 0))
-    found = growth_measure.against_queries(plan, models)
+    plan = Plan((exported,), providers=("cpu",), sizes=((64, 64),), rounds=2, warmup=0)
+    found = growth.against_queries(plan, models)
     assert [point.work for point in found.points] == [5, 10]
     assert all(len(point.samples["network"]) == 2 for point in found.points)
 
@@ -147,8 +166,8 @@ def test_an_interrupted_run_keeps_what_was_measured(
     def interrupted(*_: object) -> Curve:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(growth_measure, "against_size", lambda *_: curve("network", lambda work: work))
-    monkeypatch.setattr(growth_measure, "against_classes", interrupted)
+    monkeypatch.setattr(growth, "against_size", lambda *_: curve("network", lambda work: work))
+    monkeypatch.setattr(growth, "against_classes", interrupted)
     assert growth.main(["--quick", "--model", str(exported), "--output", str(tmp_path)]) == 130
     assert len(json.loads((tmp_path / f"{exported.stem}-cpu.json").read_text(encoding="utf-8"))["curves"]) == 1
 
@@ -156,7 +175,7 @@ def test_an_interrupted_run_keeps_what_was_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "480"], "--sizes must be two ascending numbers"),
+        (["--sizes", "480"], "--sizes must be two ascending numbers or more"),
         (["--sizes", "480,500"], "--sizes must be multiples of 32"),
         (["--classes", "65,17"], "--classes must be two ascending numbers"),
         (["--batches", "1,many"], "--batches must be whole numbers"),

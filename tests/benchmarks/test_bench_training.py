@@ -11,12 +11,12 @@ from d2zero.losses.config import LossConfig
 from d2zero.model.deformable import DeformableAttention
 from d2zero.training.config import coco_48_17, shapes, with_settings
 from d2zero.training.distributed import Processes
-from d2zero_bench import training, training_steps
 from d2zero_bench.published import published_sampling
-from d2zero_bench.training_data import loading_rate, training_set
-from d2zero_bench.training_report import EXACT, PARTS, Result, TrainingReport, compare
-from d2zero_bench.training_steps import FirstStep, Variant, drawn_batch, drawn_model, variant_config
 from d2zero_runtime import D2ZeroError
+from studies import training, training_steps
+from studies.training import PARTS, Result, TrainingReport
+from studies.training_data import loading_rate, training_set
+from studies.training_steps import EXACT, FirstStep, Variant, compare, drawn_batch, drawn_model, variant_config
 
 SMALL = ["--preset", "shapes", "--size", "64", "--queries", "6", "--instances", "3", "--classes", "5"]
 SMALL += ["--set", "loss.num_points=64", "--set", "model.decoder_layers=1", "--rounds", "2", "--warmup", "0"]
@@ -117,11 +117,11 @@ def test_what_is_not_finite_or_off_is_not_equal() -> None:
 @pytest.mark.parametrize(
     ("rates", "sentence"),
     [
-        ({0: [9.0], 2: [30.0], 4: [50.0]}, "loading keeps up: fast takes 20.0 images a second, 2 workers read 30.0"),
-        ({0: [9.0], 2: [12.0]}, "loading does NOT keep up: fast takes 20.0 images a second, the best, 2 workers"),
+        ({0: [9.0], 2: [30.0], 4: [50.0]}, "loading keeps up: fast takes 20.0 images per second, 2 workers read 30.0"),
+        ({0: [9.0], 2: [12.0]}, "loading does NOT keep up: fast takes 20.0 images per second, the best, 2 workers"),
     ],
 )
-def test_loading_is_held_against_the_fastest_variant(rates: dict[int, list[float]], sentence: str) -> None:
+def test_loading_is_compared_with_the_fastest_variant(rates: dict[int, list[float]], sentence: str) -> None:
     step = dict.fromkeys(PARTS, 0.0)
     results = [
         Result("published", "float32", samples=[step | {"forward": 400.0}] * 2),

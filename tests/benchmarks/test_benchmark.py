@@ -16,12 +16,12 @@ import torch
 from conftest import Outcome
 
 from d2zero.demo.run import packaged_checkpoint
-from d2zero_bench.candidates import Model, Peer, Spec, open_candidate
+from d2zero_bench.candidates import Candidate, Spec, open_segmenter
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_host_peak
-from d2zero_bench.process import OwnProcess
+from d2zero_bench.peers import Peer
 from d2zero_bench.report import NETWORK, STAGES, Report
-from d2zero_bench.variants import VARIANTS
+from d2zero_bench.worker import Prepare, ReadMemory, Run, Worker
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.images import PADDING_LOGIT
 
@@ -36,7 +36,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
 
 @pytest.mark.parametrize("mode", ["gzsis", "zsis", "gzsis-copy-paste"])
 def test_the_published_variant_is_equal_to_the_model(mode: str, shapes_data: Path) -> None:
-    ours, theirs = (VARIANTS[name](packaged_checkpoint(), "cpu") for name in ("model", "published"))
+    ours, theirs = (
+        open_segmenter(Spec(name, packaged_checkpoint(), name, device="cpu")) for name in ("model", "published")
+    )
     images = [read_image(path) for path in sorted((shapes_data / "val").iterdir())[:3]]
     raw, published = ours.predict_raw(images), theirs.predict_raw(images)
     for left, right in ((raw.class_logits, published.class_logits), (raw.mask_logits, published.mask_logits)):
@@ -56,7 +58,7 @@ def test_the_published_variant_is_equal_to_the_model(mode: str, shapes_data: Pat
 
 def test_the_published_variant_does_the_published_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """All heads are classified, and every top instance's mask is dense: not the model under another name."""
-    segmenter = VARIANTS["published"](packaged_checkpoint(), "cpu")
+    segmenter = open_segmenter(Spec("m", packaged_checkpoint(), "published", device="cpu"))
     model = segmenter.backend.model  # type: ignore[attr-defined]
     calls: list[int] = []
     model.classifier.register_forward_hook(lambda *_: calls.append(1))
@@ -77,25 +79,40 @@ def test_the_published_variant_does_the_published_work(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["model", "published", "onnx"])
 def test_a_candidate_has_all_stages(kind: str, exported: Path, photos: Photos) -> None:
     path = exported if kind == "onnx" else packaged_checkpoint()
-    candidate = open_candidate(Spec(kind, path, "model" if kind == "onnx" else kind, threads=1, device="auto"))
+    candidate = Candidate(Spec(kind, path, "model" if kind == "onnx" else kind, threads=1, device="auto"))
     for case in (Case(64, 96, 2), Case(64, 96, 1, 50)):
         candidate.prepare(case)
         started = time.perf_counter()
-        sample = candidate.run(case, photos.batch(case, 0))
+        sample, logits = candidate.run(case, photos.batch(case, 0))
         elapsed = 1000 * (time.perf_counter() - started)
         assert tuple(sample) == (*STAGES, NETWORK) and all(value > 0 for value in sample.values())
         assert 0.9 * elapsed < sum(sample[stage] for stage in STAGES) <= elapsed
         assert sample[NETWORK] == sample["inference"]  # nothing is copied on a CPU, so it is not run again
-        raw = candidate.raw(case, photos.batch(case, 0))
-        assert raw is not None and raw[0].shape == (case.batch, 15, (case.classes or 36) + 1)
+        assert logits is None
+        logits = candidate.run(case, photos.batch(case, 0), with_logits=True).logits
+        assert logits is not None and logits[0].shape == (case.batch, 15, (case.classes or 36) + 1)
+        assert logits[1].shape == (case.batch, 15, 16, 24)
+
+
+def test_threads_reach_post_processing(exported: Path, photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    used: list[int] = []
+    monkeypatch.setattr(
+        "d2zero_runtime.masks.postprocess.ThreadPoolExecutor", lambda count: used.append(count) or ThreadPoolExecutor(1)
+    )
+    for threads in (1, 3):
+        candidate = Candidate(Spec("m.onnx", exported, threads=threads))
+        candidate.prepare(CASE)
+        candidate.run(CASE, photos.batch(CASE, 0))
+    assert used == [1, 3]
 
 
 def test_on_a_gpu_the_network_is_timed_again_with_resident_inputs(
     exported: Path, photos: Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    candidate = open_candidate(Spec("m.onnx", exported))
-    assert isinstance(candidate, Model)
-    backend, calls = candidate._segmenter.backend, list[str]()
+    candidate = Candidate(Spec("m.onnx", exported))
+    backend, calls = candidate.segmenter.backend, list[str]()
     real = backend.resident
 
     def resident(images: np.ndarray, embeddings: np.ndarray | None) -> Callable[[], None]:
@@ -106,15 +123,14 @@ def test_on_a_gpu_the_network_is_timed_again_with_resident_inputs(
     monkeypatch.setattr(backend, "on_gpu", True)
     monkeypatch.setattr(backend, "resident", resident)
     candidate.prepare(CASE)
-    sample = candidate.run(CASE, photos.batch(CASE, 0))
+    sample = candidate.run(CASE, photos.batch(CASE, 0)).sample
     assert calls == ["moved", "run", "run"]  # the first is not timed
     assert 0 < sample[NETWORK] != sample["inference"]
 
 
 def test_an_exported_model_of_one_batch_says_so(exported: Path) -> None:
-    candidate = open_candidate(Spec("m.onnx", exported))
-    assert isinstance(candidate, Model)
-    object.__setattr__(candidate._segmenter.contract, "batch", 4)
+    candidate = Candidate(Spec("m.onnx", exported))
+    object.__setattr__(candidate.segmenter.contract, "batch", 4)
     with pytest.raises(D2ZeroError, match="measure it with --batch 4"):
         candidate.prepare(CASE)
 
@@ -139,13 +155,14 @@ def test_a_peer_runs_its_network() -> None:
         **small,
     )
     shapes = []
-    peer._network._network.register_forward_hook(
+    peer.network.register_forward_hook(
         lambda module, inputs, out: shapes.append((out.class_queries_logits.shape, out.masks_queries_logits.shape))
     )
     peer.prepare(Case(60, 96, 2))
-    assert list(peer.run(CASE, [])) == ["network"]
+    found = peer.run(CASE, [], with_logits=True)
+    assert list(found.sample) == ["network"] and found.logits is None
     assert shapes == [((2, 7, 6), (2, 7, 16, 24))]
-    assert peer.info.kind == "peer" and "random" not in peer.info.name and peer.raw(CASE, []) is None
+    assert peer.info.kind == "peer" and "random" not in peer.info.name
 
 
 def test_gpu_memory_is_this_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,22 +187,22 @@ def test_the_memory_mark_follows_what_is_allocated() -> None:
     assert now is not None and (sys.platform != "linux" or now < after - 40)
 
 
-def test_a_process_of_its_own_answers_refuses_and_ends(photos: Photos) -> None:
+def test_a_worker_answers_refuses_and_ends(photos: Photos) -> None:
     with pytest.raises(D2ZeroError, match=r"checkpoint absent\.safetensors does not exist"):
-        OwnProcess(Spec("absent", Path("absent.safetensors"))).open()
-    process = OwnProcess(Spec("m", packaged_checkpoint(), threads=1)).open()
+        Worker(Spec("absent", Path("absent.safetensors"))).open()
+    worker, run = Worker(Spec("m", packaged_checkpoint(), threads=1)).open(), Run(CASE, photos.batch(CASE, 0))
     try:
-        process.prepare(CASE)
-        assert set(process.run(CASE, photos.batch(CASE, 0))) == {*STAGES, NETWORK}
+        worker.ask(Prepare(CASE))
+        assert set(worker.ask(run).sample) == {*STAGES, NETWORK}
         with pytest.raises(D2ZeroError, match=r"nowhere\.jpg does not exist"):
-            process.run(CASE, [Path("nowhere.jpg")])
-        assert set(process.run(CASE, photos.batch(CASE, 0))) == {*STAGES, NETWORK}  # goes on after an error
-        assert 50 < (process.memory()[0] or 0) < 5000
-        process._process.kill()
+            worker.ask(Run(CASE, [Path("nowhere.jpg")]))
+        assert set(worker.ask(run).sample) == {*STAGES, NETWORK}  # goes on after an error
+        assert 50 < (worker.ask(ReadMemory()).host_mb or 0) < 5000
+        worker.process.kill()
         with pytest.raises(D2ZeroError, match="its process"):
-            process.run(CASE, photos.batch(CASE, 0))
+            worker.ask(run)
     finally:
-        process.close()
+        worker.close()
 
 
 def test_the_command_measures_compares_and_holds_to_limits(
@@ -231,6 +248,7 @@ WRONG = [
     (["{model}", "--max-p90", "fast"], "--max-p90 must be a number"),
     (["{model}", "--max-p90", "z=1"], "a limit is for 'z'"),
     (["{model}", "--images", "nowhere"], "nowhere does not exist"),
+    (["{model}", "--masks", "round"], "--masks must be one of rle, bitmap, packed, none"),
     (["{text}"], "is not a .safetensors checkpoint"),
 ]
 
@@ -254,6 +272,12 @@ def test_a_missing_transformers_is_named(command: Command, monkeypatch: pytest.M
     monkeypatch.setattr(metadata, "version", absent)
     outcome = command("benchmark", packaged_checkpoint(), "--peers", "mask2former")
     assert outcome.code == 2 and "pip install 'd2zero[bench]'" in outcome.err
+
+
+def test_what_draws_reports_is_named_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2zero_bench.cli.find_spec", lambda name: None)
+    outcome = command("benchmark", packaged_checkpoint(), "--html", "r.html")
+    assert outcome.code == 2 and "--html needs jinja2 and matplotlib" in outcome.err and outcome.err.count("\n") == 1
 
 
 SAYING_ROUNDS = """
@@ -298,12 +322,13 @@ def test_an_exported_model_is_measured_without_torch(exported: Path, photos: Pho
     code = """
 import sys
 from pathlib import Path
-from d2zero_bench.candidates import Spec, open_candidate
+from d2zero_bench.candidates import Candidate, Spec
 from d2zero_bench.cases import Case
-candidate = open_candidate(Spec("m", Path(sys.argv[1]), threads=1))
-candidate.prepare(Case(64, 96))
-candidate.run(Case(64, 96), [Path(sys.argv[2])])
-print("torch" in sys.modules, round(candidate.memory()[0]))
+from d2zero_bench.worker import Prepare, ReadMemory, Run
+candidate = Candidate(Spec("m", Path(sys.argv[1]), threads=1))
+Prepare(Case(64, 96)).answer(candidate)
+Run(Case(64, 96), [Path(sys.argv[2])]).answer(candidate)
+print("torch" in sys.modules, round(ReadMemory().answer(candidate).host_mb))
 """
     image = photos.batch(CASE, 0)[0]
     found = subprocess.run([sys.executable, "-c", code, exported, image], capture_output=True, text=True, check=True)
@@ -312,8 +337,8 @@ print("torch" in sys.modules, round(candidate.memory()[0]))
 
 
 def test_the_command_itself_is_light() -> None:
-    heavy = ["torch", "transformers", "onnxruntime", "psutil"]
-    modules = "import d2zero_bench.cli, d2zero_bench.session, d2zero_bench.html, d2zero_bench.standard"
+    heavy = ["torch", "transformers", "onnxruntime", "psutil", "matplotlib", "jinja2"]
+    modules = "import d2zero_bench.cli, d2zero_bench.session, d2zero_bench.tables, studies.standard, studies.growth"
     code = f"{modules}; import sys; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -24,8 +24,8 @@ from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
 COCO = pytest.importorskip("pycocotools.coco").COCO
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
-evaluate = pytest.importorskip("d2zero_bench.plain_evaluation").evaluate
-write_drawn = pytest.importorskip("d2zero_bench.drawn_coco").write_drawn
+evaluate = pytest.importorskip("studies.plain_evaluation").evaluate
+write_drawn = pytest.importorskip("studies.drawn_coco").write_drawn
 
 Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}

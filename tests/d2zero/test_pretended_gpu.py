@@ -19,7 +19,6 @@ from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter
-from d2zero_bench.training_steps import drawn_batch
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends import inputs as device_images
 from d2zero_runtime.backends.inputs import PixelBatch
@@ -27,6 +26,7 @@ from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.masks import device as device_masks
 from d2zero_runtime.masks.device import DeviceLogits, Sizes
 from d2zero_runtime.segmenter import RawOutput
+from studies.training_steps import drawn_batch
 
 
 @pytest.fixture

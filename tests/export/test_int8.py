@@ -21,7 +21,7 @@ from d2zero.data.coco import read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
-from d2zero_bench.equality import lower_precision
+from d2zero_bench.measure import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions

@@ -12,8 +12,9 @@ MAY_IMPORT = {  # package -> folder, and which of ours it may import
     "d2zero_runtime": ("runtime/d2zero_runtime", set()),
     "d2zero": ("d2zero", {"d2zero_runtime"}),
     "d2zero_export": ("export/d2zero_export", {"d2zero", "d2zero_runtime"}),
+    "d2zero_bench": ("benchmarks/d2zero_bench", {"d2zero", "d2zero_runtime", "d2zero_export"}),
 }
-OURS = {"d2zero", "d2zero_runtime", "d2zero_export", "d2zero_bench"}
+OURS = {"d2zero", "d2zero_runtime", "d2zero_export", "d2zero_bench", "studies"}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -31,7 +31,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
-THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time
+THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time, unless told otherwise
 MASK_KINDS = ("rle", "bitmap", "packed", "none")
 
 
@@ -137,6 +137,7 @@ def postprocess(
     max_detections: int = MAX_DETECTIONS,
     score_threshold: float = 0.0,
     masks: str = "rle",
+    threads: int | None = None,
 ) -> Detections:
     """Turn one image's raw output into instances at the output size.
 
@@ -153,6 +154,7 @@ def postprocess(
         score_threshold: instances below this final score are dropped.
         masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array), `packed` (`PackedMasks`: eight pixels a
             byte) or `none` (boxes and scores alone).
+        threads: Threads that upsample and encode masks; `THREADS` if left out.
 
     Raises:
         D2ZeroError: logits are not finite, shapes do not fit the vocabulary, the mode does not, or there is no such
@@ -179,7 +181,7 @@ def postprocess(
     used, row_of = np.unique(queries, return_inverse=True)
     sizes = Sizes(padded_size, input_size, output_size)
     later = _with_bits_later(mask_logits, masks)
-    found = _upsampled(mask_logits, used, sizes, "none" if later else masks)
+    found = _upsampled(mask_logits, used, sizes, "none" if later else masks, threads or THREADS)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
@@ -253,15 +255,17 @@ def _as_kind(packed: PackedMasks, kind: str) -> PackedMasks | NDArray[np.bool_]:
     return packed if kind == "packed" else packed.bitmaps()
 
 
-def _upsampled(mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str) -> list[Mask]:
+def _upsampled(
+    mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str, threads: int
+) -> list[Mask]:
     """Each query's mask at the output size, made where the logits are."""
     if isinstance(mask_logits, DeviceLogits):
-        return mask_logits.upsampled(queries.tolist(), sizes, kind, THREADS)
+        return mask_logits.upsampled(queries.tolist(), sizes, kind, threads)
     rows, columns = (
         resize_axis(mask_logits.shape[1 + axis], sizes.padded[axis], sizes.used[axis], sizes.output[axis])
         for axis in (0, 1)
     )
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda query: upsampled_mask(mask_logits[query], rows, columns, kind != "none"), queries))
 
 

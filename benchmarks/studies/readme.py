@@ -1,6 +1,8 @@
-"""`python -m d2zero_bench.readme`: the README's table of speed, from the reports in benchmarks/results/.
+"""The README's table of speed, from the reports in benchmarks/results/.
 
-The table stands between two lines `<!-- benchmark table -->`; what is between them is written anew.
+    python benchmarks/studies/readme.py
+
+The table is between two lines `<!-- benchmark table -->`; what is between them is rewritten.
 """
 
 import argparse
@@ -9,52 +11,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2zero_bench.report import ARRAY, FILE, NETWORK, Report
-from d2zero_bench.table import best_ratio, difference, milliseconds
+from d2zero_bench.tables import best_ratio, difference, milliseconds
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
+from studies.command import exit_code
 
 MARKER = "<!-- benchmark table -->"
 HEAD = (
-    "", "network ms", f"{ARRAY} ms", f"{FILE} ms (p90)", "× baseline", "images a second", "memory MB",
+    "", "network ms", f"{ARRAY} ms", f"{FILE} ms (p90)", "× baseline", "images per second", "memory MB",
     "\\|Δ\\| (largest)", "HM AP50",
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the table; 2 for what a person can mend."""
-    parser = argparse.ArgumentParser(prog="python -m d2zero_bench.readme", description=__doc__)
+    """Rewrite the table; 2 for what the user can fix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(arguments)
-    try:
-        rewrite(given.readme, given.results)
-    except (D2ZeroError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: rewrite(given.readme, given.results))
 
 
 def rewrite(readme: Path, results: Path) -> None:
-    """Put the reports' figures into the README.
+    """Put the reports' numbers into the README.
 
     Raises:
-        D2ZeroError: there are no reports, or the README has no place for them.
+        D2ZeroError: There are no reports, or the README has no place for them.
     """
     reports = [Report.read(path) for path in sorted(results.glob("*.json"))]
     if not reports:
         raise D2ZeroError(f"no reports (*.json) in {results}; make some with `make benchmark RESULTS={results}`")
     parts = readme.read_text(encoding="utf-8").split(MARKER)
     if len(parts) != 3:
-        raise D2ZeroError(
-            f"{readme} must have two lines {MARKER!r} for the table to stand between, has {len(parts) - 1}"
-        )
+        raise D2ZeroError(f"{readme} must have two lines {MARKER!r} with the table between them, has {len(parts) - 1}")
     table = "\n\n".join(_table(report) for report in reports)
     text = f"{parts[0]}{MARKER}\n{table}\n{MARKER}{parts[2]}"
     write_text(readme, text)
 
 
 def _table(report: Report) -> str:
-    """Every case of a report, a row each candidate; columns that nothing fills are left out."""
+    """Every case of a report, one row per candidate; columns that nothing fills are left out."""
     rows = [_row(report, case_number) for case_number in range(len(report.cases))]
     cells = [row for group in rows for row in group]
     kept = [place for place in range(len(HEAD)) if place == 0 or any(row[place] for row in cells)]

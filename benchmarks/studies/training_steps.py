@@ -47,7 +47,7 @@ def variant_config(name: str, config: TrainConfig) -> TrainConfig:
     """The trainer's configuration for a variant: `published`, `model`, `kernel`, `kernel+amp+compiled`, …
 
     Raises:
-        D2ZeroError: a part is unknown, or a base is not the first.
+        D2ZeroError: A part is unknown, or a base is not the first.
     """
     base, *parts = name.split("+")
     settings = BASES.get(base)
@@ -64,6 +64,61 @@ def variant_config(name: str, config: TrainConfig) -> TrainConfig:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How far a variant may be from the published form, relatively."""
+
+    losses: float
+    gradient_norms: float
+
+
+# Float32 forms differ only in the order of sums. Found on a CPU, seven draws of weights and images: losses up to
+# 7e-6, norms up to 3e-4 (of the demo's backbone, whose batch norm takes statistics). bfloat16 keeps 8 bits, 0.4 % per
+# rounding, and what it moves across an edge (attention masks, matches, points) moves a loss by a step: single losses
+# up to 2e-2, norms up to 5e-2. The limits are a few times that; a wrong weight or a missing term is far beyond.
+EXACT = Limits(losses=1e-3, gradient_norms=1e-2)
+LOW_PRECISION = Limits(losses=5e-2, gradient_norms=2e-1)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """The first step compared with the published form's.
+
+    Args:
+        loss: The name of the loss that differs most.
+        losses: By how much, relatively.
+        gradient_norms: The relative difference of the norm by part of the model.
+        failures: What is beyond the limits; empty if the variant is right.
+    """
+
+    loss: str
+    losses: float
+    gradient_norms: dict[str, float]
+    failures: tuple[str, ...] = ()
+
+
+def compare(ours: "FirstStep", published: "FirstStep", limits: Limits) -> Equality:
+    """Compare a variant's first step with the published form's; what is not finite fails."""
+    losses = _differences(ours.losses, published.losses)
+    norms = _differences(ours.gradient_norms, published.gradient_norms)
+    failures = [
+        f"{what}: {name} differs by {value:.1e}, at most {limit:.0e} is right"
+        for what, differences, limit in (
+            ("losses", losses, limits.losses),
+            ("gradient norms", norms, limits.gradient_norms),
+        )
+        for name, value in differences.items()
+        if not value <= limit
+    ]
+    worst = max(losses, key=lambda name: (losses[name] != losses[name], losses[name]))
+    return Equality(worst, losses[worst], norms, tuple(failures))
+
+
+def _differences(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
+    return {name: abs(ours[name] - value) / max(abs(value), 1e-12) for name, value in theirs.items()}
+
+
+@dataclass(frozen=True)
 class FirstStep:
     """What a variant's first step found: losses by name, and the gradient's norm by part of the model, unclipped."""
 
@@ -76,10 +131,10 @@ class Variant:
     """One way to train, with a model and an optimiser of its own.
 
     Args:
-        name: see `variant_config`.
-        config: of the run that is measured.
-        model: the weights to begin with; is copied.
-        device: where.
+        name: The variant; see `variant_config`.
+        config: The measured run's configuration.
+        model: The weights to begin with; copied.
+        device: Where it runs.
     """
 
     def __init__(self, name: str, config: TrainConfig, model: D2Zero, device: torch.device) -> None:
@@ -194,7 +249,7 @@ def drawn_model(config: TrainConfig, classes: int) -> D2Zero:
 
 
 def drawn_batch(config: TrainConfig, classes: int, instances: int, device: torch.device) -> Batch:
-    """Soft noise with ellipses in it, `instances` an image, which are its targets."""
+    """Soft noise with ellipses in it, `instances` per image, which are its targets."""
     images, targets = [], []
     for number in range(config.batch_size):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
@@ -225,9 +280,9 @@ Draw = Callable[[int], Batch]  # a batch of so many images
 
 
 def largest_batch(variant: Variant, draw: Draw, share: float = 0.85) -> int:
-    """The largest power of two whose step leaves `share` of the GPU's memory or more unneeded by the rest.
+    """The largest power of two whose step takes at most `share` of the GPU's memory.
 
-    Beyond that the allocator begins to ask the driver for memory anew, and times mean little.
+    Beyond that the allocator asks the driver for memory again and again, and times mean little.
     """
     total, batch = torch.cuda.get_device_properties(variant.device).total_memory, 1
     while True:

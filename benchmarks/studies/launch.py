@@ -1,7 +1,7 @@
 """Runs a command and prints what it took, as JSON. POSIX.
 
 A process of its own, and a small one: the peak memory that the system tells of a child includes what its parent
-held when it started it. Hence the standard library alone, and nothing of ours.
+held when it started it. Hence only the standard library, and nothing of ours.
 """
 
 import json

@@ -1,9 +1,9 @@
 """How much work a network is, and how long the hardware needs for it at least.
 
-Counted on tensors without content (torch's `FakeTensorMode`): floating-point operations of products, convolutions and
+Counted on tensors without content (torch's `FakeTensorMode`): floating-point operations of matmuls, convolutions and
 attention, as torch's own counter has them, and of deformable attention; and the bytes that those operators read and
 write once each, everything between them being taken as fused away. The floor is the larger of two times: operations
-at the rate of a large product or convolution on this device, bytes at the rate of a large copy. What is measured is
+at the rate of a large matmul or convolution on this device, bytes at the rate of a large copy. What is measured is
 above it by what is not fused, by small operators that do not fill the device, and by waiting. Rates are those of what
 is run: float32 does not become TF32, unless that is the precision.
 """
@@ -27,7 +27,7 @@ from d2zero_runtime.backends.torch_math import float32_math
 
 TYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHANNELS = 256  # of the convolution that is measured
-SAMPLING_FLOPS = 8  # of a sample's channel: four corners, each a product and a sum
+SAMPLING_FLOPS = 8  # of a sample's channel: four corners, each a multiplication and an addition
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Work:
     """What a network does for one batch.
 
     Args:
-        operations: floating-point operations; a multiplication with its addition counts two.
-        bytes: read and written by the operators that count.
+        operations: Floating-point operations; a multiplication with its addition counts two.
+        bytes: Read and written by the operators that count.
     """
 
     operations: int
@@ -45,11 +45,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, the best of several tries.
+    """What a device does per second, the best of several tries.
 
     Args:
-        operations: of a large product or a large convolution, whichever is faster, floating-point operations.
-        bytes: of a large copy, read and written.
+        operations: Floating-point operations of a large matmul or a large convolution, whichever is faster.
+        bytes: Read and written by a large copy.
     """
 
     operations: float
@@ -82,8 +82,8 @@ def count(network: Callable[..., Any], make_inputs: Callable[[], tuple[Tensor, .
     """Count a network's work.
 
     Args:
-        network: on the CPU; nothing is computed.
-        make_inputs: makes its inputs; called where tensors have no content.
+        network: On the CPU; nothing is computed.
+        make_inputs: Makes its inputs; called where tensors have no content.
     """
     counter = FlopCounterMode(display=False)
     traffic = _Traffic(counter.flop_registry)
@@ -96,9 +96,9 @@ def work_of(checkpoint: Path, case: Case, precision: str = "float32") -> Work:
     """The work of a checkpoint's exported graph at a case's size.
 
     Args:
-        checkpoint: `.safetensors`.
-        case: size, batch, number of classes.
-        precision: Of the graph, one of `TYPES`.
+        checkpoint: A `.safetensors` file.
+        case: Size, batch, number of classes.
+        precision: The graph's, one of `TYPES`.
     """
     from d2zero.checkpoints.files import load_model
     from d2zero_export.graph import InferenceGraph
@@ -121,9 +121,9 @@ def measured_rates(device: str, precision: str = "float32", side: int = 4096, me
 
     Args:
         device: `cpu` or `cuda`.
-        precision: Of the product and the convolution, one of `TYPES`.
-        side: of the product's square matrices; a sixteenth of it is the side of what is convolved.
-        megabytes: of the copy.
+        precision: The matmul's and the convolution's, one of `TYPES`.
+        side: Of the matmul's square matrices; a sixteenth of it is the side of what is convolved.
+        megabytes: The size of the copy.
     """
     matrix = torch.randn(side, side, device=device).to(TYPES[precision])
     source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
@@ -138,7 +138,7 @@ def measured_rates(device: str, precision: str = "float32", side: int = 4096, me
         spent = _best(lambda: F.conv2d(maps, kernel, padding=1), device)
         convolved = 2 * kernel.numel() * maps[0, 0].numel() / spent
         copy = _best(lambda: target.copy_(source), device)
-    # A library's products may miss what the processor can do: torch's on an AMD one, 0.2 of its 0.5 trillion a second.
+    # A library's matmuls may miss what the processor can do: torch's on an AMD one, 0.2 of its 0.5 trillion per second.
     return Rates(max(product, convolved), 2 * source.numel() / copy)
 
 
@@ -158,7 +158,7 @@ def described(work: Work, rates: Rates) -> str:
     """A line for the report."""
     by_operations, by_bytes = rates.floors(work)
     return (
-        f"{work.operations / 1e9:.1f} billion operations and {work.bytes / 1e9:.2f} GB a batch; at"
-        f" {rates.operations / 1e12:.3g} trillion operations and {rates.bytes / 1e9:.3g} GB a second, both measured, at"
-        f" least {by_operations:.3g} and {by_bytes:.3g} ms"
+        f"{work.operations / 1e9:.1f} billion operations and {work.bytes / 1e9:.2f} GB per batch; at"
+        f" {rates.operations / 1e12:.3g} trillion operations and {rates.bytes / 1e9:.3g} GB per second, both measured,"
+        f" at least {by_operations:.3g} and {by_bytes:.3g} ms"
     )

@@ -1,10 +1,12 @@
 """`make benchmark`: a table for this machine's processor in minutes, from what comes with the project.
 
-Two reports: the demo's model, also in eight bits, with its accuracy; and the published architecture with random
-weights, whose speed is that of a trained one (but for post-processing, which depends on the masks), also with one
-size for good, and that in eight bits.
+    python benchmarks/studies/standard.py
 
-Heavy imports are inside functions: a candidate's process imports this module anew, and its memory is measured.
+Two reports: the demo's model, also in eight bits, with its accuracy; and the published architecture with random
+weights, whose speed is that of a trained one (except post-processing, which depends on the masks), also with
+static shapes, and that in eight bits.
+
+Heavy imports are inside functions: a candidate's process imports this module again, and its memory is measured.
 """
 
 import argparse
@@ -22,11 +24,11 @@ import numpy as np
 
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import drawn_vocabulary
-from d2zero_bench.cases import Case, Photos
-from d2zero_bench.cli import show
-from d2zero_bench.measure import Settings
-from d2zero_bench.session import Plan, Session
+from d2zero_bench.cases import Case, Photos, make_cases
+from d2zero_bench.cli import require_plots, run_and_show
+from d2zero_bench.plan import Plan
 from d2zero_runtime import D2ZeroError, Vocabulary
+from studies.command import exit_code
 
 if TYPE_CHECKING:
     from d2zero.model import D2Zero
@@ -40,7 +42,7 @@ SIZE = (800, 1216)
 
 
 def providers() -> tuple[str, ...]:
-    """What runs the exported files: bfloat16 only where the processor computes in it, elsewhere it is refused."""
+    """Backends of the exported files: bfloat16 only where the processor computes in it, elsewhere it is refused."""
     import openvino
 
     from d2zero_runtime.backends.openvino.backend import computes_in_bfloat16
@@ -50,28 +52,25 @@ def providers() -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; 2 for what a person can mend, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m d2zero_bench.standard", description=__doc__)
+    """Measure and write; 2 for what the user can fix, 130 when interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="the folder for JSON and HTML")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
     given = parser.parse_args(arguments)
-    try:
-        with TemporaryDirectory() as folder:
-            for plan, name in _plans(Path(folder), given.only):
-                settings = replace(plan.settings, rounds=given.rounds or plan.settings.rounds)
-                _run(replace(plan, threads=given.threads, settings=settings), given.output / name)
-    except D2ZeroError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: _measure(given))
+
+
+def _measure(given: argparse.Namespace) -> None:
+    require_plots("make benchmark")
+    with TemporaryDirectory() as folder:
+        for plan, name in _plans(Path(folder), given.only):
+            _run(replace(plan, threads=given.threads, rounds=given.rounds or plan.rounds), given.output / name)
 
 
 def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
-    """What to measure; all files are exported before, the longest work first, two at a time: each is a core's work."""
+    """What to measure; all files are exported before, the longest work first, two at a time: each takes one core."""
     found = []
     exports: list[Export] = []
     if only != "published":
@@ -85,7 +84,7 @@ def _plans(folder: Path, only: str | None) -> list[tuple[Plan, str]]:
 
 
 def _processes(count: int) -> ProcessPoolExecutor:
-    """That end at Ctrl-C, without words."""
+    """Processes that end at Ctrl-C, without a traceback."""
     return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
@@ -105,14 +104,10 @@ def _export(job: Export) -> int:
 
 
 def _run(plan: Plan, output: Path) -> None:
-    session = Session(plan, ["(make benchmark)"])
-    try:
-        session.run(floors(plan))
-    finally:
-        if session.report is not None and session.report.cases:
-            show(session.report, output.with_suffix(".json"), output.with_suffix(".html"))
-    if session.report is not None and session.report.failures:
-        raise D2ZeroError("; ".join(f"{name}: {why}" for name, why in session.report.failures.items()))
+    json_file, html_file = output.with_suffix(".json"), output.with_suffix(".html")
+    report = run_and_show(plan, ["(make benchmark)"], json_file, html_file, floors(plan))
+    if report.failures:
+        raise D2ZeroError("; ".join(f"{name}: {why}" for name, why in report.failures.items()))
 
 
 def _demo(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
@@ -135,21 +130,20 @@ def _demo(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
         sizes=((96, 96),),
         images=folder / "data/val",
         annotations=folder / "data/annotations/instances_val_gzsi_shapes.json",
-        settings=Settings(rounds=20, compared=16),  # of one photo, a query that looks elsewhere is a large share
+        compared=16,  # of one photo, a query that looks elsewhere is a large share
         title="The demo's model",
     )
     return plan, "demo-cpu"
 
 
 def floors(plan: Plan, precisions: Sequence[str] = ("float32",)) -> dict[str, str]:
-    """What the hardware needs at least, for each case of the first checkpoint: lines for the report's settings.
+    """The hardware's lower bounds for each case of the first checkpoint: lines for the report's settings.
 
     Args:
         plan: What is measured, where.
-        precisions: What is computed in, of `d2zero_bench.roofline.TYPES`.
+        precisions: What is computed in, of `studies.roofline.TYPES`.
     """
-    from d2zero_bench.cases import make_cases
-    from d2zero_bench.roofline import described, measured_rates, work_of
+    from studies.roofline import described, measured_rates, work_of
 
     on_gpu = plan.device.startswith("cuda")
     found = {}
@@ -185,21 +179,22 @@ def _published(folder: Path, exports: list[Export]) -> tuple[Plan, str]:
     from d2zero_export.options import OnnxOptions
 
     checkpoint = random_checkpoint(folder)
-    exported, fixed, eight_bits = (folder / f"resnet50{name}.onnx" for name in ("", "-fixed", "-fixed-int8"))
+    exported, static, eight_bits = (folder / f"resnet50{name}.onnx" for name in ("", "-fixed", "-fixed-int8"))
     case = Case(*SIZE)
     photos = Photos.of(folder / "drawn", None, [case]).batch(case, 0)[0].parent
-    one_size = OnnxOptions(deform_attn="gather", size=SIZE, batch=1, verify=False)
-    calibrated = replace(one_size, precision="int8", calibration=photos, calibration_images=CALIBRATION_DRAWN)
+    static_shape = OnnxOptions(deform_attn="gather", size=SIZE, batch=1, verify=False)
+    calibrated = replace(static_shape, precision="int8", calibration=photos, calibration_images=CALIBRATION_DRAWN)
     exports.append((checkpoint, {exported: OnnxOptions(verify=False)}))
-    exports.append((checkpoint, {fixed: one_size, eight_bits: calibrated}))
+    exports.append((checkpoint, {static: static_shape, eight_bits: calibrated}))
     plan = Plan(
-        models=(checkpoint, exported, fixed, eight_bits),
+        models=(checkpoint, exported, static, eight_bits),
         variants=("published", "model"),
         providers=providers(),
-        providers_of={fixed: tuple(name for name in providers() if name != "cpu"), eight_bits: ("openvino",)},
-        peers="mask2former",
+        providers_of={static: tuple(name for name in providers() if name != "cpu"), eight_bits: ("openvino",)},
+        peers=("mask2former",),
         sizes=(SIZE,),
-        settings=Settings(rounds=3, warmup=0),  # outputs are compared first: a run of each that warms up
+        rounds=3,
+        warmup=0,  # outputs are compared first: a run of each that warms up
         title="The published architecture, random weights",
     )
     return plan, "published-800x1216-cpu"

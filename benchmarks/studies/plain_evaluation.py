@@ -1,4 +1,4 @@
-"""Plain pycocotools over a result file, in a process of its own: what `d2zero eval --detections` is held against.
+"""Plain pycocotools over a result file, in a process of its own: what `d2zero eval --detections` is compared with.
 
 Imports nothing of ours, whose loading would count as pycocotools' time.
 """
@@ -24,14 +24,14 @@ def main() -> None:
     given = parser.parse_args()
     truth = COCO(str(given.annotations))
     found = truth.loadRes(str(given.detections))
-    figures = {kind: evaluate(truth, found, kind, given.thresholds) for kind in IOU_TYPES}
-    given.output.write_text(json.dumps(figures))
+    metrics = {kind: evaluate(truth, found, kind, given.thresholds) for kind in IOU_TYPES}
+    given.output.write_text(json.dumps(metrics))
 
 
 def evaluate(truth: COCO, found: COCO, kind: str, thresholds: list[float] | None) -> dict[str, dict[str, float]]:
     """`{class: {ap50, recall50}}` in percent.
 
-    With thresholds given, only what zero-shot figures need is evaluated: objects of any size, 100 detections.
+    With thresholds given, only what zero-shot metrics need is evaluated: objects of any size, 100 detections.
     """
     run = COCOeval(truth, found, kind)
     if thresholds:

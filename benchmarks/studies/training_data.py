@@ -1,4 +1,4 @@
-"""The training set's loader alone: images a second with the real augmentation, by number of workers."""
+"""Only the training set's loader: images per second with the real augmentation, by number of workers."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,15 @@ from d2zero_bench.measure import Progress
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 DRAWN = ShapesConfig(size=640, train_images=16, val_images=0)
-PREFETCHED = 2  # batches a worker reads ahead, DataLoader's own choice
+PREFETCHED = 2  # batches that a worker reads ahead, DataLoader's own choice
 
 
 @contextmanager
 def training_set(config: TrainConfig, data: Path | None) -> Iterator[TrainingSet]:
-    """Of a COCO folder, whose zero-shot file is made if it is not there; or of drawn images.
+    """The training set of a COCO folder, whose zero-shot file is made if it is not there; or of drawn images.
 
     Raises:
-        D2ZeroError: the folder lacks what training needs, or pycocotools, which decodes masks, is absent.
+        D2ZeroError: The folder lacks what training needs, or pycocotools, which decodes masks, is absent.
     """
     if find_spec("pycocotools") is None:
         raise D2ZeroError("loading decodes masks with pycocotools, which is absent; pip install 'd2zero[train]'")
@@ -72,18 +72,16 @@ def loading_rates(
     seconds: float,
     progress: Progress,
 ) -> dict[int, list[float]]:
-    """Images a second of each number of workers, once a round, in a new order each round."""
+    """Images per second of each number of workers, once per round, in a new order each round."""
     found: dict[int, list[float]] = {count: [] for count in workers}
     for number in progress(iter(range(rounds)), rounds, "loading"):
-        order = list(workers)
-        Random(f"{config.seed} {number}").shuffle(order)
-        for count in order:
+        for count in Random(f"{config.seed} {number}").sample(workers, len(workers)):
             found[count].append(loading_rate(data, replace(config, workers=count), processes, seconds))
     return found
 
 
 def loading_rate(data: TrainingSet, config: TrainConfig, processes: Processes, seconds: float) -> float:
-    """Images a second, batch after batch, with nothing else going on.
+    """Images per second, batch after batch, with nothing else going on.
 
     What was read ahead while the workers started is not counted.
     """

@@ -5,8 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d2zero_bench.cases import Case
-from d2zero_bench.figures import Spread
-from d2zero_bench.report import ARRAY, FILE, NETWORK, STAGES, Equality, Report, Result
+from d2zero_bench.report import ARRAY, FILE, NETWORK, STAGES, Equality, Report, Result, Spread
 
 COLUMNS = (  # decoding is what file has more than array
     "network", "prep", "inference", "post", "array", "file", "p90", "img/s", "× baseline", "MB", "|Δ| (largest)",
@@ -14,7 +13,7 @@ COLUMNS = (  # decoding is what file has more than array
 
 
 def tables(report: Report) -> list[Table]:
-    """One of each case, and one of accuracy if it was measured."""
+    """One per case, and one of accuracy if it was measured."""
     found = [_case_table(report, case) for case in report.cases]
     return [*found, _accuracy_table(report)] if report.accuracy else found
 
@@ -54,7 +53,7 @@ def _cells(report: Report, result: Result) -> list[str | Text]:
 
 
 def best_ratio(report: Report, result: Result) -> Spread | None:
-    """From file to detections where both were measured so, else of the networks."""
+    """Of file → detections where both have it, else of the networks."""
     return report.ratio(result) or report.ratio(result, NETWORK)
 
 
@@ -116,6 +115,6 @@ def _accuracy_table(report: Report) -> Table:
     for column in ACCURACY_COLUMNS:
         table.add_column(column, justify="right")
     for entry in report.accuracy:
-        values = (entry.figures.get(figure) for figure in ACCURACY_COLUMNS.values())
+        values = (entry.figures.get(metric) for metric in ACCURACY_COLUMNS.values())
         table.add_row(entry.candidate, *("–" if value is None else f"{value:.2f}" for value in values))
     return table

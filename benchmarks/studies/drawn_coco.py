@@ -2,7 +2,7 @@
 
 Masks are blobs: circles whose radius varies with the angle by four waves. Half of an image's results are shaken
 copies of its annotations, the better the higher their score; the others are blobs of their own. Numbers (about
-seven annotations an image, two fifths of them small, few classes an image, classes of uneven frequency, one in a
+seven annotations per image, two fifths of them small, few classes per image, classes of uneven frequency, one in a
 hundred a crowd) are as in COCO. Everything is a function of the seed and the image's number.
 """
 
@@ -23,7 +23,7 @@ SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (612, 612))
 CORNERS = 40  # of a blob's polygon
 WAVES = np.arange(1, 5)
 CROWDS = 0.01
-DENSITY = 7  # mean annotations an image
+DENSITY = 7  # mean annotations per image
 MOST = 60
 
 Entries = list[dict[str, Any]]
