@@ -1,32 +1,23 @@
 """What tests share: the reference data beside the checkout, the published model, a small model, the command."""
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
+from commands import Outcome
 from filelock import FileLock
-from published import published_shapes, reference_weights
+from models import SHARED, published_model, published_vocabulary
 
 from d2zero.checkpoints.files import load_model
-from d2zero.checkpoints.published import load_published
 from d2zero.cli.main import main
 from d2zero.data.shapes import ShapesConfig, vocabulary, write_dataset
-from d2zero.data.splits import find_split
 from d2zero.demo.run import packaged_checkpoint
-from d2zero.model import D2Zero, ModelConfig, build
-from d2zero.text.word2vec import read_word2vec
+from d2zero.model import D2Zero, build
 from d2zero.training.config import shapes
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.options import OnnxOptions
-from d2zero_runtime import Vocabulary
-
-SHARED = Path(os.environ.get("D2ZERO_SHARED") or Path(__file__).parents[2] / "shared")
-SMALL_REFERENCE = Path(__file__).parent / "reference_48_17_small.npz"
 
 # A shell ignores interrupts for what it starts in the background, and so would each process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,25 +29,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs reference cases and embeddings in ../shared or where D2ZERO_SHARED says; they are absent")
     return SHARED
-
-
-def published_vocabulary(shared: Path, split: str) -> Vocabulary:
-    return read_word2vec(shared / "data/embeddings" / f"word_w2v_withbg_{split}.txt", find_split(split))
-
-
-def placeholder_vocabulary() -> Vocabulary:
-    """Names and seen flags of the 48/17 split with drawn embeddings, for what does not depend on text."""
-    split = find_split("48_17")
-    rows = np.random.default_rng(0).standard_normal((len(split.names), 300)).astype(np.float32)
-    return Vocabulary(split.names, rows, seen=np.array(split.is_seen(split.names)))
-
-
-def published_model(words: Vocabulary) -> D2Zero:
-    """The published architecture with the reference weights, without dropout."""
-    model = build(ModelConfig(adaptation_dropout=0.0), words)
-    weights = reference_weights(published_shapes(len(words.seen_names)))
-    load_published(model, {name: torch.from_numpy(array) for name, array in weights.items()})
-    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -88,12 +60,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         if not path.exists():
             export_onnx(load_model(packaged_checkpoint()), path, OnnxOptions(verify=False), checkpoint_hash="abc")
     return path
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

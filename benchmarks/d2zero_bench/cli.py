@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 if TYPE_CHECKING:
     from d2zero_bench.plan import Plan
@@ -92,7 +92,7 @@ def benchmark(
 
     missing = [str(path) for path in [*models, *([annotations] if annotations else [])] if not path.is_file()]
     if missing:  # known before seconds of loading
-        raise D2ZeroError(f"no such file: {listed(missing)}")
+        raise D2ZeroError(f"no such file: {join_truncated(missing)}")
     if html_file:
         require_plots("--html")
     plan = Plan(

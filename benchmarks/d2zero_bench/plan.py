@@ -10,7 +10,7 @@ from d2zero_bench.candidates import VARIANTS, Spec
 from d2zero_bench.gates import Gate
 from d2zero_bench.peers import known_peers
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.formats import is_exported
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks.postprocess import MASK_KINDS
@@ -102,10 +102,10 @@ class Plan:
             raise D2ZeroError(f"two candidates are called {twice[0]!r}; give files of different names")
         ours = [spec.name for spec in self.specs if not spec.peer]
         if self.baseline_name not in ours:
-            raise D2ZeroError(f"--baseline must be one of {listed(ours, 20)}; got {self.baseline!r}")
+            raise D2ZeroError(f"--baseline must be one of {join_truncated(ours, 20)}; got {self.baseline!r}")
         for gate in (*self.max_p90, *self.min_hm):
             if gate.candidate and gate.candidate not in ours:
-                raise D2ZeroError(f"a limit is for {gate.candidate!r}, but there are only {listed(ours)}")
+                raise D2ZeroError(f"a limit is for {gate.candidate!r}, but there are only {join_truncated(ours)}")
 
     @property
     def baseline_name(self) -> str:

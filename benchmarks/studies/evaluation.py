@@ -32,7 +32,7 @@ from d2zero_bench.cases import parse_counts
 from d2zero_bench.environment import environment
 from d2zero_bench.report import ratios, write_json
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from studies.command import exit_code
 from studies.drawn_coco import write_drawn
 
@@ -263,7 +263,7 @@ def _largest_difference(metrics: dict[str, Metrics]) -> float:
     for name, found in metrics.items():
         if found.keys() != plain.keys():
             raise D2ZeroError(
-                f"{name} and {PLAIN} have figures of other classes: {listed(found.keys() ^ plain.keys())}"
+                f"{name} and {PLAIN} have figures of other classes: {join_truncated(found.keys() ^ plain.keys())}"
             )
         worst = max(plain, key=lambda key: abs(found[key] - plain[key]))
         largest = max(largest, abs(found[worst] - plain[worst]))

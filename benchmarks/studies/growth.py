@@ -33,7 +33,7 @@ from d2zero_bench.plan import Plan
 from d2zero_bench.report import NETWORK, Report, Result, write_json
 from d2zero_bench.session import Session
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import write_text
 from d2zero_runtime.formats import read_exported
 from studies.command import exit_code
@@ -74,9 +74,11 @@ class Work:
         for name in CURVES:
             counts = getattr(self, name)
             if len(counts) < 2 or list(counts) != sorted(set(counts)):
-                raise D2ZeroError(f"--{name} must be two ascending numbers or more, as 10,20,40; got {listed(counts)}")
+                raise D2ZeroError(
+                    f"--{name} must be two ascending numbers or more, as 10,20,40; got {join_truncated(counts)}"
+                )
         if any(side % 32 for side in self.sizes):
-            raise D2ZeroError(f"--sizes must be multiples of 32, as 480,640; got {listed(self.sizes)}")
+            raise D2ZeroError(f"--sizes must be multiples of 32, as 480,640; got {join_truncated(self.sizes)}")
         if self.rounds < 1:
             raise D2ZeroError(f"--rounds must be at least 1, got {self.rounds}")
 

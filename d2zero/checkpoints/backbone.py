@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from d2zero.checkpoints.fit import require_fit
+from d2zero.checkpoints.fit import check_compatible
 from d2zero.checkpoints.published import our_name
 from d2zero.model.backbone import Backbone
 
@@ -32,7 +32,7 @@ def load_backbone(backbone: Backbone, arrays: dict[str, Tensor]) -> int:
             translated[ours] = array.float()
         else:
             unexpected.append(name)
-    require_fit("the weights do not fit the backbone", wanted, translated, unexpected)
+    check_compatible("the weights do not fit the backbone", wanted, translated, unexpected)
     backbone.net.load_state_dict(translated, strict=False)
     return len(translated)
 

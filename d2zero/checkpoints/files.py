@@ -16,7 +16,7 @@ from d2zero.checkpoints.published import load_exactly, require_exactly
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 
 FORMAT_VERSION = 1
 _KEY = "d2zero"  # of the JSON contract in the file's metadata
@@ -47,7 +47,7 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
         "notes": notes or {},
     }
     arrays = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
     return path
 

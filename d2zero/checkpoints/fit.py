@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 
-def require_fit(
+def check_compatible(
     what: str, wanted: Mapping[str, Tensor], arrays: Mapping[str, Tensor], unexpected: Sequence[str] = ()
 ) -> None:
     """Refuse arrays that do not fit a state to the last one.
@@ -32,6 +32,6 @@ def require_fit(
         ("unexpected", [*unexpected, *(name for name in arrays if name not in wanted)]),
         ("misshapen", misshapen),
     )
-    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in groups if names]
+    problems = [f"{len(names)} {kind}: {join_truncated(names)}" for kind, names in groups if names]
     if problems:
         raise D2ZeroError(f"{what}; {'; '.join(problems)}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2zero.checkpoints.fit import require_fit
+from d2zero.checkpoints.fit import check_compatible
 from d2zero.checkpoints.plain_pickle import read_pickle
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
@@ -170,4 +170,4 @@ def require_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[s
         {name: value for name, value in state.items() if name != "class_embeddings"}
         for state in (model.state_dict(), arrays)
     )
-    require_fit("the checkpoint does not fit the model", wanted, given, unexpected or [])
+    check_compatible("the checkpoint does not fit the model", wanted, given, unexpected or [])

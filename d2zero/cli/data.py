@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output
 
 app = typer.Typer(help="Make data sets ready for zero-shot training and tests.", no_args_is_help=True)
@@ -73,4 +73,4 @@ def _source(data: Path, part: str) -> Path:
         return found[0]
     if not found:
         raise D2ZeroError(f"{folder} has no instances_{part}20XX.json; name the file with --{part}-json")
-    raise D2ZeroError(f"{folder} has {listed(p.name for p in found)}; choose with --{part}-json")
+    raise D2ZeroError(f"{folder} has {join_truncated(p.name for p in found)}; choose with --{part}-json")

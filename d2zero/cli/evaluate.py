@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output, write_text
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _report_without_pixels(truth: "CocoFile") -> None:
     if truth.without_pixels:
         print(
             f"warning: {len(truth.without_pixels)} annotations of {truth.path.name} have masks of no pixel"
-            f" (ids {listed(truth.without_pixels)}): they count, as in pycocotools, and nothing can match them",
+            f" (ids {join_truncated(truth.without_pixels)}): they count, as in pycocotools, and nothing can match them",
             file=sys.stderr,
         )
 

@@ -17,7 +17,7 @@ from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
-from d2zero_runtime.files import check_output, whole_file
+from d2zero_runtime.files import atomic_write, check_output
 from d2zero_runtime.sources import ImageLike, expand
 
 Picture = Image.Image | NDArray[np.uint8]
@@ -114,7 +114,7 @@ def _drawn(path: Path, image: Picture, found: Detections, picture: Path, font: s
     """Draw one image; why it could not be drawn, if so, which costs the picture and not the run."""
     try:
         shown = found.without_duplicates().plot(image, font)
-        with whole_file(picture) as partial:
+        with atomic_write(picture) as partial:
             shown.save(partial, "JPEG", quality=92)
     except Exception as error:  # Pillow's, the disk's, memory's
         return [f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}"]

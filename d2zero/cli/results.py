@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from d2zero_runtime import D2ZeroError, Detections
-from d2zero_runtime.errors import listed
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import atomic_write
 from d2zero_runtime.masks import rle
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Rows:
         self.path, self.count = path, 0
         self._end = 0  # of the last row that is whole
         with ExitStack() as stack:
-            partial = stack.enter_context(whole_file(path))
+            partial = stack.enter_context(atomic_write(path))
             self._file = stack.enter_context(partial.open("w+b", buffering=0))
             self._write(before)
             self._open = stack.pop_all()
@@ -138,7 +138,7 @@ class ResultsWriter:
         if strange:
             raise D2ZeroError(
                 f"{annotations.path} lists {len(strange)} of {len(sources)} files not at all or several times:"
-                f" {listed(strange)}; --results-for takes the annotations of these images"
+                f" {join_truncated(strange)}; --results-for takes the annotations of these images"
             )
         self._ids = {Path(entry["file_name"]).name: number for number, entry in annotations.images.items()}
         self._annotations, self._rows = annotations, _Rows(path, "[\n")

@@ -26,7 +26,7 @@ from d2zero.data.coco_values import (
 )
 from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable
 from d2zero_runtime import D2ZeroError, read_image
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 PARTS = ("images", "annotations", "categories")
 KEYS = frozenset(("id", "image_id", "category_id"))  # of annotations, besides the mask
@@ -248,7 +248,7 @@ def find_annotations(data: Path, split: str, part: str) -> Path:
             + (" `d2zero data shapes`" if tail == "shapes" else f" `d2zero data split --split {split}`")
         )
     if len(found) > 1:
-        raise D2ZeroError(f"several files fit {pattern}: {listed(found)}; name one with --annotations")
+        raise D2ZeroError(f"several files fit {pattern}: {join_truncated(found)}; name one with --annotations")
     return found[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from d2zero.data.coco_values import Id, as_id, shown, size_problem, text_problem
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 
 def checked_images(path: Path, entries: list[Any]) -> dict[Id, dict[str, Any]]:
@@ -51,7 +51,9 @@ def checked_categories(path: Path, entries: list[Any]) -> dict[str, Id]:
             raise D2ZeroError(f"{path} lists two categories called {shown(entry['name'])}: ids {ids}; join them")
     if len(set(found.values())) < len(found):
         twice = [number for number, count in Counter(found.values()).items() if count > 1]
-        raise D2ZeroError(f"{path} lists categories of different names with one id: {listed(map(shown, twice))}")
+        raise D2ZeroError(
+            f"{path} lists categories of different names with one id: {join_truncated(map(shown, twice))}"
+        )
     return found
 
 
@@ -79,5 +81,5 @@ def _require(path: Path, part: str, entries: list[Any], keys: Set[str]) -> None:
 def lacking(entry: Any, keys: Set[str]) -> str:
     """What an entry lacks, or nothing."""
     if not isinstance(entry, dict):
-        return f"is {shown(entry)}, expected an object with {listed(sorted(keys))}"
-    return "" if entry.keys() >= keys else f"lacks {listed(sorted(keys - entry.keys()))}"
+        return f"is {shown(entry)}, expected an object with {join_truncated(sorted(keys))}"
+    return "" if entry.keys() >= keys else f"lacks {join_truncated(sorted(keys - entry.keys()))}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 # fmt: off
 COCO_IDS = {  # COCO's 80 names -> category ids, in COCO's order
@@ -49,7 +49,7 @@ class Split:
         names = list(names)
         unknown = [name for name in names if name not in self.names]
         if unknown:
-            raise D2ZeroError(f"{listed(unknown)} not in split {self.name} ({len(self.names)} classes)")
+            raise D2ZeroError(f"{join_truncated(unknown)} not in split {self.name} ({len(self.names)} classes)")
         return [name in self.seen for name in names]
 
 

@@ -24,7 +24,7 @@ from d2zero.data.coco import CocoFile, read_listed_image
 from d2zero.data.coco_values import Id, decoded
 from d2zero.losses.matcher import Targets
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 MAX_REPLACEMENTS = 50
 
@@ -99,7 +99,8 @@ class TrainingSet(Dataset[Sample]):
         if not usable:
             reason = f"; {annotations.left_out}" if annotations.left_out.count else ""
             raise D2ZeroError(
-                f"{annotations.path} holds no instance of the vocabulary's seen classes ({listed(label_of)}){reason}"
+                f"{annotations.path} holds no instance of the vocabulary's seen classes"
+                f" ({join_truncated(label_of)}){reason}"
             )
         file_names = {number: annotations.images[number]["file_name"] for number in usable}
         self.missing = [name for name in file_names.values() if Path(name).name == name and name not in present]
@@ -216,6 +217,7 @@ def _refuse_unseen(annotations: CocoFile, vocabulary: Vocabulary) -> None:
     leaked = sorted(used & set(vocabulary.unseen_names))
     if leaked:
         raise D2ZeroError(
-            f"{annotations.path} holds classes that the vocabulary calls unseen ({listed(leaked)}); training on it"
+            f"{annotations.path} holds classes that the vocabulary calls unseen"
+            f" ({join_truncated(leaked)}); training on it"
             " would not be zero-shot. Do file and vocabulary belong to the same split?"
         )

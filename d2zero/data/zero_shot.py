@@ -13,8 +13,8 @@ from d2zero.data.coco import CocoFile
 from d2zero.data.coco_values import Id
 from d2zero.data.splits import Split
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ def write_split(
         parts.append((val.path.stem, "unseen", test_part(val, split, split.unseen)))
     there = [path for stem, part, _ in parts if (path := output / f"{stem}_{part}_{tail}.json").exists()]
     if there and not replace:
-        raise D2ZeroError(f"{listed(there)} exist already; replace them with --force, or choose another --output")
+        raise D2ZeroError(
+            f"{join_truncated(there)} exist already; replace them with --force, or choose another --output"
+        )
     written = []
     for stem, part, content in parts:
         if not content["annotations"]:
             raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
         path = output / f"{stem}_{part}_{tail}.json"
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(content))
         written.append(Part(path, len(content["images"]), len(content["annotations"])))
     return written
@@ -81,7 +83,9 @@ def write_split(
 def _ids(source: CocoFile, names: tuple[str, ...]) -> set[Id]:
     lacking = [name for name in names if name not in source.categories]
     if lacking:
-        raise D2ZeroError(f"{source.path} lacks categories of the split: {listed(lacking)}; expected COCO's own file")
+        raise D2ZeroError(
+            f"{source.path} lacks categories of the split: {join_truncated(lacking)}; expected COCO's own file"
+        )
     return {source.categories[name] for name in names}
 
 

@@ -30,7 +30,7 @@ from d2zero.evaluation.matching import (
 )
 from d2zero.evaluation.result_entries import by_image
 from d2zero_runtime import D2ZeroError, Mode
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 # What accuracy is compared by: keys of a summary.
 HEADLINE_METRICS = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
@@ -138,12 +138,15 @@ class ZeroShotScores:
         found: dict[Id, Entries] = defaultdict(list)
         for entry in detections:
             if entry["image_id"] != image_id:
-                raise D2ZeroError(f"detections of images that are not evaluated: ids {listed([entry['image_id']])}")
+                raise D2ZeroError(
+                    f"detections of images that are not evaluated: ids {join_truncated([entry['image_id']])}"
+                )
             found[entry["category_id"]].append(entry)
         strange = found.keys() - self._categories
         if strange:
             raise D2ZeroError(
-                f"detections of categories that {self.annotations.path.name} does not have: ids {listed(strange)}"
+                f"detections of categories that {self.annotations.path.name} does not have: ids"
+                f" {join_truncated(strange)}"
             )
         return found
 

@@ -21,7 +21,7 @@ from d2zero.data.coco_values import Id
 from d2zero.data.json_stream import EntriesOnDisk
 from d2zero.evaluation.metrics import ZeroShotScores, in_order
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 Progress = Callable[[Iterator[list[Id]], int, str], Iterator[list[Id]]]
 
@@ -39,7 +39,7 @@ def require_images(annotations: CocoFile, folder: Path, limit: int | None = None
     if missing and all_of_them:
         raise D2ZeroError(
             f"{len(missing)} of the {len(names)} images of {annotations.path.name} are not in {folder}"
-            f" ({listed(missing)}); accuracy needs all of them"
+            f" ({join_truncated(missing)}); accuracy needs all of them"
         )
 
 
@@ -80,7 +80,8 @@ class EvaluationRun:
         lost = [name for name in strangers if self.annotations.categories[name] in used]
         if lost:
             raise D2ZeroError(
-                f"{self.annotations.path.name} has classes that the vocabulary lacks: {listed(lost)}; evaluate with the"
+                f"{self.annotations.path.name} has classes that the vocabulary lacks:"
+                f" {join_truncated(lost)}; evaluate with the"
                 " files of the model's own split, or give --vocabulary"
             )
         if not self.images.is_dir():

@@ -8,7 +8,7 @@ import numpy as np
 
 from d2zero.data.splits import COCO_IDS, find_split
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.vocabulary import damage
 
 
@@ -69,7 +69,7 @@ def with_split(vocabulary: Vocabulary, split: str | None) -> Vocabulary:
     chosen = find_split(split)
     lacking = [name for name in chosen.names if name not in vocabulary.names]
     if lacking:
-        raise D2ZeroError(f"the names lack {len(lacking)} classes of split {chosen.name}: {listed(lacking)}")
+        raise D2ZeroError(f"the names lack {len(lacking)} classes of split {chosen.name}: {join_truncated(lacking)}")
     vocabulary = vocabulary.select(chosen.names)
     return replace(
         vocabulary,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 TEMPLATES = (
     "itap of a {}.",
@@ -40,7 +40,7 @@ def encode_names(names: list[str], model: str, weights: Path) -> Vocabulary:
 
     if model not in open_clip.list_models():
         close = [known for known in open_clip.list_models() if known.lower().startswith(model.lower()[:5])]
-        raise D2ZeroError(f"open_clip has no model {model!r}; close names: {listed(close) or 'none'}")
+        raise D2ZeroError(f"open_clip has no model {model!r}; close names: {join_truncated(close) or 'none'}")
     if not weights.is_file():
         raise D2ZeroError(f"CLIP weights {weights} do not exist")
     try:

@@ -11,7 +11,7 @@ from d2zero.losses.config import LossConfig
 from d2zero.model import ModelConfig
 from d2zero.model.deformable import DeformableImpl
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.images import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -172,7 +172,7 @@ def _changed(config: Any, path: list[str], key: str, text: str) -> Any:
     assert is_dataclass(config) and not isinstance(config, type)
     names = [entry.name for entry in fields(config)]
     if path[0] not in names:
-        raise D2ZeroError(f"no setting {key!r}; here there are {listed(names, 30)}")
+        raise D2ZeroError(f"no setting {key!r}; here there are {join_truncated(names, 30)}")
     current = getattr(config, path[0])
     if len(path) > 1:
         if not is_dataclass(current):
@@ -180,7 +180,7 @@ def _changed(config: Any, path: list[str], key: str, text: str) -> Any:
         return replace(config, **{path[0]: _changed(current, path[1:], key, text)})
     if is_dataclass(current):
         raise D2ZeroError(
-            f"{key!r} is a group of settings; name one of {listed([f.name for f in fields(current)], 30)}"
+            f"{key!r} is a group of settings; name one of {join_truncated([f.name for f in fields(current)], 30)}"
         )
     return replace(config, **{path[0]: _parsed(key, text, current)})
 

@@ -26,8 +26,8 @@ from d2zero.training.optim import load_optimizer
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import listed
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import atomic_write
 
 STATE_FILE = "last.pt"  # everything a resume needs
 MODEL_FILE = "model.safetensors"  # the finished model
@@ -106,7 +106,7 @@ class Run:
         }
         path = self.output / STATE_FILE
         try:
-            with whole_file(path) as partial, partial.open("wb") as stream:
+            with atomic_write(path) as partial, partial.open("wb") as stream:
                 torch.save(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -129,7 +129,8 @@ class Run:
         differing = _differences(ours, theirs)
         if differing:
             raise D2ZeroError(
-                f"{self.output} was begun with other settings ({listed(differing)}); resume with the same, or start"
+                f"{self.output} was begun with other settings"
+                f" ({join_truncated(differing)}); resume with the same, or start"
                 " a new run in another folder"
             )
         for what, digest in self._inputs().items():
@@ -181,7 +182,7 @@ def read_state(output: Path) -> dict[str, Any]:
         raise D2ZeroError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
     missing = {"step", "config", "model", "optimizer", "scaler", "inputs", "bad_files", "pending"} - state.keys()
     if missing:
-        raise D2ZeroError(f"{path} is not a checkpoint of this d2zero: it lacks {listed(sorted(missing))}")
+        raise D2ZeroError(f"{path} is not a checkpoint of this d2zero: it lacks {join_truncated(sorted(missing))}")
     return state
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 
 
 class Record:
@@ -49,7 +49,7 @@ class Record:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):  # a line that the kill cut short
                 continue
-        with whole_file(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def __enter__(self) -> "Record":

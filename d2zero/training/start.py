@@ -21,7 +21,7 @@ from d2zero.training.loop import STATE_FILE, Run
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 PICTURES = 6
 
@@ -97,7 +97,8 @@ def check_split(vocabulary: Vocabulary, split: str) -> None:
         wrong = sorted(set(SPLITS[split].seen) ^ set(vocabulary.seen_names))
         if wrong:
             raise D2ZeroError(
-                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ ({listed(wrong)});"
+                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ"
+                f" ({join_truncated(wrong)});"
                 f" make it with --split {split}"
             )
     if not vocabulary.seen.any():
@@ -134,7 +135,7 @@ def _announce(run: Run, annotations: Path) -> None:
     )
     if run.data.missing:
         lost = run.data.missing
-        print(f"warning: {len(lost)} images are missing and left out: {listed(lost)}", file=sys.stderr)
+        print(f"warning: {len(lost)} images are missing and left out: {join_truncated(lost)}", file=sys.stderr)
     _report_left_out(run.data.annotations)
 
 
@@ -146,6 +147,7 @@ def _report_left_out(annotations: CocoFile) -> None:
 def _report_problems(problems: list[str]) -> None:
     if problems:
         print(
-            f"warning: {len(problems)} images could not be used and were replaced by others: {listed(problems)}",
+            f"warning: {len(problems)} images could not be used and were replaced by others:"
+            f" {join_truncated(problems)}",
             file=sys.stderr,
         )

@@ -22,7 +22,7 @@ from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch, build_optimizer, lr_factor, set_lr
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends.torch_math import float32_math
-from d2zero_runtime.errors import listed
+from d2zero_runtime.errors import join_truncated
 
 PARTS = ("forward", "backward", "optimiser")  # what a step consists of, in order; forward has the losses in it
 
@@ -145,9 +145,9 @@ class TrainingStep:
             return
         broken = [name for name, value in losses.items() if not torch.isfinite(value)]
         raise D2ZeroError(
-            f"the loss is not finite at step {step + 1} ({listed(broken, 3) or 'in another process'}), images"
-            f" {listed(batch.file_names, 32)}. Nothing of it was saved: look at these images, or begin a new run with"
-            " a lower optim.lr"
+            f"the loss is not finite at step {step + 1} ({join_truncated(broken, 3) or 'in another process'}), images"
+            f" {join_truncated(batch.file_names, 32)}. Nothing of it was saved: look at these images, or begin a new"
+            " run with a lower optim.lr"
         )
 
     def _of_all_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:

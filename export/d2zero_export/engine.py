@@ -20,8 +20,8 @@ from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile, Shape
 from d2zero_runtime.backends.tensorrt.environment import Environment, collector, require_tensorrt
-from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.errors import D2ZeroError, join_truncated
+from d2zero_runtime.files import atomic_write
 
 __all__ = [
     "EngineOptions",
@@ -81,7 +81,7 @@ def build_engine(
     stage("build")
     plan = work.build(settings, progress)
     if options.timing_cache:
-        with whole_file(options.timing_cache) as partial:
+        with atomic_write(options.timing_cache) as partial:
             partial.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     stage("contract")
     sidecar = EngineMetadata(
@@ -96,7 +96,7 @@ def build_engine(
         plan_bytes=plan.nbytes,
         tf32=options.tf32,
     )
-    with whole_file(output) as partial:
+    with atomic_write(output) as partial:
         partial.write_bytes(plan)
     sidecar.write(output)
     return sidecar
@@ -160,7 +160,9 @@ class _Work:
         names = [self.network.get_input(index).name for index in range(self.network.num_inputs)]
         missing = sorted(set(inputs) - set(names))
         if missing:
-            raise D2ZeroError(f"TensorRT made a constant of {listed(missing)} in {self.onnx_path}; a defect of d2zero")
+            raise D2ZeroError(
+                f"TensorRT made a constant of {join_truncated(missing)} in {self.onnx_path}; a defect of d2zero"
+            )
 
     def settings(self, options: EngineOptions, profile: Profile, inputs: Inputs, contract: ModelContract) -> Any:
         """The builder's settings, with the range of shapes."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.profile import STEP, Profile, Shape
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 IMAGES_INPUT = "images"
 MANY_CLASSES = 1203  # LVIS: vocabularies of this size fit every engine, unless told otherwise
@@ -101,7 +101,7 @@ def _padded(side: int, divisor: int) -> int:
 def _fixed(contract: ModelContract, inputs: Inputs) -> dict[str, int]:
     """The sizes that the model's graph fixes, by the name of a shape's field."""
     if IMAGES_INPUT not in inputs or len(inputs[IMAGES_INPUT]) != 4:
-        raise D2ZeroError(f"expected a model with an input `images` of four dimensions, got {listed(inputs)}")
+        raise D2ZeroError(f"expected a model with an input `images` of four dimensions, got {join_truncated(inputs)}")
     batch, _, height, width = inputs[IMAGES_INPUT]
     classes = inputs[EMBEDDINGS_INPUT][0] if EMBEDDINGS_INPUT in inputs else len(contract.class_names)
     sizes = {"batch": batch, "height": height, "width": width, "classes": classes}

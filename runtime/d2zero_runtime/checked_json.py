@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def checked(
     if isinstance(values, dict) and is_dataclass(kind):
         missing = [entry.name for entry in fields(kind) if entry.name not in values and _required(entry, optional)]
         if missing:
-            raise D2ZeroError(f"{where} lacks {listed(missing)}; {remedy}")
+            raise D2ZeroError(f"{where} lacks {join_truncated(missing)}; {remedy}")
     try:
         return msgspec.convert(values, kind)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
@@ -78,7 +78,7 @@ def refuse_unknown(kind: type[Any], values: dict[str, Any], what: str) -> None:
     """
     unknown = sorted(values.keys() - {entry.name for entry in fields(kind)})
     if unknown:
-        raise D2ZeroError(f"unknown {what} {listed(unknown)}; was this written by a newer d2zero?")
+        raise D2ZeroError(f"unknown {what} {join_truncated(unknown)}; was this written by a newer d2zero?")
 
 
 def refuse_newer(version: object, newest: int, where: str, what: str) -> None:

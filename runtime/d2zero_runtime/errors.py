@@ -16,10 +16,10 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
-def listed(items: Iterable[object], limit: int = 5) -> str:
+def join_truncated(items: Iterable[object], limit: int = 5) -> str:
     """Join the first `limit` items for an error line and count the rest.
 
-    >>> listed("abcdefg", 3)
+    >>> join_truncated("abcdefg", 3)
     'a, b, c and 4 more'
     """
     names = [str(item) for item in items]

@@ -32,7 +32,7 @@ def check_output(path: Path | None, flag: str = "--output", folder: bool = False
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what is to become `path`, in the same folder, which is made; for one writer at a time.
 
     When the block ends, the file there takes the place of `path` in one step, with the permissions of what it replaces;
@@ -54,5 +54,5 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all; the folder is made."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")

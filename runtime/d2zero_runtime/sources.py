@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 IMAGE_SUFFIXES = frozenset(
@@ -34,7 +34,7 @@ def expand(source: ImageLike | Sequence[ImageLike], leave_out: Path | None = Non
     if path.is_dir():
         found = [file for file in _visible(path, "**/*", leave_out) if file.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise D2ZeroError(f"folder {path} holds no images ({listed(sorted(IMAGE_SUFFIXES), 20)})")
+            raise D2ZeroError(f"folder {path} holds no images ({join_truncated(sorted(IMAGE_SUFFIXES), 20)})")
         return [*found]
     if _is_pattern(path):
         folder = next(parent for parent in path.parents if parent.is_dir() or not parent.name)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
-from d2zero_runtime.errors import D2ZeroError, listed
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.errors import D2ZeroError, join_truncated
+from d2zero_runtime.files import atomic_write
 
 FORMAT_VERSION = 1
 
@@ -128,14 +128,16 @@ class Vocabulary:
         known = set(self.names)
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise D2ZeroError(f"{listed(unknown)} not in the vocabulary; it has {listed(self.names, 10)}")
+            raise D2ZeroError(
+                f"{join_truncated(unknown)} not in the vocabulary; it has {join_truncated(self.names, 10)}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vocabulary as `.npz`, atomically, and return its path."""
         path = Path(path)
         if path.suffix != ".npz":
             raise D2ZeroError(f"a vocabulary is saved as .npz, got {path.name!r}")
-        with whole_file(path) as partial, partial.open("wb") as stream:
+        with atomic_write(path) as partial, partial.open("wb") as stream:
             np.savez_compressed(
                 stream,
                 format_version=np.array(FORMAT_VERSION),
@@ -161,7 +163,7 @@ class Vocabulary:
         fields = _members(path)
         missing = {"format_version", "names", "embeddings", "seen", "active", "source"} - fields.keys()
         if missing:
-            raise D2ZeroError(f"{path} is not a vocabulary: it lacks {listed(sorted(missing))}")
+            raise D2ZeroError(f"{path} is not a vocabulary: it lacks {join_truncated(sorted(missing))}")
         for name, (kinds, dims) in _MEMBERS.items():
             if name in fields and (fields[name].dtype.kind not in kinds or fields[name].ndim != dims):
                 raise D2ZeroError(f"{path} is damaged: {name} is {fields[name].dtype} of shape {fields[name].shape}")
@@ -267,7 +269,7 @@ def _check_names(names: tuple[str, ...]) -> None:
         raise D2ZeroError(f"class names must not be empty; number {[n.strip() for n in names].index('')} is")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise D2ZeroError(f"class names must be distinct, {listed(repeated)} given more than once")
+        raise D2ZeroError(f"class names must be distinct, {join_truncated(repeated)} given more than once")
 
 
 def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -> None:
@@ -277,22 +279,23 @@ def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -
         )
     broken = [names[row] for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
     if broken:
-        raise D2ZeroError(f"embeddings hold NaN or infinity for {listed(broken)}; compute them again")
+        raise D2ZeroError(f"embeddings hold NaN or infinity for {join_truncated(broken)}; compute them again")
     empty = [names[row] for row in np.flatnonzero(~embeddings.any(axis=1))]
     if empty:
-        raise D2ZeroError(f"embeddings are all zero for {listed(empty)}; the encoder did not know these names")
+        raise D2ZeroError(f"embeddings are all zero for {join_truncated(empty)}; the encoder did not know these names")
 
 
 def _check_synonyms(synonyms: Mapping[str, str], names: tuple[str, ...]) -> None:
     unknown = sorted({word for pair in synonyms.items() for word in pair} - set(names))
     if unknown:
         raise D2ZeroError(
-            f"synonyms and their classes must be names of the vocabulary (each with an embedding), {listed(unknown)}"
+            f"synonyms and their classes must be names of the vocabulary (each with an embedding),"
+            f" {join_truncated(unknown)}"
             " not among them"
         )
     chained = [name for name in synonyms.values() if name in synonyms]
     if chained:
-        raise D2ZeroError(f"a synonym must stand for a class, {listed(chained)} stands for another itself")
+        raise D2ZeroError(f"a synonym must stand for a class, {join_truncated(chained)} stands for another itself")
 
 
 def _class_of(names: tuple[str, ...], synonyms: Mapping[str, str]) -> NDArray[np.int64]:

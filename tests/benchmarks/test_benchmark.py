@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome
+from commands import Command
 
 from d2zero.demo.run import packaged_checkpoint
 from d2zero_bench.candidates import Candidate, Spec, open_segmenter
@@ -25,7 +25,6 @@ from d2zero_bench.worker import Prepare, ReadMemory, Run, Worker
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.images import PADDING_LOGIT
 
-Command = Callable[..., Outcome]
 CASE = Case(64, 96)
 
 

@@ -2,18 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Outcome, placeholder_vocabulary
+from commands import Command
+from models import placeholder_vocabulary
 from onnx import helper
 
 from d2zero.demo.run import packaged_checkpoint
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome
+from commands import Command
 
 from d2zero.checkpoints.files import save_model
 from d2zero.data.augment import AugmentConfig
@@ -28,7 +28,6 @@ from d2zero_runtime.masks import rle
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 
-Command = Callable[..., Outcome]
 Content = dict[str, Any]
 GZSI, SEEN = "annotations/instances_val_gzsi_shapes.json", "annotations/instances_train_seen_shapes.json"
 FULL = {"size": [96, 96], "counts": [0, 9216]}

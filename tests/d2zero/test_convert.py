@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Outcome, placeholder_vocabulary
+from commands import Command
+from models import placeholder_vocabulary
 from published import published_shapes, reference_weights
 
 import d2zero
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import our_name, read_arrays
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

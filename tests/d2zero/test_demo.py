@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from conftest import Outcome
+from commands import Outcome
 from PIL import Image
 
 import d2zero

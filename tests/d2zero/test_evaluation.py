@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import Outcome
+from commands import Command, Outcome
 
 from d2zero.checkpoints.files import save_model
 from d2zero.data import json_stream
@@ -27,7 +27,6 @@ COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 evaluate = pytest.importorskip("studies.plain_evaluation").evaluate
 write_drawn = pytest.importorskip("studies.drawn_coco").write_drawn
 
-Command = Callable[..., Outcome]
 NAMES = {"seen_ap": "seen_ap50", "unseen_ap": "unseen_ap50", "hm_ap": "hm_ap50"}
 NAMES |= {key.replace("ap", "recall"): value.replace("ap", "recall") for key, value in NAMES.items()}
 

@@ -9,8 +9,8 @@ import masked_attention_cases
 import numpy as np
 import pytest
 import torch
-from conftest import published_model, published_vocabulary
 from deformable_cases import Case, assert_equals_float64, case, outputs
+from models import published_model, published_vocabulary
 
 from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable import triton_sample

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import placeholder_vocabulary
+from models import placeholder_vocabulary
 
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.model.classifier import background_embedding

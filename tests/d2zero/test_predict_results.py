@@ -2,13 +2,12 @@
 
 import json
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Outcome
+from commands import Command
 
 from d2zero.cli.predict import picture_name
 from d2zero.cli.results import CocoWriter
@@ -17,8 +16,6 @@ from d2zero_runtime.masks import rle
 
 coco = pytest.importorskip("pycocotools.coco")
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
-
-Command = Callable[..., Outcome]
 
 
 def test_predict_writes_what_eval_and_pycocotools_read(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_REFERENCE, placeholder_vocabulary, published_model, published_vocabulary
+from models import SMALL_REFERENCE, placeholder_vocabulary, published_model, published_vocabulary
 from published import published_shapes, reference_weights
 from recorded import require_recorded_detections
 from torch import Tensor

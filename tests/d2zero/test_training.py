@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
 
 import d2zero
 from d2zero.data.training_set import Batch
@@ -36,7 +34,6 @@ from d2zero.training.step import TrainingStep, deformable_function, without_cudn
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.backends.torch_math import float32_math
 
-Command = Callable[..., Outcome]
 FAST = ["batch_size=4", "augment.size=64", "model.num_queries=6", "loss.num_points=64", "log_every=1"]
 
 

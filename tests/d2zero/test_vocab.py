@@ -1,21 +1,18 @@
 """Vocabularies from files and from text."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome
+from commands import Command
 
 from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS
 from d2zero.text.clip import TEMPLATES, encode_names
 from d2zero_runtime import Vocabulary
 
 open_clip = pytest.importorskip("open_clip")
-
-Command = Callable[..., Outcome]
 
 
 @pytest.mark.parametrize(("split", "file"), [(COCO_48_17, "48_17"), (COCO_65_15, "65_15")])

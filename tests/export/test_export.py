@@ -4,14 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Outcome, published_model, published_vocabulary
+from commands import Command
+from models import published_model, published_vocabulary
 from PIL import Image
 from recorded import require_recorded_detections
 from tiny_network import tiny
@@ -31,8 +31,6 @@ from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
 from d2zero_runtime.sources import expand
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

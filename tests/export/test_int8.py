@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Outcome
+from commands import Command
 from onnx import helper
 from onnxruntime import ExecutionOrder
 from onnxruntime.quantization import CalibrationDataReader
@@ -32,8 +31,6 @@ from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.images import Preprocessing
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

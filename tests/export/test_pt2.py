@@ -241,7 +241,7 @@ def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
 def test_a_model_calls_the_triton_forms_operator(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     folder = Path(__file__).parent
-    paths = [str(folder), str(folder.parent), *filter(None, sys.path)]
+    paths = [str(folder.parent / "helpers"), *filter(None, sys.path)]
     done = subprocess.run(
         [sys.executable, folder / "interpreted_pt2.py", tmp_path],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},

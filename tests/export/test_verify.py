@@ -1,14 +1,13 @@
 """`d2zero verify` passes what is the same model, and names what is not."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Outcome
+from commands import Command
 
 import d2zero
 from d2zero.data.coco import read_coco
@@ -17,8 +16,6 @@ from d2zero.evaluation.run import EvaluationRun
 from d2zero_export.instances import instance_agreement
 from d2zero_runtime import Detections, Mode
 from d2zero_runtime.masks import rle
-
-Command = Callable[..., Outcome]
 
 
 def scaled(source: Path, target: Path, tensor_name: str, factor: float) -> Path:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 
 
 def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "m.onnx"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(b"first")
         assert partial.parent == path.parent and not path.exists()
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(b"second")
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"second" and list(path.parent.iterdir()) == [path]
@@ -20,7 +20,7 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_what_cannot_take_its_place_is_not_left(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").mkdir()
-    with pytest.raises(OSError), whole_file(tmp_path / "m.onnx") as partial:
+    with pytest.raises(OSError), atomic_write(tmp_path / "m.onnx") as partial:
         partial.write_bytes(b"first")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -29,7 +29,7 @@ def test_what_cannot_take_its_place_is_not_left(tmp_path: Path) -> None:
 def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"first")
-    with pytest.raises(type(error)), whole_file(path) as partial:
+    with pytest.raises(type(error)), atomic_write(path) as partial:
         partial.write_bytes(b"half of the sec")
         raise error
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
@@ -40,13 +40,13 @@ def test_a_link_stays_one_and_permissions_are_kept(tmp_path: Path) -> None:
     target.write_bytes(b"first")
     target.chmod(0o664)
     link.symlink_to(target.name)
-    with whole_file(link) as partial:
+    with atomic_write(link) as partial:
         partial.write_bytes(b"second")
     assert link.is_symlink() and target.read_bytes() == b"second"
     assert target.stat().st_mode & 0o777 == 0o664
 
 
 def test_names_may_have_the_most_bytes_that_a_name_can(tmp_path: Path) -> None:
-    with whole_file(tmp_path / ("é" * 120 + ".json")) as partial:
+    with atomic_write(tmp_path / ("é" * 120 + ".json")) as partial:
         partial.write_bytes(b"whole")
     assert len(list(tmp_path.iterdir())) == 1

@@ -14,7 +14,7 @@ from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.metadata import Metadata
 from d2zero_runtime.artifacts.profile import Profile
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 from d2zero_runtime.vocabulary import Vocabulary
 
 
@@ -95,7 +95,7 @@ class EngineMetadata(Metadata):
     def write(self, engine: Path) -> Path:
         """Write the description beside an engine, atomically, and return its path."""
         path = metadata_path(engine)
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(self.to_json(indent=1).encode())
         return path
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 from d2zero_runtime.vocabulary import Vocabulary
 
 _GRAPH, _METADATA = 7, 14
@@ -94,7 +94,7 @@ def replace_onnx_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         + _message(_NAME, EMBEDDINGS_INPUT.encode())
         + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
     )
-    with _undamaged(path), whole_file(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
+    with _undamaged(path), atomic_write(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
         old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:

@@ -6,7 +6,7 @@ input's sides, K classes. Written `BxHxWxK`, such as `1x800x1216x80`.
 
 from dataclasses import astuple, dataclass, fields
 
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 STEP = 32  # of heights and widths: the network's coarsest stride
 
@@ -111,5 +111,5 @@ class Profile:
         """
         missing = [name for name in ("min", "opt", "max") if name not in values]
         if missing:
-            raise D2ZeroError(f"the shapes of an engine lack {listed(missing)}")
+            raise D2ZeroError(f"the shapes of an engine lack {join_truncated(missing)}")
         return cls(Shape.parse(values["min"]), Shape.parse(values["opt"]), Shape.parse(values["max"]))

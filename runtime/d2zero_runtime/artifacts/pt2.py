@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from d2zero_runtime.artifacts.metadata import Metadata
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.files import whole_file
+from d2zero_runtime.files import atomic_write
 from d2zero_runtime.vocabulary import Vocabulary
 
 ENTRY = "extra/d2zero.json"
@@ -89,7 +89,7 @@ def replace_pt2_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """
     changed = Pt2Metadata.read(path).with_vocabulary(vocabulary)
     with (
-        whole_file(path) as partial,
+        atomic_write(path) as partial,
         zipfile.ZipFile(path) as old,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as new,
     ):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.backends.base import Backend, Images, LatestUpload
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
-from d2zero_runtime.errors import D2ZeroError, listed
+from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
@@ -59,7 +59,7 @@ class OnnxBackend(Backend[Images]):
         except Exception as error:  # onnxruntime has its own exceptions
             raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
         _require_chosen(names, self.session.get_providers())
-        _require_tensors(path, self.session)
+        _check_tensors(path, self.session)
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
         self.on_gpu = first != _PROVIDERS["cpu"]
@@ -110,7 +110,7 @@ class OnnxBackend(Backend[Images]):
         return binding
 
 
-def _require_tensors(path: Path, session: Any) -> None:
+def _check_tensors(path: Path, session: Any) -> None:
     """Refuse a graph whose inputs and outputs are not those of an exported model.
 
     Raises:
@@ -126,7 +126,7 @@ def _require_tensors(path: Path, session: Any) -> None:
             )
     missing = [name for name in ("images", *_OUTPUTS) if name not in {**inputs, **outputs}]
     if missing:
-        raise D2ZeroError(f"{path} is not a model of d2zero: it lacks {listed(missing)}; export it again")
+        raise D2ZeroError(f"{path} is not a model of d2zero: it lacks {join_truncated(missing)}; export it again")
 
 
 def _onnxruntime() -> Any:
@@ -152,7 +152,7 @@ def _require_available(onnxruntime: Any, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in available]
     if missing:
         raise D2ZeroError(
-            f"{listed(missing)} not available; this onnxruntime has {listed(available)}."
+            f"{join_truncated(missing)} not available; this onnxruntime has {join_truncated(available)}."
             " For NVIDIA GPUs install 'd2zero[gpu]' instead of 'd2zero[cpu]' (never both)"
         )
 
@@ -162,6 +162,7 @@ def _require_chosen(wanted: Sequence[str], running: Sequence[str]) -> None:
     lost = [name for name in wanted if name not in running]
     if lost:
         raise D2ZeroError(
-            f"onnxruntime could not start {listed(lost)}, only {listed(running)} would run; its own lines on standard"
+            f"onnxruntime could not start {join_truncated(lost)}, only"
+            f" {join_truncated(running)} would run; its own lines on standard"
             " error say why"
         )

@@ -58,7 +58,7 @@ class TensorrtBackend(Backend[Images]):
         self._messages = collector(self._environment.tensorrt)
         self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
         self._inputs = (IMAGES,) if metadata.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
-        _require_tensors(path, self._engine, self._environment.tensorrt, self._inputs)
+        _check_tensors(path, self._engine, self._environment.tensorrt, self._inputs)
         self._cuda = self._environment.cuda
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking)
         self._tensors = {name: Tensor(self._cuda) for name in (*self._inputs, *OUTPUTS)}
@@ -291,7 +291,7 @@ def _deserialized(path: Path, metadata: EngineMetadata, environment: Environment
     return runtime, engine
 
 
-def _require_tensors(path: Path, engine: Any, tensorrt: Any, inputs: tuple[str, ...]) -> None:
+def _check_tensors(path: Path, engine: Any, tensorrt: Any, inputs: tuple[str, ...]) -> None:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     modes = {name: engine.get_tensor_mode(name) for name in names}
     expected = {

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ("10.14", "11.4")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
@@ -62,7 +62,7 @@ def run_inside(scenarios: Path, version: str, folder: Path) -> None:
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(folder),
-        "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}"]
