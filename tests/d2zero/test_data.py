@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import published_vocabulary
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
@@ -37,8 +38,6 @@ def test_splits_are_the_published_ones(shared: Path) -> None:
 
 def test_embedding_files_hold_the_same_vector_for_a_name(shared: Path) -> None:
     """Were the order of either split wrong, names would carry different vectors in the two files."""
-    from conftest import published_vocabulary
-
     left, right = published_vocabulary(shared, "48_17"), published_vocabulary(shared, "65_15")
     for name, row in zip(left.names, left.embeddings, strict=True):
         np.testing.assert_array_equal(row, right.embeddings[right.names.index(name)])
