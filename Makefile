@@ -30,9 +30,10 @@ $(VENV)/tensorrt-%/.installed: $(STAMP)
 demo: setup
 	$(BIN)/d2zero demo
 
-# Two tests at a time, a thread each; whoever is done takes from the other.
+# All tests, the slow ones too, two at a time with a thread each; whoever is done takes from the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m ''
 test: setup bindings
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 # Damaged and hostile files, many more of them than `test` tries.
 fuzz: setup
@@ -43,13 +44,14 @@ LOWEST ?= .venv-lowest
 test-lowest: setup
 	test -x $(LOWEST)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist worksteal -m ''
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(MAKE) bindings
+	$(PYTEST) --cov --cov-report=term
 
 # A table for this machine in minutes; RESULTS=benchmarks/results writes where the README's table is made from.
 RESULTS ?= runs/benchmark

@@ -1,4 +1,4 @@
-"""From a file or an array to the tensor that the network reads.
+"""From an image to the tensor that the network reads.
 
 One implementation for training's evaluation, the exported models and the benchmarks, so that
 preprocessing cannot differ between them. Layouts: `image_HWC` uint8 RGB 0..255; `images_B3HW` float32,
@@ -6,24 +6,19 @@ normalised, padded with zeros on the right and at the bottom.
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
 
 Size = tuple[int, int]  # height, width
 LARGEST_SIDE = 8192  # of the network's input
-LARGEST_IMAGE = 89_478_485  # pixels; from here on Pillow warns of bombs
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # as Pillow calls them
 PADDING_LOGIT = -1e4  # mask logit outside an image's own padded size, in the raw output of several
 
 
@@ -152,90 +147,6 @@ class Preprocessing:
 def size_of(image: NDArray[np.uint8] | Image.Image) -> Size:
     """(height, width) of an array (H, W, 3) or of Pillow's image."""
     return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Read an image file as (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
-
-    Grey, palette, alpha, CMYK, 16-bit and float files are converted; transparency is dropped.
-
-    Raises:
-        D2ZeroError: the file is absent, empty, damaged, too large, or no image of `FORMATS`.
-    """
-    pixels: NDArray[np.uint8] = np.asarray(open_rgb(path))
-    return pixels
-
-
-def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """An image file, or an image that Pillow has opened, in RGB and upright.
-
-    Raises:
-        D2ZeroError: as of `read_image`.
-    """
-    if isinstance(source, Image.Image):
-        return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)
-    path = Path(source)
-    try:
-        with Image.open(path, formats=_readable()) as image:
-            return _converted(image, str(path), in_place=True)
-    except D2ZeroError:
-        raise
-    except FileNotFoundError as error:
-        raise D2ZeroError(f"image {path} does not exist") from error
-    except UnidentifiedImageError as error:
-        raise D2ZeroError(f"{path} is not an image in a format that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow's, of many kinds
-        raise _damaged(str(path), error) from error
-
-
-@lru_cache(maxsize=1)
-def _readable() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _converted(image: Image.Image, name: str, in_place: bool) -> Image.Image:
-    pixels = image.width * image.height
-    if pixels > LARGEST_IMAGE:
-        raise D2ZeroError(
-            f"image {name} has {pixels / 1e6:.0f} megapixels, at most {LARGEST_IMAGE / 1e6:.0f} are read; shrink it"
-        )
-    try:
-        image.load()
-        if in_place:
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
-        return _rgb(ImageOps.exif_transpose(image))
-    except D2ZeroError as error:
-        raise D2ZeroError(f"image {name}: {error}") from error
-    except Exception as error:  # Pillow decodes only now
-        raise _damaged(name, error) from error
-
-
-def _damaged(name: str, error: Exception) -> D2ZeroError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return D2ZeroError(f"image {name} is damaged or cut short: {reason}")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit greys at 255 instead of scaling them. Some files hold 8-bit levels in 16 bits.
-        wide = np.asarray(image).astype(np.float32)
-        return _grey(wide if wide.min() >= 0 and wide.max() <= 255 else wide / 257.0)
-    if image.mode in ("LAB", "HSV"):
-        raise D2ZeroError(f"its colours are {image.mode}, which are not converted; save it as RGB")
-    if image.mode == "F":
-        levels = np.asarray(image)
-        low, high = float(levels.min()), float(levels.max())
-        if not 0 <= low <= high <= 255:  # nor where it is no number
-            raise D2ZeroError(f"its float values go from {low:g} to {high:g}; expected 0..1, or grey levels 0..255")
-        return _grey(levels * 255 if high <= 1 else levels)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _grey(levels_HW: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray((levels_HW + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def as_image(image: object) -> NDArray[np.uint8]:

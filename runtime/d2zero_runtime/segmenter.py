@@ -24,10 +24,10 @@ from d2zero_runtime.backends.inputs import Input, filled_up, input_of, joined, s
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.formats import LoadOptions, Providers, format_of
-from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, open_rgb, size_of
+from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, size_of
 from d2zero_runtime.masks.device import DeviceLogits, concatenated, mask_logits_of, stacked
 from d2zero_runtime.masks.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
-from d2zero_runtime.sources import ImageLike, expand, is_many
+from d2zero_runtime.sources import ImageLike, expand, is_many, open_rgb
 from d2zero_runtime.vocabulary import Vocabulary
 
 READERS = min(4, os.cpu_count() or 1)  # threads that decode and resize images, one each

@@ -1,16 +1,19 @@
-"""Which images a source names: a file, a folder, a pattern, or what is in memory."""
+"""Which images a source names (a file, a folder, a pattern, or what is in memory), and decoding them."""
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+LARGEST_IMAGE = 89_478_485  # pixels; from here on Pillow warns of bombs
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # as Pillow calls them
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2"]
 )  # of the formats that are read
@@ -67,3 +70,87 @@ def _visible(folder: Path, pattern: str, leave_out: Path | None) -> list[Path]:
 
 def _is_pattern(path: Path) -> bool:
     return any(sign in str(path) for sign in "*?[") and not path.exists()
+
+
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Read an image file as (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
+
+    Grey, palette, alpha, CMYK, 16-bit and float files are converted; transparency is dropped.
+
+    Raises:
+        D2ZeroError: the file is absent, empty, damaged, too large, or no image of `FORMATS`.
+    """
+    pixels: NDArray[np.uint8] = np.asarray(open_rgb(path))
+    return pixels
+
+
+def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """An image file, or an image that Pillow has opened, in RGB and upright.
+
+    Raises:
+        D2ZeroError: as of `read_image`.
+    """
+    if isinstance(source, Image.Image):
+        return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)
+    path = Path(source)
+    try:
+        with Image.open(path, formats=_readable()) as image:
+            return _converted(image, str(path), in_place=True)
+    except D2ZeroError:
+        raise
+    except FileNotFoundError as error:
+        raise D2ZeroError(f"image {path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise D2ZeroError(f"{path} is not an image in a format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's, of many kinds
+        raise _damaged(str(path), error) from error
+
+
+@lru_cache(maxsize=1)
+def _readable() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _converted(image: Image.Image, name: str, in_place: bool) -> Image.Image:
+    pixels = image.width * image.height
+    if pixels > LARGEST_IMAGE:
+        raise D2ZeroError(
+            f"image {name} has {pixels / 1e6:.0f} megapixels, at most {LARGEST_IMAGE / 1e6:.0f} are read; shrink it"
+        )
+    try:
+        image.load()
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
+        return _rgb(ImageOps.exif_transpose(image))
+    except D2ZeroError as error:
+        raise D2ZeroError(f"image {name}: {error}") from error
+    except Exception as error:  # Pillow decodes only now
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> D2ZeroError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return D2ZeroError(f"image {name} is damaged or cut short: {reason}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would clip 16-bit greys at 255 instead of scaling them. Some files hold 8-bit levels in 16 bits.
+        wide = np.asarray(image).astype(np.float32)
+        return _grey(wide if wide.min() >= 0 and wide.max() <= 255 else wide / 257.0)
+    if image.mode in ("LAB", "HSV"):
+        raise D2ZeroError(f"its colours are {image.mode}, which are not converted; save it as RGB")
+    if image.mode == "F":
+        levels = np.asarray(image)
+        low, high = float(levels.min()), float(levels.max())
+        if not 0 <= low <= high <= 255:  # nor where it is no number
+            raise D2ZeroError(f"its float values go from {low:g} to {high:g}; expected 0..1, or grey levels 0..255")
+        return _grey(levels * 255 if high <= 1 else levels)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(levels_HW: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray((levels_HW + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")

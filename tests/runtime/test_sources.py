@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2zero_runtime import D2ZeroError, images, read_image
-from d2zero_runtime.images import Preprocessing, open_rgb
-from d2zero_runtime.sources import IMAGE_SUFFIXES, expand, is_many
+from d2zero_runtime import D2ZeroError, read_image, sources
+from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.sources import IMAGE_SUFFIXES, expand, is_many, open_rgb
 
 
 def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Path:
@@ -45,7 +45,7 @@ def test_a_pattern_in_a_folder_with_brackets_finds_its_files(folder: Path, monke
 
 def test_every_listed_format_is_read(tmp_path: Path) -> None:
     for suffix in IMAGE_SUFFIXES:
-        if suffix == ".avif" and "AVIF" not in images._readable():
+        if suffix == ".avif" and "AVIF" not in sources._readable():
             continue
         path = tmp_path / f"picture{suffix}"
         Image.new("RGB", (6, 4), (200, 10, 10)).save(path, {".jfif": "JPEG", ".mpo": "MPO"}.get(suffix))
@@ -86,7 +86,7 @@ def test_float_images_of_other_ranges_are_refused(tmp_path: Path, value: float) 
 
 def test_images_beyond_the_limit_and_other_formats_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = picture(tmp_path / "large.png", size=(40, 30))
-    monkeypatch.setattr(images, "LARGEST_IMAGE", 1000)
+    monkeypatch.setattr(sources, "LARGEST_IMAGE", 1000)
     with pytest.raises(D2ZeroError, match=r"large\.png has 0 megapixels, at most 0 are read"):
         read_image(path)
     Image.new("RGB", (4, 4)).save(tmp_path / "p.ppm")
