@@ -53,7 +53,7 @@ check: setup
 	$(MAKE) bindings
 	$(PYTEST) --cov --cov-report=term
 
-# A table for this machine in minutes; RESULTS=benchmarks/results writes where the README's table is made from.
+# A table for this machine in minutes; RESULTS=benchmarks/results writes what the tables of docs/benchmarks.md are made from.
 RESULTS ?= runs/benchmark
 benchmark: setup
 	$(BIN)/python benchmarks/studies/standard.py --output $(RESULTS)

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 from importlib.metadata import entry_points
+from typing import Annotated
 
 import typer
 
+from d2zero import __version__
 from d2zero.cli import convert, data, demo, evaluate, predict, train, vocab
 from d2zero_runtime import D2ZeroError
-from d2zero_runtime.errors import printable
+from d2zero_runtime.errors import missing_package, printable
 
 app = typer.Typer(
     name="d2zero",
@@ -36,8 +38,18 @@ for _entry in entry_points(group="d2zero.commands"):  # commands of the rooms th
     app.command(_entry.name)(_entry.load())
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"d2zero {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options() -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """Zero-shot instance segmentation: train, evaluate, and look at objects of classes never seen in training."""
 
 
@@ -96,22 +108,10 @@ def _fail(message: str) -> int:
 
 
 def _missing_package(error: ModuleNotFoundError) -> str:
-    name = (error.name or "").split(".")[0]
-    extras = {
-        "open_clip": "clip",
-        "onnxruntime": "cpu",
-        "openvino": "openvino",
-        "onnx": "export",
-        "onnxscript": "export",
-        "supervision": "viz",
-        "pandas": "viz",
-        "psutil": "bench",
-        "transformers": "bench",
-    }
-    if name not in extras and importlib.util.find_spec("torch") is not None and name.startswith("d2zero"):
-        raise error
-    extra = extras.get(name, "train")
-    return f"this needs the package {name}; install it with: pip install 'd2zero[{extra}]'"
+    name = error.name or ""
+    if name.startswith("d2zero") and importlib.util.find_spec("torch") is not None:
+        raise error  # a defect of ours
+    return missing_package(name)
 
 
 if __name__ == "__main__":

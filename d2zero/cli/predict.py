@@ -18,6 +18,7 @@ from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
 from d2zero_runtime.files import atomic_write, check_output
+from d2zero_runtime.segmenter import SCORE_THRESHOLD
 from d2zero_runtime.sources import ImageLike, expand
 
 Picture = Image.Image | NDArray[np.uint8]
@@ -33,7 +34,9 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for pictures and detections.json.")],
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
-    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")] = 0.3,
+    score: Annotated[
+        float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")
+    ] = SCORE_THRESHOLD,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
     font: Annotated[
         str | None,
@@ -83,7 +86,9 @@ def predict(
             counts.update(found.names)
             if image is not None:
                 undrawn += _drawn(path, image, found, output / picture_name(number, path), font)
-    _summary(segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output)
+    _summary(
+        segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output, segmenter.backend.name
+    )
     for line in undrawn:
         print(f"not drawn: {line}", file=sys.stderr)
     if failed:
@@ -129,7 +134,9 @@ def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -
     return ResultsWriter(path, read_coco(annotations), sources)
 
 
-def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path) -> None:
+def _summary(
+    vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path, runner: str
+) -> None:
     from rich.table import Table
 
     table = Table("class", "", "instances", box=None)
@@ -140,4 +147,3 @@ def _summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, second
     screen.print(table if counts else "nothing found above the score")
     rate = images / max(seconds, 1e-9)
     print(f"{images} images in {seconds:.1f} s ({rate:.2f} a second), {sum(counts.values())} instances")
-    print(f"results: {output}")

@@ -13,8 +13,7 @@ from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image
 from d2zero_runtime.draw import SheetRow, contact_sheet
 from d2zero_runtime.masks import rle
-
-SCORE_THRESHOLD = 0.3
+from d2zero_runtime.segmenter import SCORE_THRESHOLD
 
 
 def ground_truth(annotations: CocoFile, image_id: Id, vocabulary: Vocabulary) -> Detections:
@@ -48,7 +47,7 @@ def predictions(
     for image_id in image_ids:
         with suppress(D2ZeroError):
             image = read_image(images / annotations.images[image_id]["file_name"])
-            found[image_id] = model.predict([image], mode)[0]
+            found[image_id] = model.predict([image], mode, score_threshold=SCORE_THRESHOLD)[0]
     return found
 
 

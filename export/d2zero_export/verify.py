@@ -73,7 +73,7 @@ def verify(
     pictures = [read_image(path) for path in images] or [
         _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
     ]
-    agreement = instance_agreement([reference(picture) for picture in pictures], [segmenter(p) for p in pictures])
+    agreement = instance_agreement(*([run(p, score_threshold=0.0) for p in pictures] for run in (reference, segmenter)))
     accuracy = (
         _accuracy(reference, segmenter, annotations, image_folder, progress) if annotations and image_folder else {}
     )

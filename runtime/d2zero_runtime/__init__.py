@@ -12,6 +12,7 @@ from d2zero_runtime.segmenter import Segmenter, load
 from d2zero_runtime.sources import read_image
 from d2zero_runtime.vocabulary import Vocabulary
 
+__version__ = "0.1.0"
 __all__ = [
     "D2ZeroError",
     "Detections",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 from d2zero_runtime.masks import rle
 from d2zero_runtime.masks.packed import PackedMasks
 
@@ -55,7 +55,7 @@ class _Region:
         return float(np.count_nonzero(ours & theirs))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Detections:
     """The instances found in one image, best first.
 
@@ -103,6 +103,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __repr__(self) -> str:
+        names = join_truncated(dict.fromkeys(self.names)) or "nothing"
+        height, width = self.image_size
+        return f"<Detections: {len(self)} instances in {width}x{height} pixels ({names})>"
+
     def __getitem__(self, index: "slice | NDArray[Any] | Sequence[int]") -> "Detections":
         """Choose instances by a slice, indices or a boolean array."""
         rows = np.arange(len(self))[index]
@@ -119,6 +124,11 @@ class Detections:
     def above(self, score: float) -> "Detections":
         """The instances with at least this score."""
         return self[self.scores >= score]
+
+    def without_empty(self) -> "Detections":
+        """The instances whose mask has a pixel."""
+        kept = (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
+        return self if kept.all() else self[kept]
 
     def named(self, names: Container[str]) -> "Detections":
         """The instances of these classes."""
@@ -238,9 +248,7 @@ class Detections:
 
     def to_supervision(self) -> "supervision.Detections":
         """As `supervision.Detections` (needs the `viz` extra)."""
-        import supervision
-
-        return supervision.Detections(
+        return optional("supervision").Detections(  # type: ignore[no-any-return]
             xyxy=self.boxes,
             confidence=self.scores,
             class_id=self.class_ids,
@@ -250,9 +258,9 @@ class Detections:
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row an instance: name, score, seen, x1, y1, x2, y2, area in pixels (needs `viz`)."""
-        import pandas
-
-        table = pandas.DataFrame({"name": list(self.names), "score": self.scores, "seen": self.seen})
+        table: pandas.DataFrame = optional("pandas").DataFrame(
+            {"name": list(self.names), "score": self.scores, "seen": self.seen}
+        )
         table[["x1", "y1", "x2", "y2"]] = self.boxes
         if isinstance(self.masks, np.ndarray):
             table["area"] = self.masks.sum(axis=(1, 2))

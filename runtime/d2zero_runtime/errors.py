@@ -5,6 +5,22 @@ that line and exits with 2; library users can catch it as the `ValueError` that 
 """
 
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+EXTRAS = {  # packages that an extra of ours installs; any other comes with `train`
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "onnx": "export",
+    "onnxscript": "export",
+    "open_clip": "clip",
+    "supervision": "viz",
+    "pandas": "viz",
+    "psutil": "bench",
+    "jinja2": "bench",
+    "matplotlib": "bench",
+    "transformers": "bench",
+}
 
 
 class D2ZeroError(ValueError):
@@ -25,3 +41,23 @@ def join_truncated(items: Iterable[object], limit: int = 5) -> str:
     names = [str(item) for item in items]
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def missing_package(name: str) -> str:
+    """What to say of a package that is not installed, by the name that it is imported with."""
+    package = name.split(".")[0]
+    return f"this needs the package {package}; install it with: pip install 'd2zero[{EXTRAS.get(package, 'train')}]'"
+
+
+def optional(name: str) -> Any:
+    """Import a package that not every installation has.
+
+    Raises:
+        D2ZeroError: It is not installed; names the extra that installs it.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != name.split(".")[0]:  # the package is there, and lacks one of its own
+            raise
+        raise D2ZeroError(missing_package(name)) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def onnxruntime_backend(
 def _listed(providers: Providers | None) -> list[Provider]:
     """Providers in a list; one of them may be a pair of a name and options, `("cuda", {…})`."""
     if providers is None:
-        return ["cpu"]
+        return ["openvino" if find_spec("onnxruntime") is None and find_spec("openvino") else "cpu"]
     if isinstance(providers, str):
         return [providers]
     if isinstance(providers, tuple) and len(providers) == 2 and isinstance(providers[1], dict):

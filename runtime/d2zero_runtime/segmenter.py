@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Self, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,19 @@ from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.formats import LoadOptions, Providers, format_of
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, size_of
 from d2zero_runtime.masks.device import DeviceLogits, concatenated, mask_logits_of, stacked
-from d2zero_runtime.masks.postprocess import MASK_KINDS, MAX_DETECTIONS, Mode, postprocess, postprocess_all, selection
+from d2zero_runtime.masks.postprocess import (
+    MASK_KINDS,
+    MAX_DETECTIONS,
+    MaskKind,
+    Mode,
+    postprocess,
+    postprocess_all,
+    selection,
+)
 from d2zero_runtime.sources import ImageLike, expand, is_many, open_rgb
 from d2zero_runtime.vocabulary import Vocabulary
 
+SCORE_THRESHOLD = 0.3  # of a prediction, unless another is asked for; evaluation keeps all instances
 READERS = min(4, os.cpu_count() or 1)  # threads that decode and resize images, one each
 
 
@@ -40,7 +49,7 @@ class PredictOptions(TypedDict, total=False):
     batch_size: int
     score_threshold: float
     max_detections: int
-    masks: str
+    masks: MaskKind
 
 
 OnError = Callable[[ImageLike, D2ZeroError], None]
@@ -93,9 +102,10 @@ def load(
 
     Args:
         path: An `.onnx` file, a TensorRT `.engine` or a `.pt2` for torch, made by `d2zero export`.
-        providers: For an `.onnx`: `cpu` (the default), `cuda`, `tensorrt` or ONNX Runtime's own names, in order
-            of preference, each by itself or with its options: `("cuda", {"device_id": 1})`; or only `openvino` or
-            `openvino-bf16`. One that is not available is an error, never a silent fallback.
+        providers: For an `.onnx`: `cpu` (the default; `openvino` where only that is installed), `cuda`, `tensorrt` or
+            ONNX Runtime's own names, in order of preference, each by itself or with its options:
+            `("cuda", {"device_id": 1})`; or only `openvino` or `openvino-bf16`. One that is not available is an error,
+            never a silent fallback.
         threads: For an `.onnx` or a `.pt2`: threads inside an operator; the library's choice if left out.
         device: For an engine or a `.pt2` for GPUs: CUDA's number of the GPU.
         cuda_graphs: For the same: replay a captured graph from a shape's second run on.
@@ -123,6 +133,16 @@ class Segmenter:
     def __init__(self, backend: Backend[Any], contract: ModelContract, vocabulary: Vocabulary) -> None:
         self.backend, self.contract = backend, contract
         self._default = self._vocabulary = vocabulary
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Segmenter: {len(self._vocabulary)} classes, {self.precision}, {self.backend.name}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -139,12 +159,17 @@ class Segmenter:
         """How images become input."""
         return self.contract.preprocessing
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Use other classes, without exporting anew.
+    def set_vocabulary(self, vocabulary: Vocabulary | str | os.PathLike[str]) -> None:
+        """Use other classes, without exporting again.
+
+        Args:
+            vocabulary: The classes, or a file of them (`.npz`).
 
         Raises:
-            D2ZeroError: the embeddings' width or encoder is not the model's, or its classes are constants.
+            D2ZeroError: The file cannot be read, the embeddings' width or encoder is not the model's, or its classes
+                are constants.
         """
+        vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.load(vocabulary)
         self.contract.check_compatible(vocabulary, self._default)
         self._vocabulary = vocabulary
 
@@ -171,9 +196,9 @@ class Segmenter:
         *,
         vocabulary: Vocabulary | None = None,
         batch_size: int = 1,
-        score_threshold: float = 0.0,
+        score_threshold: float = SCORE_THRESHOLD,
         max_detections: int = MAX_DETECTIONS,
-        masks: str = "rle",
+        masks: MaskKind = "rle",
     ) -> Detections | list[Detections]:
         """Segment one image, or several.
 
@@ -182,7 +207,7 @@ class Segmenter:
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
             vocabulary: classes for this call alone.
             batch_size: at most so many neighbours of one padded size run together; pays on a GPU.
-            score_threshold: instances below it are dropped.
+            score_threshold: instances below it are dropped, and so are those whose mask is empty.
             max_detections: at most so many an image.
             masks: `rle`, `bitmap`, `packed` or `none`.
 
@@ -253,7 +278,7 @@ class Segmenter:
         self.contract.check_compatible(words, self._default)
         selection(words, mode)  # refuses a mode that the vocabulary does not allow, before any work
         _check_options(batch_size, options)
-        settings = {"vocabulary": words, "mode": mode, **options}
+        settings = {"score_threshold": SCORE_THRESHOLD, "vocabulary": words, "mode": mode, **options}
 
         def prepare(source: ImageLike) -> _Prepared:
             return self._prepared(source, keep_images)
@@ -270,8 +295,10 @@ class Segmenter:
                 yield from future.result()
 
     def close(self) -> None:
-        """Give a GPU's memory back now, not when the object is collected."""
-        self.backend.close()
+        """Give a GPU's memory back now, not when the object is collected. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.backend.close()
 
     def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> RawOutput:
         """Normalise and pad images, run the network, resize nothing.
@@ -333,6 +360,8 @@ class Segmenter:
 
     def _run(self, images_B3HW: Input, vocabulary: Vocabulary) -> Raw:
         """Run any number of images, in parts of the size that the model takes."""
+        if self._closed:
+            raise D2ZeroError("this segmenter was closed; load the model again")
         embeddings = None if self.contract.baked else vocabulary.embeddings
         profile = self.backend.profile
         size = self.contract.batch or min(len(images_B3HW), profile.max.batch if profile else len(images_B3HW))
@@ -385,7 +414,7 @@ class Segmenter:
                     padded_size=entry.padded_size,
                     temperature=self.contract.softmax_temperature,
                     **settings,
-                ),
+                ).without_empty(),
             )
             for row, entry in enumerate(batch)
         ]

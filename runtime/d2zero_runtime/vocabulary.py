@@ -26,7 +26,7 @@ from d2zero_runtime.files import atomic_write
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Vocabulary:
     """Names, embeddings and flags of K classes.
 
@@ -71,6 +71,9 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"<Vocabulary: {len(self)} classes of width {self.width} ({join_truncated(self.names)})>"
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from d2zero.data.coco import decode_mask, read_coco
 from d2zero.data.splits import COCO_48_17
 from d2zero_runtime import D2ZeroError
-from studies import readme
+from studies import speed_tables
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 evaluation = pytest.importorskip("studies.evaluation")
@@ -60,7 +60,7 @@ def test_both_sides_agree_and_the_report_has_all(tmp_path: Path, capsys: pytest.
     assert figures["images"]["12"]["cpu_s"]["ratio"] > 0
     assert content["figures"]["pycocotools"]["images"]["3"]["wall_s"]["ratio"] == 1
     with pytest.raises(D2ZeroError, match="no reports"):  # a folder of its own: no report of models
-        readme.rewrite(tmp_path / "README.md", tmp_path)
+        speed_tables.rewrite(tmp_path / "README.md", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from d2zero_bench.report import (
 from d2zero_bench.tables import difference, tables
 from d2zero_bench.worker import Memory, Prepare, ReadMemory, Run
 from d2zero_runtime import D2ZeroError, Preprocessing
-from studies import readme, roofline
+from studies import roofline, speed_tables
 
 CASE = Case(96, 128)
 
@@ -348,19 +348,19 @@ def test_the_environment_tells_no_names(monkeypatch: pytest.MonkeyPatch) -> None
     assert without_folders("cannot open C:\\a\\b.jpg or 'x/y.png'") == "cannot open b.jpg or 'y.png'"
 
 
-def test_the_readme_table_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"before\n\n{readme.MARKER}\nold\n{readme.MARKER}\n\nafter\n"
+def test_the_tables_of_a_page_are_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"before\n\n{speed_tables.MARKER}\nold\n{speed_tables.MARKER}\n\nafter\n"
     (tmp_path / "README.md").write_text(text)
-    arguments = ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
-    assert readme.main(arguments) == 2 and "no reports" in capsys.readouterr().err
+    arguments = ["--page", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+    assert speed_tables.main(arguments) == 2 and "no reports" in capsys.readouterr().err
     full_report().write(tmp_path / "results" / "r.json")
-    assert readme.main(arguments) == 0
+    assert speed_tables.main(arguments) == 0
     once = (tmp_path / "README.md").read_text()
-    assert once.startswith("before\n\n") and once.endswith(f"{readme.MARKER}\n\nafter\n") and "old" not in once
+    assert once.startswith("before\n\n") and once.endswith(f"{speed_tables.MARKER}\n\nafter\n") and "old" not in once
     assert "| b:published, 96×128, batch 1 | 40.0 | 42.5 | 43.5 (83.5) |" in once and "**differs**" in once
-    assert readme.main(arguments) == 0 and (tmp_path / "README.md").read_text() == once
+    assert speed_tables.main(arguments) == 0 and (tmp_path / "README.md").read_text() == once
     (tmp_path / "README.md").write_text("no place")
-    assert readme.main(arguments) == 2 and "must have two lines" in capsys.readouterr().err
+    assert speed_tables.main(arguments) == 2 and "must have two lines" in capsys.readouterr().err
 
 
 def test_each_provider_is_a_candidate_of_its_own() -> None:

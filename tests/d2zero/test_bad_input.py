@@ -239,15 +239,6 @@ def test_one_line_and_exit_code_2(
         assert outcome.err.count("\n") == 1 and not outcome.out
 
 
-def test_the_table_of_errors_has_every_case() -> None:
-    table = (Path(__file__).parents[2] / "docs/ERRORS.md").read_text()
-    for line, message in CASES:
-        row = next(
-            (row for row in table.splitlines() if row.startswith(f"| `d2zero {line}`".replace(" `|", "`"))), None
-        )
-        assert row is not None and (message or "").replace("|", "") in row.replace("\\|", ""), line
-
-
 def test_help_texts(command: Command) -> None:
     for words in (
         "",

@@ -37,7 +37,7 @@ def test_demo_finds_unseen_objects_and_the_control_does_not(tmp_path: Path, comm
     rows = json.loads((tmp_path / "results.json").read_text())
     gzsis, _, _, alone, control, control_alone = rows
     assert gzsis["images"] == alone["images"] == 60
-    # Far below what 600 images give (docs/LOG.md), since 60 images scatter.
+    # Far below what 600 images give (docs/notebook), since 60 images scatter.
     assert gzsis["seen_ap50"] > 45 and gzsis["unseen_ap50"] > 45 and gzsis["hm_ap50"] > 45
     assert alone["unseen_ap50"] > 65
     assert control["unseen_ap50"] < 8 and control_alone["unseen_ap50"] < 12

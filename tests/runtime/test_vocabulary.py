@@ -82,7 +82,7 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 def test_cost_grows_with_the_number_of_classes_and_not_with_its_square() -> None:
-    """Compared pair by pair, 10 000 names took two seconds; looked up, a hundredth of one (docs/LOG.md)."""
+    """Compared pair by pair, 10 000 names took two seconds; looked up, a hundredth of one (docs/notebook)."""
     comparisons = 0
 
     class Name(str):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.backends.base import Backend, Images, LatestUpload
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
-from d2zero_runtime.errors import D2ZeroError, join_truncated
+from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
@@ -130,8 +130,7 @@ def _check_tensors(path: Path, session: Any) -> None:
 
 
 def _onnxruntime() -> Any:
-    import onnxruntime
-
+    onnxruntime = optional("onnxruntime")
     if not hasattr(onnxruntime, "InferenceSession"):  # both packages share a folder; removing one guts the other
         raise D2ZeroError(
             "onnxruntime is installed without its library, as happens when onnxruntime and onnxruntime-gpu were both"

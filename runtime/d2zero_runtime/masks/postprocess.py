@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ from d2zero_runtime.vocabulary import Vocabulary
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
 THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time, unless told otherwise
-MASK_KINDS = ("rle", "bitmap", "packed", "none")
+MaskKind = Literal["rle", "bitmap", "packed", "none"]
+MASK_KINDS = get_args(MaskKind)
 
 
 class Mode(StrEnum):

@@ -19,7 +19,7 @@ from d2zero_runtime.artifacts.onnx import read_contract, without_default_embeddi
 from d2zero_runtime.backends.base import Backend, Images
 from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
 from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
-from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.errors import D2ZeroError, optional
 
 HINTS = {"float32": "f32", "bfloat16": "dynamic"}  # each said: without one, OpenVINO lowers where the processor can
 _OUTPUTS = ("class_logits", "mask_logits")
@@ -44,8 +44,7 @@ class OpenVinoBackend(Backend[Images]):
     """
 
     def __init__(self, path: Path, precision: str = "float32", threads: int | None = None) -> None:
-        import openvino
-
+        openvino = optional("openvino")
         contract, _ = read_contract(path)
         if precision == "bfloat16" and contract.precision != "float32":
             raise D2ZeroError(

@@ -1,6 +1,6 @@
-"""The README's table of speed, from the reports in benchmarks/results/.
+"""The tables of docs/benchmarks.md, from the reports in benchmarks/results/.
 
-    python benchmarks/studies/readme.py
+    python benchmarks/studies/speed_tables.py
 
 The table is between two lines `<!-- benchmark table -->`; what is between them is rewritten.
 """
@@ -26,27 +26,27 @@ HEAD = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the table; 2 for what the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(arguments)
-    return exit_code(lambda: rewrite(given.readme, given.results))
+    return exit_code(lambda: rewrite(given.page, given.results))
 
 
-def rewrite(readme: Path, results: Path) -> None:
-    """Put the reports' numbers into the README.
+def rewrite(page: Path, results: Path) -> None:
+    """Put the reports' numbers into a page.
 
     Raises:
-        D2ZeroError: There are no reports, or the README has no place for them.
+        D2ZeroError: There are no reports, or the page has no place for them.
     """
     reports = [Report.read(path) for path in sorted(results.glob("*.json"))]
     if not reports:
         raise D2ZeroError(f"no reports (*.json) in {results}; make some with `make benchmark RESULTS={results}`")
-    parts = readme.read_text(encoding="utf-8").split(MARKER)
+    parts = page.read_text(encoding="utf-8").split(MARKER)
     if len(parts) != 3:
-        raise D2ZeroError(f"{readme} must have two lines {MARKER!r} with the table between them, has {len(parts) - 1}")
+        raise D2ZeroError(f"{page} must have two lines {MARKER!r} with the table between them, has {len(parts) - 1}")
     table = "\n\n".join(_table(report) for report in reports)
     text = f"{parts[0]}{MARKER}\n{table}\n{MARKER}{parts[2]}"
-    write_text(readme, text)
+    write_text(page, text)
 
 
 def _table(report: Report) -> str:
