@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from d2zero_bench.cases import Case
 from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo, Sample
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.formats import is_exported
+from d2zero_runtime.formats import format_of, is_exported
 from d2zero_runtime.segmenter import RawOutput
 
 VARIANTS = ("model", "published")  # of a checkpoint: as it is, or in the published form, with equal outputs
@@ -157,7 +157,8 @@ def open_segmenter(spec: Spec) -> Segmenter:
     if is_exported(spec.path):
         if spec.path.suffix == ".pt2":
             import_module("d2zero.model.operators")  # which it may call, installed or not
-        return load(spec.path, spec.providers, threads=spec.threads)
+        threads = spec.threads if format_of(spec.path).takes_threads else None
+        return load(spec.path, spec.providers, threads=threads)
     from d2zero.checkpoints.files import load_model
     from d2zero.training.distributed import pick_device
 

@@ -1,6 +1,6 @@
 """The published form of the model, with equal outputs: what the accelerations are compared with.
 
-DESIGN §2 and §5. Deformable attention by torch's grid_sample; all ten heads classified, each with its masks at
+Deformable attention by torch's grid_sample; all ten heads classified, each with its masks at
 full resolution; every one of the top instances' masks upsampled as a dense map, to the padded size, then to the
 output; sigmoids of whole maps; run lengths by pycocotools. No code of the published implementation is here.
 """

@@ -8,6 +8,18 @@ from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load
 from d2zero_runtime.formats import EXPORTED_SUFFIXES, is_exported
 
 
+def _gpu(device: str) -> int:
+    """CUDA's number in `cuda:N`; 0 for `auto` and `cuda`.
+
+    Raises:
+        D2ZeroError: It names no GPU.
+    """
+    name, _, number = device.partition(":")
+    if name not in ("auto", "cuda") or not (number or "0").isdecimal():
+        raise D2ZeroError(f"--device for an engine or a .pt2 is cuda:N, got {device!r}")
+    return int(number or 0)
+
+
 def open_segmenter(
     path: Path, providers: Sequence[str] | None = None, device: str = "auto", vocabulary: Path | None = None
 ) -> Segmenter:
@@ -16,18 +28,19 @@ def open_segmenter(
     Args:
         path: `.safetensors`, or what `d2zero export` writes.
         providers: of an exported model, as `d2zero_runtime.load` takes them.
-        device: of a checkpoint: auto, cpu or cuda:N.
+        device: Where a checkpoint runs (auto, cpu or cuda:N), or the GPU of an engine or a `.pt2` (cuda:N).
         vocabulary: other classes to use.
 
     Raises:
         D2ZeroError: a file cannot be used, or an option is for the other kind of model.
     """
     if is_exported(path):
-        if device != "auto":
-            raise D2ZeroError(
-                "--device is for checkpoints (.safetensors); an exported model runs where --provider says"
-            )
-        segmenter = load(path, providers)
+        if device != "auto" and path.suffix == ".onnx":
+            raise D2ZeroError("--device is not for .onnx files, which run where --provider says")
+        segmenter = load(path, providers, device=_gpu(device))
+    elif path.suffix not in (".safetensors", ".pth", ".pt", ".pkl"):
+        kinds = ", ".join(EXPORTED_SUFFIXES)
+        raise D2ZeroError(f"expected a checkpoint (.safetensors) or an exported model ({kinds}), got {path.name!r}")
     elif providers:
         raise D2ZeroError(f"--provider is for exported models ({', '.join(EXPORTED_SUFFIXES)})")
     else:

@@ -37,7 +37,9 @@ def predict(
     score: Annotated[
         float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")
     ] = SCORE_THRESHOLD,
-    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image.")] = True,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image, without duplicates.")
+    ] = True,
     font: Annotated[
         str | None,
         typer.Option("--font", help="A font file for labels in other than Latin, Greek or Cyrillic letters."),

@@ -1,4 +1,4 @@
-"""The zero-shot annotation files, built from COCO's own (DESIGN §3).
+"""The zero-shot annotation files, built from COCO's own.
 
 Training keeps images without any unseen instance; tests keep images with at least one. Files and their
 names are laid out as the published ones.

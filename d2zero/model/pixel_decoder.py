@@ -78,7 +78,7 @@ class PixelDecoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the published code does (DESIGN §2)."""
+        """Initialise as the published code does."""
         nn.init.normal_(self.level_embedding)
         for module in self.input_projections.modules():
             if isinstance(module, nn.Conv2d):

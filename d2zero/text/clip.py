@@ -1,6 +1,6 @@
 """Class embeddings from a CLIP text encoder (open_clip), averaged over prompt templates.
 
-DESIGN §3: each template's feature is L2-normalised, their mean is L2-normalised; a name with synonyms
+As published: each template's feature is L2-normalised, their mean is L2-normalised; a name with synonyms
 (`sofa|couch`, or `, ` as in LVIS) averages over those as well.
 """
 

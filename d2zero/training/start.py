@@ -111,8 +111,9 @@ def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] |
         return None
     try:
         path = find_annotations(data, config.split, "gzsi")
-        annotations, folder = read_coco(path), find_image_folder(data, path)
-    except D2ZeroError:
+        annotations, folder = read_coco(path, leave_out=True), find_image_folder(data, path)
+    except D2ZeroError as error:
+        print(f"no pictures are drawn: {error}", file=sys.stderr)
         return None
     chosen = list(annotations.annotations)[:PICTURES]
 

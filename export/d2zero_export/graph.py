@@ -1,6 +1,6 @@
 """The network as it is exported: the same function with less work, and no control flow that depends on data.
 
-Exact accelerations (equal in real arithmetic; DESIGN §5):
+Exact accelerations (equal in real arithmetic):
 - the classifier runs at the last head only;
 - attention masks come from mask features that are resized once per level: resizing and the matmul with a
   query's mask embedding commute, so masks at full resolution are formed once, at the end;

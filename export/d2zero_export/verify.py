@@ -33,7 +33,9 @@ class Verification:
     """All that was compared, and what of it failed."""
 
     parity: RawParity
-    attention_flipped: float | None  # share of bits in the decoder's attention masks; None for an engine
+    attention_flipped: (
+        float | None
+    )  # share of bits in the decoder's attention masks, by ONNX Runtime on a CPU; None if it is no .onnx
     instances: InstanceAgreement
     accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> metric -> (checkpoint, exported), percent
     limits: Limits

@@ -11,7 +11,7 @@ from d2zero_runtime.artifacts.engine import EngineMetadata, replace_engine_vocab
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
 from d2zero_runtime.artifacts.pt2 import Pt2Metadata, replace_pt2_vocabulary
 from d2zero_runtime.backends.base import Backend, Images
-from d2zero_runtime.backends.onnxruntime import OnnxBackend, Provider
+from d2zero_runtime.backends.onnxruntime import ONNXRUNTIME, OnnxBackend, Provider
 from d2zero_runtime.backends.openvino.backend import OpenVinoBackend
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 from d2zero_runtime.backends.torch_pt2 import Pt2Backend
@@ -19,6 +19,7 @@ from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.vocabulary import Vocabulary
 
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
+PROVIDERS = (*ONNXRUNTIME, *OPENVINO)
 
 Providers = Provider | Sequence[Provider]
 Model = tuple[ModelContract, Vocabulary]  # an exported model's contract and its default vocabulary
@@ -44,6 +45,8 @@ class Format:
         open: Opens the backend.
         replace_vocabulary: Replaces the default vocabulary inside a file, atomically.
         no_providers: Why it takes no providers; empty if it does.
+        takes_threads: Whether the number of threads can be chosen.
+        takes_device: Whether the GPU is chosen by its number.
     """
 
     suffix: str
@@ -51,6 +54,8 @@ class Format:
     open: Callable[[Path, LoadOptions], Backend[Any]]
     replace_vocabulary: Callable[[Path, Vocabulary], None]
     no_providers: str = ""
+    takes_threads: bool = True
+    takes_device: bool = True
 
 
 def format_of(path: Path) -> Format:
@@ -97,6 +102,8 @@ def open_onnx(path: Path, options: LoadOptions) -> Backend[Images]:
     if any(name in OPENVINO for name in names):
         if len(names) > 1:
             raise D2ZeroError(f"openvino cannot be combined with other providers, got {', '.join(names)}")
+        if not isinstance(chosen[0], str):
+            raise D2ZeroError(f"{names[0]} takes no options here; threads are an argument of their own")
         return OpenVinoBackend(path, OPENVINO[names[0]], options.threads)
     return onnxruntime_backend(path, contract, chosen, options.threads)
 
@@ -112,7 +119,23 @@ def onnxruntime_backend(
 
 
 def _listed(providers: Providers | None) -> list[Provider]:
-    """Providers in a list; one of them may be a pair of a name and options, `("cuda", {…})`."""
+    """Providers in a list, our names in lower case; one may be a pair of a name and options, `("cuda", {…})`.
+
+    Raises:
+        D2ZeroError: A name is neither ours nor one of ONNX Runtime's.
+    """
+    return [_known(entry) if isinstance(entry, str) else (_known(entry[0]), entry[1]) for entry in _as_list(providers)]
+
+
+def _known(name: str) -> str:
+    if name.lower() in PROVIDERS:
+        return name.lower()
+    if not name.endswith("ExecutionProvider"):
+        raise D2ZeroError(f"a provider is one of {', '.join(PROVIDERS)} or a name of ONNX Runtime's, got {name!r}")
+    return name
+
+
+def _as_list(providers: Providers | None) -> list[Provider]:
     if providers is None:
         return ["openvino" if find_spec("onnxruntime") is None and find_spec("openvino") else "cpu"]
     if isinstance(providers, str):
@@ -135,13 +158,14 @@ def _read_pt2(path: Path) -> Model:
 FORMATS = {
     entry.suffix: entry
     for entry in (
-        Format(".onnx", read_contract, open_onnx, replace_onnx_vocabulary),
+        Format(".onnx", read_contract, open_onnx, replace_onnx_vocabulary, takes_device=False),
         Format(
             ".engine",
             _read_engine,
             lambda path, options: TensorrtBackend(path, EngineMetadata.read(path), options.device, options.cuda_graphs),
             replace_engine_vocabulary,
             no_providers="an engine is run by TensorRT itself; leave out the providers",
+            takes_threads=False,
         ),
         Format(
             ".pt2",

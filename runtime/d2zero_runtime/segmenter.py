@@ -117,6 +117,12 @@ def load(
     kind = format_of(path)
     if providers is not None and kind.no_providers:
         raise D2ZeroError(kind.no_providers)
+    if threads and not kind.takes_threads:
+        raise D2ZeroError(f"threads are not for {kind.suffix} files; leave them out")
+    if device and not kind.takes_device:
+        raise D2ZeroError(
+            'device is for engines and .pt2 files; for an .onnx give providers=("cuda", {"device_id": N})'
+        )
     contract, vocabulary = kind.read(path)
     return Segmenter(kind.open(path, LoadOptions(providers, threads, device, cuda_graphs)), contract, vocabulary)
 

@@ -201,7 +201,7 @@ CASES = [
     ("predict data/val -m model.onnx -o found --mode best", "mode must be one of"),
     ("predict data/val -m model.onnx -o found --score 2", "Invalid value for '--score'"),
     ("predict data/val -m model.onnx -o found --provider cuda", "CUDAExecutionProvider not available"),
-    ("predict data/val -m model.onnx -o found --device cpu", "--device is for checkpoints"),
+    ("predict data/val -m model.onnx -o found --device cpu", "--device is not for .onnx files"),
     ("predict data/val -m model.safetensors -o found --provider cpu", "--provider is for exported models"),
     ("predict data/val -m model.onnx -o found -v words48.npz", "width 64, the vocabulary has 300"),
     ("vocab set model.onnx words48.npz", "width 64, the vocabulary has 300"),

@@ -40,10 +40,10 @@ def test_equal_images_give_equal_rows(small_model: D2Zero) -> None:
 
 def test_predictions_of_a_mixed_list_refer_to_each_image(small_model: D2Zero) -> None:
     images = [drawn(50, 80), drawn(120, 64, 1)]
-    together = small_model.predict(images)
+    together = small_model.predict(images, score_threshold=0.0)
     for image, detections in zip(images, together, strict=True):
         assert detections.image_size == image.shape[:2]
-        alone = small_model.predict([image])[0]
+        alone = small_model.predict([image], score_threshold=0.0)[0]
         np.testing.assert_allclose(detections.scores, alone.scores, atol=1e-5)
 
 

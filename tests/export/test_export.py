@@ -192,8 +192,8 @@ def test_contract_and_default_vocabulary(demo_model: D2Zero, exported: Path) -> 
 def test_instances_equal_those_of_the_checkpoint(
     demo_model: D2Zero, exported: Path, photos: list[Path], mode: str
 ) -> None:
-    found = load(exported)(photos, mode)
-    expected = [demo_model.predict([read_image(path)], mode)[0] for path in photos]
+    found = load(exported)(photos, mode, score_threshold=0.0)
+    expected = [demo_model.predict([read_image(path)], mode, score_threshold=0.0)[0] for path in photos]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
         clear = theirs.scores > 0.05
@@ -210,10 +210,10 @@ def test_vocabularies_at_run_time(exported: Path, photos: list[Path]) -> None:
     assert set(segmenter(photos[0], vocabulary=few).names) <= set(few.names)
     assert segmenter.vocabulary is words  # for that call alone
     segmenter.set_vocabulary(words.with_active(["red ring"]))
-    assert set(segmenter(photos[0]).names) == {"red ring"}
+    assert set(segmenter(photos[0], score_threshold=0.0).names) == {"red ring"}
     many = np.random.default_rng(0).standard_normal((1203, 64)).astype(np.float32)
     segmenter.set_vocabulary(Vocabulary(tuple(f"c{i}" for i in range(1203)), many))
-    assert len(segmenter(photos[0])) == 100
+    assert len(segmenter(photos[0], score_threshold=0.0)) == 100
     with pytest.raises(D2ZeroError, match="width 64, the vocabulary has 8"):
         segmenter.set_vocabulary(Vocabulary(("a",), np.ones((1, 8))))
     with pytest.raises(D2ZeroError, match="do not mix"):
@@ -318,7 +318,7 @@ def test_predictions_are_kept_when_stopped(
 def test_runtime_needs_no_torch(exported: Path, photos: list[Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; import d2zero_runtime as r;"
-        f"found = r.load({str(exported)!r})({str(photos[0])!r}, 'zsis'); assert len(found) == 100;"
+        f"found = r.load({str(exported)!r})({str(photos[0])!r}, 'zsis', score_threshold=0.0); assert len(found) == 100;"
         "from d2zero.cli.main import main; sys.argv = ['d2zero', 'vocab', 'show', '" + str(exported) + "']; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

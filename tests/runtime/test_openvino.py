@@ -52,5 +52,5 @@ def test_refusals(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(D2ZeroError, match="does not compute in bfloat16"):
         load(exported, "openvino-bf16")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(D2ZeroError, match=r"the package openvino; install it with: pip install 'd2zero\[openvino\]'"):
         load(exported, "openvino")

@@ -12,6 +12,7 @@ from PIL import Image
 from d2zero_runtime import D2ZeroError, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.segmenter import SCORE_THRESHOLD
 
 QUERIES, WIDTH = 5, 4
 WORDS = Vocabulary(("cat", "dog", "cow"), np.eye(3, WIDTH, dtype=np.float32) + 0.1, seen=np.array([True, True, False]))
@@ -125,8 +126,8 @@ def test_baked_classes_keep_their_embeddings_but_not_their_names_and_flags() -> 
 def test_synonyms_count_for_their_class() -> None:
     words = replace(WORDS, names=("sofa", "couch", "cow"), embeddings=np.ones((3, WIDTH), np.float32))
     image = pictures((64, 64))[0]
-    apart = segmenter()(image, vocabulary=words)
-    joined = segmenter()(image, vocabulary=words.with_synonyms({"couch": "sofa"}))
+    apart = segmenter()(image, vocabulary=words, score_threshold=0.0)
+    joined = segmenter()(image, vocabulary=words.with_synonyms({"couch": "sofa"}), score_threshold=0.0)
     assert set(joined.names) == {"sofa", "cow"}
     best = {
         name: max(s for s, n in zip(d.scores, d.names, strict=True) if n == name) for d in (joined,) for name in d.names
@@ -152,3 +153,31 @@ def test_sources_that_are_no_images(tmp_path: Path) -> None:
     for source in (None, 7, [None], np.zeros((4, 4), np.uint8)):
         with pytest.raises(D2ZeroError, match="an image must be"):
             segmenter()(source)  # type: ignore[arg-type]
+
+
+def test_weak_and_empty_instances_are_left_out() -> None:
+    model, image = segmenter(), pictures((64, 64))[0]
+    everything = model(image, score_threshold=0.0)
+    assert (everything.boxes[:, 2] > everything.boxes[:, 0]).all()
+    usual = model(image)
+    assert len(usual) == (everything.scores >= SCORE_THRESHOLD).sum()
+    raw = model.postprocess(model.predict_raw([image]), [(64, 64)], [(64, 64)])[0]
+    assert len(raw) >= len(everything)
+
+
+def test_a_closed_segmenter_is_refused(tmp_path: Path) -> None:
+    image = pictures((64, 64))[0]
+    with segmenter() as model:
+        assert model(image).image_size == (64, 64)
+        replace(WORDS, names=("x", "y", "z")).save(tmp_path / "other.npz")
+        model.set_vocabulary(tmp_path / "other.npz")
+        assert model.vocabulary.names == ("x", "y", "z")
+    model.close()
+    with pytest.raises(D2ZeroError, match="was closed; load the model again"):
+        model(image)
+
+
+def test_what_is_shown_of_objects_fits_a_line() -> None:
+    model, image = segmenter(), pictures((64, 64))[0]
+    for shown in map(repr, (model, model(image), model.vocabulary)):
+        assert "\n" not in shown and len(shown) < 120

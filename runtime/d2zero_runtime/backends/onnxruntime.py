@@ -17,7 +17,7 @@ from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32,
 from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
+ONNXRUNTIME = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 _OUTPUTS = ("class_logits", "mask_logits")
 
 
@@ -62,7 +62,7 @@ class OnnxBackend(Backend[Images]):
         _check_tensors(path, self.session)
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
-        self.on_gpu = first != _PROVIDERS["cpu"]
+        self.on_gpu = first in (CUDA, TENSORRT)
         self._device = ("cuda", int(settings.get("device_id", 0))) if self.on_gpu else ("cpu", 0)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._uploaded = LatestUpload(lambda array: self._value(array, *self._device))
@@ -141,7 +141,7 @@ def _onnxruntime() -> Any:
 
 def _named(provider: Provider) -> tuple[str, dict[str, Any]]:
     name, options = provider if isinstance(provider, tuple) else (provider, {})
-    return _PROVIDERS.get(name.lower(), name), dict(options)
+    return ONNXRUNTIME.get(name.lower(), name), dict(options)
 
 
 def _require_available(onnxruntime: Any, names: Sequence[str]) -> None:

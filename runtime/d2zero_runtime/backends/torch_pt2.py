@@ -1,7 +1,7 @@
 """Running a `.pt2`, a network compiled by AOTInductor, where torch is installed: on a CPU or a GPU.
 
 On a GPU every shape has, from its second run on, a CUDA graph; shapes that were used last are kept. Mask logits stay on
-the GPU, and masks are made there (`device_masks`). Calls from several threads take turns.
+the GPU, and masks are made there (`masks.device`). Calls from several threads take turns.
 
 Letters: B batch, K classes, D text width, H and W the padded input's sides.
 """

@@ -1,4 +1,4 @@
-"""The Triton kernel that makes masks of mask logits; `device_masks` launches it. Imports Triton: import it when needed.
+"""The Triton kernel that makes masks of mask logits; `masks.device` launches it. Imports Triton: import it when needed.
 
 A pixel of a mask is looked up where it comes from, through both resizes at once, so that no map of the padded or the
 output size is ever in memory: for 100 masks of 800×1216, 24 MB are read and 12 MB of bits written, where maps, bools,

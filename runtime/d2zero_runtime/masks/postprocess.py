@@ -1,6 +1,6 @@
 """From raw network output to instances, for one image at a time.
 
-DESIGN §2 "Inference": p = softmax(temperature · logits) without background, top-k over queries × classes,
+As in the published code: p = softmax(temperature · logits) without background, top-k over queries × classes,
 masks upsampled to the padded size, cropped to the image, resized to the output size, > 0; the score is
 p times the mean sigmoid inside the mask.
 
@@ -42,7 +42,7 @@ class Mode(StrEnum):
     GZSIS = "gzsis"
     """All active classes compete; the best instances are kept."""
     ZSIS = "zsis"
-    """Only unseen classes may be predicted; the seen ones stay in the context."""
+    """Only unseen classes compete in the softmax and may be predicted; seen ones still shape the classifier."""
     GZSIS_COPY_PASTE = "gzsis-copy-paste"
     """All compete; half the places go to seen classes and half to unseen ones."""
 

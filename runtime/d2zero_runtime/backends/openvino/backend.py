@@ -1,9 +1,9 @@
 """Running an exported `.onnx` with OpenVINO: CPUs, in float32 or bfloat16, and what is eight bits in the file as such.
 
-A file of one size and batch, exported with `--deform-attn gather`, is the fastest (`openvino_rewrites`).
+A file of static shape, exported with `--deform-attn gather`, is the fastest (`rewrites`).
 
 bfloat16 pays on processors that compute in it (AVX512-BF16, AMX); elsewhere OpenVINO would compute in float32
-and say nothing, so it is refused there. Places to look at stay float32 (`openvino_precision`). What it does to a
+and say nothing, so it is refused there. Places to look at stay float32 (`precision`). What it does to a
 model's accuracy is for `d2zero verify` to say.
 """
 
