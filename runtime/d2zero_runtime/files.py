@@ -35,7 +35,7 @@ def check_output(path: Path | None, flag: str = "--output", folder: bool = False
 def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what is to become `path`, in the same folder, which is made; for one writer at a time.
 
-    When the block ends, the file there takes the place of `path` in one step, with the permissions of what it replaces;
+    When the block ends, the file there takes the place of `path` in one step, with the permissions of what it replaces, or of a new file;
     of a link, the file that it names is replaced. Where anything fails, `path` stays what it was and no file is left
     behind.
     """
@@ -43,9 +43,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:60]}.partial")  # names have at most 255 bytes
     try:
+        partial.touch()  # with the permissions of the umask, which not every writer keeps
+        permissions = (path if path.exists() else partial).stat().st_mode & 0o7777
         yield partial
-        if path.exists():
-            partial.chmod(path.stat().st_mode & 0o7777)
+        partial.chmod(permissions)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -50,3 +50,11 @@ def test_names_may_have_the_most_bytes_that_a_name_can(tmp_path: Path) -> None:
     with atomic_write(tmp_path / ("é" * 120 + ".json")) as partial:
         partial.write_bytes(b"whole")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "private") as partial:
+        partial.write_bytes(b"")
+        partial.chmod(0o600)  # as some writers do
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
