@@ -49,6 +49,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests
 	$(MAKE) test
 
 # A table for this machine in minutes; RESULTS=benchmarks/results writes where the README's table is made from.

@@ -1,7 +1,9 @@
 """Our own checkpoints."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +57,9 @@ def test_bad_files(small_model: D2Zero, tmp_path: Path) -> None:
         (lambda c: c["config"].update(flux=1), "unknown model settings flux"),
     ],
 )
-def test_descriptions_that_do_not_fit(change, message: str, small_model: D2Zero, tmp_path: Path) -> None:
+def test_descriptions_that_do_not_fit(
+    change: Callable[[dict[str, Any]], object], message: str, small_model: D2Zero, tmp_path: Path
+) -> None:
     path = save_model(small_model, tmp_path / "m.safetensors")
     with safe_open(path, "pt") as file:
         contract = json.loads(file.metadata()["d2zero"])
