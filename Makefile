@@ -50,6 +50,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests
 	$(MAKE) bindings
 	$(PYTEST) --cov --cov-report=term
 

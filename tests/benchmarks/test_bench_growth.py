@@ -109,7 +109,7 @@ def test_a_verdict_and_its_reason_are_shown() -> None:
 
 
 def test_a_quantity_has_one_colour_in_both_plots() -> None:
-    samples = {"network": (1.0,), MEMORY: (2.0,), "vocabulary": (3.0,)}
+    samples: dict[str, tuple[float, ...]] = {"network": (1.0,), MEMORY: (2.0,), "vocabulary": (3.0,)}
     points = tuple(Point(f"{work:g}", work, samples) for work in WORK)
     drawn = figures(Curve("classes", "classes", "", points, dict.fromkeys(samples, 1.0), {}))
     times, relative = ({line.get_label(): line.get_color() for line in plot.axes[0].lines} for plot in drawn)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_the_published_variant_does_the_published_work(monkeypatch: pytest.Monke
     out = segmenter.predict_raw([np.zeros((64, 96, 3), np.uint8)])
     assert len(calls) == model.config.decoder_layers + 1
 
-    def noted(source: torch.Tensor, size: tuple[int, int], **options: object) -> torch.Tensor:
+    def noted(source: torch.Tensor, size: tuple[int, int], **options: Any) -> torch.Tensor:
         shapes.append((source.shape[1], *size))
         return real(source, size, **options)
 
@@ -138,12 +139,8 @@ def test_a_peer_runs_its_network() -> None:
     pytest.importorskip("transformers")
     from transformers import ResNetConfig
 
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    stages: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], **stages)
     small = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32)
     peer = Peer(
         Spec("mask2former", peer="mask2former", queries=7, classes=5, device="cpu"),
@@ -154,6 +151,7 @@ def test_a_peer_runs_its_network() -> None:
         **small,
     )
     shapes = []
+    assert isinstance(peer.network, torch.nn.Module)
     peer.network.register_forward_hook(
         lambda module, inputs, out: shapes.append((out.class_queries_logits.shape, out.masks_queries_logits.shape))
     )

@@ -4,10 +4,12 @@
 imported. By hand: `TRITON_INTERPRET=1 pytest --noconftest tests/d2zero/interpreted_masked_attention.py`.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from kernels import poisoned_memory
-from masked_attention_cases import Case, assert_equals_float64, case
+from masked_attention_cases import assert_equals_float64, case
 
 from d2zero.model.masked_attention import masked_attention, operator
 from d2zero_runtime import D2ZeroError
@@ -72,7 +74,7 @@ def test_rows_that_lie_apart_are_read_in_place() -> None:
 
 def test_nothing_else_is_read() -> None:
     clean = case(batch=2, queries=3, keys=70)
-    dirty = Case(*(entry.clone() if isinstance(entry, torch.Tensor) else entry for entry in clean))
+    dirty = deepcopy(clean)
     for tensor in dirty[:3]:
         tensor[1], tensor[..., 4:] = torch.nan, torch.nan  # another image, another head
     dirty.mask_logits[1] = torch.nan

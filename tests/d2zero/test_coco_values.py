@@ -64,7 +64,7 @@ def figures(content: Content, results: list[Content], tmp_path: Path) -> Content
 
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
-BAD_MASKS = [
+BAD_MASKS: list[tuple[Any, str]] = [
     (None, "has no mask"),
     ([], "has no mask"),
     ("x", "expected polygons or"),
@@ -198,7 +198,9 @@ def test_a_model_is_evaluated_with_ids_of_any_kind(
     changed = renumbered(renumbered(truth, "categories", "category_id", change), "images", "image_id", change)
     for content in (truth, changed):
         file = written(content, tmp_path)
-        run = EvaluationRun(small_model, read_coco(file), shapes_data / "val", tmp_path, [Mode.GZSIS], limit=2)
+        run = EvaluationRun(
+            small_model.segmenter(), read_coco(file), shapes_data / "val", tmp_path, [Mode.GZSIS], limit=2
+        )
         found.append(run.run()[Mode.GZSIS])
         assert run.detections(Mode.GZSIS, run.image_ids[:1])
     for summary in found:

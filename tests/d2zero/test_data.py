@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_drawing_is_reproducible() -> None:
     assert max(hidden) <= config.max_occlusion
 
 
-def training_set(data: Path, **options: object) -> TrainingSet:
+def training_set(data: Path, **options: Any) -> TrainingSet:
     path = find_annotations(data, "shapes", "seen")
     words = Vocabulary.load(data / "vocabulary.npz")
     return TrainingSet(read_coco(path), data / "train", words, AUGMENT, **options)
@@ -178,7 +179,7 @@ def test_training_on_unseen_classes_is_refused(shapes_data: Path) -> None:
     with pytest.raises(D2ZeroError, match="would not be zero-shot"):
         TrainingSet(mixed, shapes_data / "val", words, AUGMENT)
     with pytest.raises(D2ZeroError, match="no instance of the vocabulary's seen classes"):
-        others = Vocabulary(("a", "b"), np.eye(2, 4))
+        others = Vocabulary(("a", "b"), np.eye(2, 4, dtype=np.float32))
         TrainingSet(read_coco(find_annotations(shapes_data, "shapes", "seen")), shapes_data, others, AUGMENT)
 
 

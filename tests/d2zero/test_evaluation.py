@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from commands import Command, Outcome
@@ -122,9 +123,9 @@ def test_harmonic_mean() -> None:
     assert harmonic_mean(0, 0) == 0 and harmonic_mean(None, 3) is None
 
 
-def evaluation(model: D2Zero, data: Path, output: Path, **options: object) -> EvaluationRun:
+def evaluation(model: D2Zero, data: Path, output: Path, **options: Any) -> EvaluationRun:
     truth = read_coco(data / "annotations/instances_val_gzsi_shapes.json")
-    return EvaluationRun(model, truth, data / "val", output, list(Mode), **options)
+    return EvaluationRun(model.segmenter(), truth, data / "val", output, list(Mode), **options)
 
 
 def test_a_stopped_evaluation_goes_on(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
@@ -134,10 +135,10 @@ def test_a_stopped_evaluation_goes_on(small_model: D2Zero, shapes_data: Path, tm
     for mode in Mode:  # in the middle of a line
         with (stopped.folder / f"detections_{mode}.jsonl").open("a") as stream:
             stream.write('{"image_id": 1000099, "detec')
-    calls = []
-    original = small_model.predict_raw
-    small_model.predict_raw = lambda images: (calls.append(len(images)), original(images))[1]  # type: ignore[method-assign]
-    resumed = evaluation(small_model, shapes_data, tmp_path / "cut").run()
+    resuming, calls = evaluation(small_model, shapes_data, tmp_path / "cut"), []
+    original = resuming.model.predict_raw
+    resuming.model.predict_raw = lambda images: (calls.append(len(images)), original(images))[1]
+    resumed = resuming.run()
     assert sum(calls) == 14
     for mode in Mode:
         assert resumed[mode]["images"] == 24
@@ -150,7 +151,9 @@ def test_runs_of_other_things_keep_apart(small_model: D2Zero, shapes_data: Path,
     def run(identity: str = "a", vocabulary: Vocabulary = words, part: str = "gzsi") -> EvaluationRun:
         small_model.set_vocabulary(vocabulary)
         truth = read_coco(shapes_data / f"annotations/instances_val_{part}_shapes.json")
-        return EvaluationRun(small_model, truth, shapes_data / "val", tmp_path, [Mode.GZSIS], 4, identity, limit=4)
+        return EvaluationRun(
+            small_model.segmenter(), truth, shapes_data / "val", tmp_path, [Mode.GZSIS], 4, identity, limit=4
+        )
 
     runs = [run(), run("b"), run(vocabulary=words.with_active(words.seen_names)), run(part="unseen")]
     assert len({one.folder for one in runs}) == 4
@@ -169,8 +172,8 @@ def test_an_image_that_is_mended_is_read_again(small_model: D2Zero, shapes_data:
     shutil.copytree(shapes_data / "val", images)
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
 
-    def figures() -> dict:
-        run = EvaluationRun(small_model, truth, images, tmp_path / "o", [Mode.GZSIS], limit=6)
+    def figures(output: str = "o") -> dict:
+        run = EvaluationRun(small_model.segmenter(), truth, images, tmp_path / output, [Mode.GZSIS], limit=6)
         return run.run()[Mode.GZSIS]
 
     broken = images / next(iter(truth.images.values()))["file_name"]
@@ -181,8 +184,7 @@ def test_an_image_that_is_mended_is_read_again(small_model: D2Zero, shapes_data:
     broken.write_bytes(content)
     second = figures()
     assert not second["unreadable"] and second["images"] == 6
-    fresh = EvaluationRun(small_model, truth, images, tmp_path / "fresh", [Mode.GZSIS], limit=6).run()[Mode.GZSIS]
-    assert second["segm"] == fresh["segm"]
+    assert second["segm"] == figures("fresh")["segm"]
 
 
 def test_batches_do_not_change_the_figures(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_annotations_with_ids_of_any_kind_and_masks_alone(shapes_data: Path, tmp
 def test_foreign_classes_are_refused(small_model: D2Zero, shared: Path, tmp_path: Path) -> None:
     truth = read_coco(shared / "reference/evaluation/eval_48_17_gzsi_gt.json")
     with pytest.raises(D2ZeroError, match="classes that the vocabulary lacks"):
-        EvaluationRun(small_model, truth, shared / "data/coco_tiny/val2017", tmp_path, [Mode.GZSIS])
+        EvaluationRun(small_model.segmenter(), truth, shared / "data/coco_tiny/val2017", tmp_path, [Mode.GZSIS])
 
 
 def shuffled_results(tmp_path: Path, images: int, detections: int) -> tuple[Path, Path]:

@@ -3,7 +3,9 @@
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import masked_attention_cases
 import numpy as np
@@ -21,6 +23,7 @@ from d2zero.training.step import without_cudnn_attention
 from d2zero_export.options import Pt2Options
 from d2zero_export.pt2_export import export_pt2
 from d2zero_runtime import load
+from d2zero_runtime.backends.torch_pt2 import GraphedNetwork, Pt2Backend
 from d2zero_runtime.masks.device import Sizes, in_one_kernel, in_steps
 
 pytestmark = [
@@ -30,7 +33,7 @@ pytestmark = [
 
 
 LEVELS_800x1216 = [(25, 38), (50, 76), (100, 152)]
-PUBLISHED = {"heads": 8, "width": 32, "points": 4, "spread": 0.3, "device": "cuda"}
+PUBLISHED: dict[str, Any] = {"heads": 8, "width": 32, "points": 4, "spread": 0.3, "device": "cuda"}
 EVERY_PIXEL = sum(height * width for height, width in LEVELS_800x1216)
 
 
@@ -46,9 +49,9 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, form: deforma
     recorded = np.load(shared / "reference/reference_48_17.npz")
     model = published_model(published_vocabulary(shared, "48_17")).to("cuda")
     model.set_deformable(form)
-    out = model.predict_raw([recorded["image_u8"]])
-    np.testing.assert_allclose(out.class_logits[0].cpu(), recorded["pred_logits"], atol=1e-3, rtol=0)
-    np.testing.assert_allclose(out.mask_logits[0].cpu(), recorded["pred_masks"], atol=1e-3, rtol=0)
+    out = model.predict_raw([recorded["image_u8"]]).to_numpy()
+    np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
 
 
 def test_a_batch_equals_its_images_one_by_one(small_model: D2Zero) -> None:
@@ -78,7 +81,8 @@ def test_masked_attention_of_the_recipe_has_finite_gradients(dtype: torch.dtype)
     with without_cudnn_attention():
         out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask)
     out.sum().backward()
-    assert all(tensor.grad.isfinite().all() for tensor in (queries, keys, values))
+    gradients = [tensor.grad for tensor in (queries, keys, values)]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -126,8 +130,8 @@ def test_triton_form_beyond_two_to_the_31_elements() -> None:
     values = torch.zeros(batch, *last.values.shape[1:], dtype=torch.bfloat16, device="cuda")
     values[-1] = last.values[0]
     alone = last._replace(values=values[-1:])
-    repeated = [tensor.repeat(batch, *[1] * (tensor.dim() - 1)) for tensor in last[2:]]
-    together = Case(values, last.sizes, *repeated[:2], repeated[2].bfloat16())
+    locations, weights, grad = (tensor.repeat(batch, *[1] * (tensor.dim() - 1)) for tensor in last[2:])
+    together = Case(values, last.sizes, locations, weights, grad.bfloat16())
     alone = alone._replace(grad=last.grad.bfloat16())
     for many, one in zip(outputs(triton_sample, together), outputs(triton_sample, alone), strict=True):
         torch.testing.assert_close(many[-1:], one, atol=1e-2, rtol=1e-2)
@@ -182,8 +186,8 @@ def test_triton_form_is_five_times_faster(dtype: torch.dtype, capsys: pytest.Cap
         form(inputs[0], sizes, inputs[1], inputs[2]).sum().backward()
 
     with torch.no_grad():
-        forward = [milliseconds(lambda form=form: form(values, sizes, locations, weights)) for form in forms]
-    both = [milliseconds(lambda form=form: train(form)) for form in forms]
+        forward = [milliseconds(partial(form, values, sizes, locations, weights)) for form in forms]
+    both = [milliseconds(partial(train, form)) for form in forms]
     with capsys.disabled():
         print(f"\n800×1216 {dtype}, grid_sample and triton in ms: forward {forward}, with backward {both}")
     assert forward[1] * 5 <= forward[0]
@@ -201,6 +205,7 @@ def test_masks_by_one_kernel_equal_those_by_torchs_operators(output: tuple[int, 
     logits, way = drawn_masks(dtype), Sizes((800, 1216), (800, 1216), output)
     found, expected = (find(logits, range(100), way, True) for find in (in_one_kernel, in_steps))
     np.testing.assert_allclose(found[0][:, 0], expected[0][:, 0], atol=1e-4)
+    assert found[1] is not None and expected[1] is not None
     assert np.unpackbits(found[1] ^ expected[1]).mean() < 1e-6  # where the value is 0 but for rounding
     np.testing.assert_allclose(found[0][:, 1:], expected[0][:, 1:], atol=1)
 
@@ -212,7 +217,7 @@ def test_masks_by_one_kernel_are_no_slower(
     output: tuple[int, int], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logits, way = drawn_masks(dtype), Sizes((800, 1216), (800, 1216), output)
-    spans = [milliseconds(lambda find=find: find(logits, range(100), way, True)) for find in (in_one_kernel, in_steps)]
+    spans = [milliseconds(partial(find, logits, range(100), way, True)) for find in (in_one_kernel, in_steps)]
     with capsys.disabled():
         print(f"\n100 masks of {output[0]}x{output[1]}, {dtype}, in one kernel and in steps: {spans} ms")
     assert spans[0] <= spans[1]
@@ -233,4 +238,5 @@ def test_a_compiled_model_is_the_checkpoint_and_is_captured(
         expected = reference.predict_raw([image])
         limit = 1e-3 if precision == "float32" else 0.2
         np.testing.assert_allclose(out.class_logits, expected.class_logits, atol=limit)
+    assert isinstance(compiled.backend, Pt2Backend) and isinstance(compiled.backend._network, GraphedNetwork)
     assert any(graph is not None for graph in compiled.backend._network._seen.values())

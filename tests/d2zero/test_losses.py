@@ -285,10 +285,11 @@ def test_heads_matched_together_equal_heads_one_by_one(own_generators: bool, uns
         heads = [HeadOutput(*(tensor.clone().requires_grad_() for tensor in pair)) for pair in values]
         losses = loss(heads, targets, generators)
         torch.stack(list(losses.values())).sum().backward()
-        left = [torch.rand(4, generator=g) for g in generators or [None]]
+        drawn_from: Sequence[torch.Generator | None] = generators or [None]
+        left = [torch.rand(4, generator=g) for g in drawn_from]
         found.append((losses, [tensor.grad for head in heads for tensor in head], left))
     (ours, our_gradients, our_rest), (expected, gradients, rest) = found
     assert list(ours) == list(expected)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
-    for mine, theirs in zip(our_gradients + our_rest, gradients + rest, strict=True):
-        assert torch.equal(mine, theirs) and theirs.any()
+    for mine, theirs in zip([*our_gradients, *our_rest], [*gradients, *rest], strict=True):
+        assert mine is not None and theirs is not None and torch.equal(mine, theirs) and theirs.any()

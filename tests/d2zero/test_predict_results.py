@@ -114,6 +114,7 @@ def test_names_of_pictures_fit_a_folder() -> None:
 
 def test_duplicates_are_found_by_masks_in_their_boxes() -> None:
     found = instances(2)
+    assert isinstance(found.masks, tuple)
     moved = np.zeros((40, 60), bool)
     moved[5:20, 20:45] = True
     far = replace(

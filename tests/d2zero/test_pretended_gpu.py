@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pretended_gpu import PretendedGpu, pretend
+from pretended_gpu import PretendedGpu, on_gpu, pretend
 
 from d2zero.data.training_set import Batch
 from d2zero.losses.config import LossConfig
@@ -103,7 +103,7 @@ def test_training_takes_the_same_steps(small_model: D2Zero, pretended_gpu: Prete
         there = Processes(0, 1, torch.device("cuda", 0))
         theirs = TrainingStep(replace(config, precision=precision), small_model, there)
         found = [theirs(step, batch)[0]["loss"].item() for step in range(2)]
-    assert all(parameter.pretended for parameter in small_model.parameters())
+    assert all(map(on_gpu, small_model.parameters()))
     np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "float32" else 0.1)
 
 

@@ -83,13 +83,14 @@ def test_all_tensors_and_detections(shared: Path, split: str) -> None:
 
 def training_case(recorded: np.lib.npyio.NpzFile, model: D2Zero) -> tuple[Tensor, list[Targets]]:
     """The recorded two-image batch: an image, and the same flipped left-right."""
-    image, padded = recorded["image_u8"], tuple(int(side) for side in recorded["padded_hw"])
-    images = torch.from_numpy(model.config.preprocessing.batch([image, image[:, ::-1]], padded))
+    image = recorded["image_u8"]
+    height, width = map(int, recorded["padded_hw"])
+    images = torch.from_numpy(model.config.preprocessing.batch([image, image[:, ::-1]], (height, width)))
     targets = []
     for index in (0, 1):
         shape = tuple(recorded[f"train{index}_masks_shape"])
         bits = np.unpackbits(recorded[f"train{index}_masks"])[: np.prod(shape)].reshape(shape)
-        masks = np.zeros((shape[0], *padded), bool)
+        masks = np.zeros((shape[0], height, width), bool)
         masks[:, : shape[1], : shape[2]] = bits
         targets.append(Targets(torch.from_numpy(recorded[f"train{index}_labels"]), torch.from_numpy(masks)))
     return images, targets

@@ -379,7 +379,7 @@ def test_parameter_groups() -> None:
         undecayed = "norm" in name or ".bn" in name or name.endswith(("query_features", "level_embedding"))
         if undecayed:
             assert group["weight_decay"] == 0, name
-    assert group_of[id(model.decoder.layers[0].linear1.weight)]["weight_decay"] == 0.05
+    assert group_of[id(model.decoder.get_parameter("layers.0.linear1.weight"))]["weight_decay"] == 0.05
     assert group_of[id(model.pixel_decoder.level_embedding)]["weight_decay"] == 0
     assert group_of[id(model.pixel_decoder.lateral[1].weight)]["weight_decay"] == 0
 

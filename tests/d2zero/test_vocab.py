@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import Command
 
-from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS
+from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS, Split
 from d2zero.text.clip import TEMPLATES, encode_names
 from d2zero_runtime import Vocabulary
 
@@ -16,7 +16,7 @@ open_clip = pytest.importorskip("open_clip")
 
 
 @pytest.mark.parametrize(("split", "file"), [(COCO_48_17, "48_17"), (COCO_65_15, "65_15")])
-def test_word2vec(split, file: str, shared: Path, tmp_path: Path, command: Command) -> None:
+def test_word2vec(split: Split, file: str, shared: Path, tmp_path: Path, command: Command) -> None:
     source = shared / f"data/embeddings/word_w2v_withbg_{file}.txt"
     outcome = command("vocab", "word2vec", source, "--split", split.name, "-o", tmp_path / "v.npz")
     assert outcome.code == 0, outcome.err

@@ -63,7 +63,7 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 
 def test_dynamic_model(setting: Setting, tmp_path: Path) -> None:
-    model, output, stages = write_model(tmp_path / "m.onnx"), tmp_path / "out" / "m.engine", []
+    model, output, stages = write_model(tmp_path / "m.onnx"), tmp_path / "out" / "m.engine", list[str]()
     config = EngineOptions(min=Shape(1, 64, 96, 1), opt=Shape(1, 64, 96, 5), max=Shape(2, 128, 128, 30), workspace_gb=2)
     sidecar = build_engine(model, output, config, stages.append)
     assert stages == ["read", "parse", "profile", "build", "contract"]

@@ -116,10 +116,11 @@ def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
 
     backbone = Backbone(name, frozen_norm=name != "efficientnet_b0").eval()
     generator = torch.Generator().manual_seed(0)
-    for module in backbone.modules():
-        if hasattr(module, "running_var"):  # as training leaves them, not fresh ones
-            module.running_mean.normal_(generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
+    for buffer_name, buffer in backbone.named_buffers():  # as training leaves them, not fresh ones
+        if buffer_name.endswith("running_mean"):
+            buffer.normal_(generator=generator)
+        elif buffer_name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
     images = torch.randn(1, 3, 64, 64, generator=generator)
     with torch.no_grad():
         before = backbone(images)
@@ -215,7 +216,7 @@ def test_vocabularies_at_run_time(exported: Path, photos: list[Path]) -> None:
     segmenter.set_vocabulary(Vocabulary(tuple(f"c{i}" for i in range(1203)), many))
     assert len(segmenter(photos[0], score_threshold=0.0)) == 100
     with pytest.raises(D2ZeroError, match="width 64, the vocabulary has 8"):
-        segmenter.set_vocabulary(Vocabulary(("a",), np.ones((1, 8))))
+        segmenter.set_vocabulary(Vocabulary(("a",), np.ones((1, 8), np.float32)))
     with pytest.raises(D2ZeroError, match="do not mix"):
         segmenter(photos[0], vocabulary=replace(few, source={"encoder": "clip"}))
     with pytest.raises(D2ZeroError, match="needs unseen classes"):
@@ -241,7 +242,7 @@ def test_default_vocabulary_is_replaced_in_the_file(exported: Path, tmp_path: Pa
     replace_onnx_vocabulary(path, load(exported).vocabulary)
     assert path.stat().st_size == exported.stat().st_size
     with pytest.raises(D2ZeroError, match="width"):
-        replace_onnx_vocabulary(path, Vocabulary(("a",), np.ones((1, 8))))
+        replace_onnx_vocabulary(path, Vocabulary(("a",), np.ones((1, 8), np.float32)))
 
 
 def test_sources(exported: Path, photos: list[Path], tmp_path: Path) -> None:
@@ -254,8 +255,8 @@ def test_sources(exported: Path, photos: list[Path], tmp_path: Path) -> None:
     for index, photo in enumerate(photos[:3]):
         shutil.copy(photo, tmp_path / "deep" / f"{index}.PNG")
     (tmp_path / "notes.txt").write_text("no image")
-    for source in (tmp_path, tmp_path / "deep", str(tmp_path / "*" / "*.PNG")):
-        assert len(segmenter(source)) == 3
+    for files in (tmp_path, tmp_path / "deep", str(tmp_path / "*" / "*.PNG")):
+        assert len(segmenter(files)) == 3
     np.testing.assert_array_equal(segmenter([photos[0], array])[1].scores, first.scores)
     with pytest.raises(D2ZeroError, match="no file matches"):
         expand(str(tmp_path / "*.jpg"))

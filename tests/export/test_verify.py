@@ -67,7 +67,7 @@ def test_exported_models_are_evaluated_as_checkpoints_are(
 ) -> None:
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
     expected = EvaluationRun(
-        d2zero.load(packaged_checkpoint()), truth, shapes_data / "val", tmp_path, [Mode.GZSIS]
+        d2zero.load(packaged_checkpoint()).segmenter(), truth, shapes_data / "val", tmp_path, [Mode.GZSIS]
     ).run()
     outcome = command(
         "eval",

@@ -10,6 +10,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_onnx_files(folder: Path, data: st.DataObject) -> None:
     whole = write_model(folder / "whole.onnx").read_bytes()
     (folder / "m.onnx").write_bytes(data.draw(damaged(whole)))
     for read in (read_contract, graph_inputs, without_default_embeddings):
-        assert_result_or_one_line(lambda read=read: read(folder / "m.onnx"))
+        assert_result_or_one_line(partial(read, folder / "m.onnx"))
 
 
 RAW = packaged_checkpoint().read_bytes()

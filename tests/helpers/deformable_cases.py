@@ -1,6 +1,7 @@
 """Cases of deformable attention and what float64 says about them, for the tests of kernels."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def case(
     """Random values, locations (some of them outside the maps), weights and output gradients."""
     generator = torch.Generator(device).manual_seed(batch + heads + width + queries + points)
     samples = (batch, queries, heads, len(sizes), points)
-    options = {"generator": generator, "device": device}
+    options: dict[str, Any] = {"generator": generator, "device": device}
     values = torch.randn(batch, sum(h * w for h, w in sizes), heads, width, **options)
     grad = torch.randn(batch, queries, heads * width, **options)
     locations = ((torch.randn(*samples, 2, **options) * spread + 0.5) * STEPS).round() / STEPS
@@ -64,6 +65,4 @@ def assert_equals_float64(function: DeformableFunction, case: Case, ulps: float 
     for name, got, want in zip(names, outputs(function, case), expected, strict=True):
         atol = ROUNDING * max(1.0, want.abs().max().item()) if want.numel() else 0.0
         rtol = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps * ulps
-        torch.testing.assert_close(
-            got.double(), want, atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(got.double(), want, atol=atol, rtol=rtol, msg=partial("{}: {}".format, name))

@@ -33,7 +33,7 @@ def assert_pass_in_the_interpreter(tests: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def compiled_for_hopper(kernel: Any, types: Sequence[Any], constants: dict[str, int], warps: int, aligned: Any) -> Any:
+def compiled_for_hopper(kernel: Any, types: Sequence[Any], constants: dict[str, Any], warps: int, aligned: Any) -> Any:
     """What Triton compiles for a GPU that is not there, by stage; what the interpreter tolerates need not compile.
 
     Args:

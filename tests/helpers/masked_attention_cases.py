@@ -1,7 +1,7 @@
 """Cases of masked attention and what float64 says about them, for the tests of kernels."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def case(
 ) -> Case:
     """Random tensors; a third of the mask logits is not negative, query 0 of image 0 is blocked everywhere."""
     generator = torch.Generator(device).manual_seed(batch + queries + keys + heads + width)
-    options = {"generator": generator, "device": device}
+    options: dict[str, Any] = {"generator": generator, "device": device}
     asked, read, found = (
         torch.randn(batch, count, heads * width, **options) * factor
         for count, factor in ((queries, scale), (keys, 1.0), (keys, 1.0))

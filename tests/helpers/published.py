@@ -37,7 +37,7 @@ def _weight(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]
     return np.asarray(_scaled(name, shape, noise), np.float32)
 
 
-def _scaled(name: str, shape: tuple[int, ...], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+def _scaled(name: str, shape: tuple[int, ...], noise: NDArray[np.float32]) -> NDArray[np.floating]:
     leaf = name.rpartition(".")[2]
     if leaf == "logit_scale":
         return np.full(shape, np.log(100.0), np.float32)

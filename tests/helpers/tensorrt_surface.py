@@ -145,7 +145,7 @@ def constructor(real: type, answers: dict[str, Any], calls: list[tuple[Any, ...]
     """Replaces a real class whose objects need the libraries."""
 
     def make(*arguments: Any, **named: Any) -> Recorder:
-        check_call(real.__name__, real.__init__, arguments, named)
+        check_call(real.__name__, _member(real, "__init__"), arguments, named)
         calls.append((real.__name__, *arguments))
         return Recorder(real, answers, calls)
 

@@ -33,10 +33,11 @@ def write_engine(path: Path, version: str = "11.4.0.106", baked: bool = False) -
     return path
 
 
-def inputs(batch: int, height: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def inputs(batch: int, height: int, width: int, classes: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     shapes = ((batch, 3, height, width), (classes, WIDTH))
-    return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    images, words = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return images, words
 
 
 def expected(images: np.ndarray, words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

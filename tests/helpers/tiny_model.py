@@ -1,6 +1,7 @@
 """An ONNX file with the inputs, outputs and contract of an exported model, and next to nothing inside."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,8 @@ from d2zero_runtime.images import Preprocessing
 CLASSES, WIDTH, QUERIES = 5, 8, 3
 
 
-def contract(**changes: object) -> ModelContract:
-    values = {
+def contract(**changes: Any) -> ModelContract:
+    values: dict[str, Any] = {
         "class_names": tuple(f"class {number}" for number in range(CLASSES)),
         "seen": (True,) * CLASSES,
         "active": (True,) * CLASSES,
@@ -33,8 +34,8 @@ def embeddings(classes: int = CLASSES) -> np.ndarray:
 def write_model(
     path: Path,
     baked: bool = False,
-    images: tuple[object, ...] = ("batch", 3, "height", "width"),
-    **changes: object,
+    images: tuple[str | int, ...] = ("batch", 3, "height", "width"),
+    **changes: Any,
 ) -> Path:
     """Baked: the embeddings are an initializer and no input. `changes` are fields of the contract."""
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, images)]

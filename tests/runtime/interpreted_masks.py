@@ -4,6 +4,8 @@
 imported. By hand: `TRITON_INTERPRET=1 pytest --noconftest tests/runtime/interpreted_masks.py`.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ def test_equals_torchs_operators(logits: tuple[int, int], sizes: Sizes) -> None:
     np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
     np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-6)
     np.testing.assert_array_equal(found_bits, bits)
+    assert bits is not None and found_bits is not None
     assert not found[0].any() and not found_bits[0].any()
     assert bits[1].any() and (sizes.output == (1, 1) or not np.unpackbits(bits[1], axis=1, count=sizes.output[1]).all())
 
@@ -77,7 +80,7 @@ def test_bits_that_come_later_belong_to_the_same_instances(
 ) -> None:
     class_logits = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) * 5
     words = Vocabulary(("a", "b", "c"), np.eye(3, dtype=np.float32))
-    sizes = {"padded_size": (32, 32), "input_size": (31, 20), "output_size": (10, 9)}
+    sizes: dict[str, Any] = {"padded_size": (32, 32), "input_size": (31, 20), "output_size": (10, 9)}
     found = []
     for one_kernel in (False, True):
         monkeypatch.setattr(DeviceLogits, "one_kernel", one_kernel)

@@ -46,6 +46,7 @@ def test_selection() -> None:
 
 def test_duplicates_are_left_out_best_first() -> None:
     pair = two()
+    assert isinstance(pair.masks, tuple)
     shifted = np.zeros((40, 50), bool)
     shifted[5:20, 12:30] = True  # overlaps the dog's mask by 0.9
     more = Detections(
@@ -68,7 +69,9 @@ def test_coco_entries() -> None:
     assert [entry["category_id"] for entry in entries] == [18, 17]
     assert entries[0]["bbox"] == [10, 5, 20, 15] and entries[0]["image_id"] == 7
     assert rle.area(entries[0]["segmentation"]) == 300
-    words = Vocabulary(("cow", "cat", "emu", "dog"), np.eye(4, 4), seen=np.array([True, True, True, False]))
+    words = Vocabulary(
+        ("cow", "cat", "emu", "dog"), np.eye(4, 4, dtype=np.float32), seen=np.array([True, True, True, False])
+    )
     again = Detections.from_coco(entries, {18: "dog", 17: "cat"}, words, (40, 50))
     for field in ("boxes", "scores", "class_ids", "seen"):
         np.testing.assert_array_equal(getattr(again, field), getattr(two(), field))

@@ -1,6 +1,7 @@
 """Masks made by torch where the logits are, against those made in NumPy; and packed masks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def raw(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return random.standard_normal((6, 4)).astype(np.float32) * 5, masks
 
 
-def both(kind: str, sizes: tuple, **options: object) -> list[Detections]:
+def both(kind: str, sizes: tuple, **options: Any) -> list[Detections]:
     padded, used, output = sizes
     class_logits, masks = raw()
     words = Vocabulary(("a", "b", "c"), np.eye(3, dtype=np.float32))
@@ -90,7 +91,8 @@ def test_packed_detections_convert_and_draw_like_others() -> None:
     ids = {"a": 1, "b": 2, "c": 3}
     assert coded.to_coco(7, ids) == packed.to_coco(7, ids)
     assert coded.to_pandas().equals(packed.to_pandas())
-    assert len(packed.above(packed.scores[1])) == 2 and packed[:1].masks.size == (60, 90)
+    best = packed[:1].masks
+    assert len(packed.above(packed.scores[1])) == 2 and isinstance(best, PackedMasks) and best.size == (60, 90)
     image = np.zeros((60, 90, 3), np.uint8)
     bitmaps = both("bitmap", SIZES[0])[0]
     assert coded.plot(image).tobytes() == packed.plot(image).tobytes() == bitmaps.plot(image).tobytes()

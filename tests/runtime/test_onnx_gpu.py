@@ -163,8 +163,8 @@ def test_needed_libraries_are_read_from_a_library_that_cannot_be_loaded(tmp_path
     source.touch()
     names = ["libcublas.so.13", "libother.so.2", "libnvinfer.so.10"]
     for name, needed in (*((name, ()) for name in names), ("libprovider.so", names)):
-        paths = [str(tmp_path / other) for other in needed]
-        build = ["gcc", "-shared", f"-Wl,-soname,{name},--no-as-needed", "-o", tmp_path / name, source, *paths]
+        paths = [str(tmp_path / file) for file in (name, source.name, *needed)]
+        build = ["gcc", "-shared", f"-Wl,-soname,{name},--no-as-needed", "-o", *paths]
         subprocess.run(build, check=True, timeout=60)
     for name in names:
         (tmp_path / name).unlink()

@@ -1,5 +1,7 @@
 """Post-processing equals a plain torch version of the specification."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from properties import cases
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary, postprocess
 
 SIDES = st.integers(1, 70)
-SIZES = {"input_size": (90, 121), "output_size": (135, 160), "padded_size": (96, 128)}
+SIZES: dict[str, Any] = {"input_size": (90, 121), "output_size": (135, 160), "padded_size": (96, 128)}
 
 
 def words(count: int = 6, seen: int = 4) -> Vocabulary:
@@ -83,7 +85,7 @@ def test_any_case_equals_the_plain_version(
     mode: Mode, classes: int, queries: int, input_size: tuple[int, int], output_size: tuple[int, int], seed: int
 ) -> None:
     padded = (-(-input_size[0] // 32) * 32, -(-input_size[1] // 32) * 32)
-    sizes = {"input_size": input_size, "output_size": output_size, "padded_size": padded}
+    sizes: dict[str, Any] = {"input_size": input_size, "output_size": output_size, "padded_size": padded}
     random = np.random.default_rng(seed)
     class_logits = (20 * random.standard_normal((queries, classes + 1))).astype(np.float32)
     coarse = torch.from_numpy(random.standard_normal((1, queries, 4, 4)).astype(np.float32))

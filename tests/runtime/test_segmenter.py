@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Bright(Backend):
         return np.tile(scores, (len(images), QUERIES, 1)), (grey[:, None] - levels).astype(np.float32)
 
 
-def segmenter(**changes: object) -> Segmenter:
+def segmenter(**changes: Any) -> Segmenter:
     contract = ModelContract(
         class_names=WORDS.names,
         seen=tuple(WORDS.seen.tolist()),
@@ -49,7 +50,7 @@ def segmenter(**changes: object) -> Segmenter:
         num_queries=QUERIES,
         preprocessing=Preprocessing(shortest_edge=64, longest_edge=128),
     )
-    return Segmenter(Bright(), replace(contract, **changes), WORDS)  # type: ignore[arg-type]
+    return Segmenter(Bright(), replace(contract, **changes), WORDS)
 
 
 def pictures(*sizes: tuple[int, int]) -> list[NDArray[np.uint8]]:
@@ -144,9 +145,9 @@ def test_synonyms_count_for_their_class() -> None:
         ({"mode": "all"}, "mode must be one of"),
     ],
 )
-def test_wrong_options(options: dict[str, object], message: str) -> None:
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(D2ZeroError, match=message):
-        segmenter()(pictures((64, 64))[0], **options)  # type: ignore[arg-type]
+        segmenter()(pictures((64, 64))[0], **options)
 
 
 def test_sources_that_are_no_images(tmp_path: Path) -> None:

@@ -74,16 +74,18 @@ def test_sidecars_that_are_none(tmp_path: Path) -> None:
 def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine")
     before = path.stat().st_mtime_ns
-    words = Vocabulary(("cat", "dog"), np.ones((2, WIDTH)), seen=[True, False], source={"encoder": "word2vec"})
+    words = Vocabulary(
+        ("cat", "dog"), np.ones((2, WIDTH), np.float32), seen=np.array([True, False]), source={"encoder": "word2vec"}
+    )
     replace_engine_vocabulary(path, words)
     found = EngineMetadata.read(path)
     assert found.vocabulary.names == ("cat", "dog") and found.vocabulary.unseen_names == ("dog",)
     assert path.stat().st_mtime_ns == before and found.plan_sha256 == sidecar().plan_sha256
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
     for wrong, message in (
-        (Vocabulary(("cat",), np.ones((1, 3))), f"width {WIDTH}, the vocabulary has 3"),
+        (Vocabulary(("cat",), np.ones((1, 3), np.float32)), f"width {WIDTH}, the vocabulary has 3"),
         (replace(words, source={"encoder": "clip"}), "do not mix"),
-        (Vocabulary(tuple(map(str, range(41))), np.ones((41, WIDTH))), "1 to 40 classes, got 41"),
+        (Vocabulary(tuple(map(str, range(41))), np.ones((41, WIDTH), np.float32)), "1 to 40 classes, got 41"),
     ):
         with pytest.raises(D2ZeroError, match=message):
             replace_engine_vocabulary(path, wrong)

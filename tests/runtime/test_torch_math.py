@@ -9,7 +9,7 @@ import torch
 
 from d2zero_runtime.backends.torch_math import float32_math
 
-BACKENDS = torch.backends
+BACKENDS: Any = torch.backends  # whose annotations lack some of the settings
 STATES: dict[str, Callable[[], Any]] = {
     "default": lambda: None,
     "older, allowed": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
