@@ -20,7 +20,7 @@ from d2zero.model.inference import TorchBackend
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks import rle
-from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, class_probabilities, selection, top_instances
+from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, ModeName, class_probabilities, selection, top_instances
 from d2zero_runtime.segmenter import RawOutput
 
 
@@ -39,7 +39,7 @@ class PublishedSegmenter(Segmenter):
         out: RawOutput,
         input_sizes: Sequence[Size],
         output_sizes: Sequence[Size],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         **options: Any,
     ) -> list[Detections]:
         """Turn raw output into instances; see `Segmenter.postprocess`."""

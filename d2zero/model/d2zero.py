@@ -22,6 +22,7 @@ from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import Detections, Mode, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.images import Size
+from d2zero_runtime.masks.postprocess import ModeName
 from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.vocabulary import check_vocabulary
 
@@ -145,7 +146,7 @@ class D2Zero(nn.Module):
         out: RawOutput,
         input_sizes: Sequence[Size],
         output_sizes: Sequence[Size],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         **options: Any,
     ) -> list[Detections]:
         """Turn raw output into instances; see `Segmenter.postprocess`."""
@@ -153,7 +154,7 @@ class D2Zero(nn.Module):
             return segmenter.postprocess(out, input_sizes, output_sizes, mode, **options)
 
     def predict(
-        self, images: Sequence[NDArray[np.uint8]], mode: Mode | str = Mode.GZSIS, **options: Any
+        self, images: Sequence[NDArray[np.uint8]], mode: Mode | ModeName = Mode.GZSIS, **options: Any
     ) -> list[Detections]:
         """Resize, run and post-process images of any size; results refer to the images as given."""
         with self._evaluating() as segmenter:

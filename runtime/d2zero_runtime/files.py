@@ -35,9 +35,9 @@ def check_output(path: Path | None, flag: str = "--output", folder: bool = False
 def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what is to become `path`, in the same folder, which is made; for one writer at a time.
 
-    When the block ends, the file there takes the place of `path` in one step, with the permissions of what it replaces, or of a new file;
-    of a link, the file that it names is replaced. Where anything fails, `path` stays what it was and no file is left
-    behind.
+    When the block ends, the file there takes the place of `path` in one step, with the permissions of what it replaces,
+    or of a new file; of a link, the file that it names is replaced. Where anything fails, `path` stays what it was and
+    no file is left behind.
     """
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)

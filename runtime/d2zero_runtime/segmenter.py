@@ -31,6 +31,7 @@ from d2zero_runtime.masks.postprocess import (
     MAX_DETECTIONS,
     MaskKind,
     Mode,
+    ModeName,
     postprocess,
     postprocess_all,
     selection,
@@ -181,24 +182,24 @@ class Segmenter:
 
     @overload
     def __call__(
-        self, source: NDArray[np.uint8] | Image.Image, mode: Mode | str = ..., **options: Unpack[PredictOptions]
+        self, source: NDArray[np.uint8] | Image.Image, mode: Mode | ModeName = ..., **options: Unpack[PredictOptions]
     ) -> Detections: ...
 
     # A list for a folder or a pattern. Callers who know which it is need no assertion: hence the Any.
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, source: str | os.PathLike[str], mode: Mode | str = ..., **options: Unpack[PredictOptions]
+        self, source: str | os.PathLike[str], mode: Mode | ModeName = ..., **options: Unpack[PredictOptions]
     ) -> Detections | Any: ...
 
     @overload
     def __call__(
-        self, source: Sequence[ImageLike], mode: Mode | str = ..., **options: Unpack[PredictOptions]
+        self, source: Sequence[ImageLike], mode: Mode | ModeName = ..., **options: Unpack[PredictOptions]
     ) -> list[Detections]: ...
 
     def __call__(
         self,
         source: ImageLike | Sequence[ImageLike],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         *,
         vocabulary: Vocabulary | None = None,
         batch_size: int = 1,
@@ -229,7 +230,7 @@ class Segmenter:
     def stream(
         self,
         sources: Iterable[ImageLike],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         *,
         vocabulary: Vocabulary | None = None,
         batch_size: int = 1,
@@ -257,7 +258,7 @@ class Segmenter:
     def stream_with_images(
         self,
         sources: Iterable[ImageLike],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         *,
         on_error: OnError | None = None,
         vocabulary: Vocabulary | None = None,
@@ -272,7 +273,7 @@ class Segmenter:
     def _stream(
         self,
         sources: Iterable[ImageLike],
-        mode: Mode | str,
+        mode: Mode | ModeName,
         vocabulary: Vocabulary | None,
         batch_size: int,
         on_error: OnError | None,
@@ -340,7 +341,7 @@ class Segmenter:
         out: RawOutput,
         input_sizes: Sequence[Size],
         output_sizes: Sequence[Size],
-        mode: Mode | str = Mode.GZSIS,
+        mode: Mode | ModeName = Mode.GZSIS,
         **options: Any,
     ) -> list[Detections]:
         """Turn raw output into instances.

@@ -25,6 +25,7 @@ from d2zero_bench.report import NETWORK, STAGES, Report
 from d2zero_bench.worker import Prepare, ReadMemory, Run, Worker
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.images import PADDING_LOGIT
+from d2zero_runtime.masks.postprocess import ModeName
 
 CASE = Case(64, 96)
 
@@ -35,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
 
 
 @pytest.mark.parametrize("mode", ["gzsis", "zsis", "gzsis-copy-paste"])
-def test_the_published_variant_is_equal_to_the_model(mode: str, shapes_data: Path) -> None:
+def test_the_published_variant_is_equal_to_the_model(mode: ModeName, shapes_data: Path) -> None:
     ours, theirs = (
         open_segmenter(Spec(name, packaged_checkpoint(), name, device="cpu")) for name in ("model", "published")
     )

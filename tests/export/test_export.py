@@ -30,6 +30,7 @@ from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
+from d2zero_runtime.masks.postprocess import ModeName
 from d2zero_runtime.sources import expand
 
 
@@ -191,7 +192,7 @@ def test_contract_and_default_vocabulary(demo_model: D2Zero, exported: Path) -> 
 
 @pytest.mark.parametrize("mode", ["gzsis", "zsis", "gzsis-copy-paste"])
 def test_instances_equal_those_of_the_checkpoint(
-    demo_model: D2Zero, exported: Path, photos: list[Path], mode: str
+    demo_model: D2Zero, exported: Path, photos: list[Path], mode: ModeName
 ) -> None:
     found = load(exported)(photos, mode, score_threshold=0.0)
     expected = [demo_model.predict([read_image(path)], mode, score_threshold=0.0)[0] for path in photos]

@@ -12,6 +12,7 @@ import torch
 
 from d2zero_runtime import Vocabulary, postprocess
 from d2zero_runtime.masks.device import DeviceLogits, Sizes, in_one_kernel, in_steps
+from d2zero_runtime.masks.postprocess import MaskKind
 
 
 def drawn(queries: int, height: int, width: int) -> torch.Tensor:
@@ -76,7 +77,7 @@ def test_memory_that_is_not_written_would_be_seen() -> None:
 
 @pytest.mark.parametrize(("kind", "threshold"), [("packed", 0.0), ("bitmap", 0.2), ("rle", 0.2), ("packed", 2.0)])
 def test_bits_that_come_later_belong_to_the_same_instances(
-    monkeypatch: pytest.MonkeyPatch, kind: str, threshold: float
+    monkeypatch: pytest.MonkeyPatch, kind: MaskKind, threshold: float
 ) -> None:
     class_logits = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) * 5
     words = Vocabulary(("a", "b", "c"), np.eye(3, dtype=np.float32))

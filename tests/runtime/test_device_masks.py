@@ -13,6 +13,7 @@ from d2zero_runtime.masks import device as device_masks
 from d2zero_runtime.masks import rle
 from d2zero_runtime.masks.device import DeviceLogits
 from d2zero_runtime.masks.packed import PackedMasks
+from d2zero_runtime.masks.postprocess import MaskKind
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 
@@ -30,7 +31,7 @@ def raw(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return random.standard_normal((6, 4)).astype(np.float32) * 5, masks
 
 
-def both(kind: str, sizes: tuple, **options: Any) -> list[Detections]:
+def both(kind: MaskKind, sizes: tuple, **options: Any) -> list[Detections]:
     padded, used, output = sizes
     class_logits, masks = raw()
     words = Vocabulary(("a", "b", "c"), np.eye(3, dtype=np.float32))
@@ -51,7 +52,7 @@ def both(kind: str, sizes: tuple, **options: Any) -> list[Detections]:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", ["rle", "bitmap", "packed", "none"])
-def test_a_device_finds_what_numpy_finds(kind: str, sizes: tuple) -> None:
+def test_a_device_finds_what_numpy_finds(kind: MaskKind, sizes: tuple) -> None:
     ours, theirs = both(kind, sizes)
     assert ours.names == theirs.names
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)

@@ -137,6 +137,6 @@ def test_refusals() -> None:
     with pytest.raises(D2ZeroError, match="vocabulary of 5 classes"):
         postprocess(class_logits, mask_logits, words(5), **SIZES)
     with pytest.raises(D2ZeroError, match="gzsis, zsis, gzsis-copy-paste, got 'best'"):
-        postprocess(class_logits, mask_logits, words(), mode="best", **SIZES)
+        postprocess(class_logits, mask_logits, words(), mode="best", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(D2ZeroError, match="needs unseen classes"):
         postprocess(class_logits, mask_logits, words(6, 6), mode="zsis", **SIZES)

@@ -98,7 +98,7 @@ def test_kinds_of_masks_agree() -> None:
     assert bitmap.to_coco(1, ids) == rle.to_coco(1, ids)
     np.testing.assert_array_equal(bitmap[:2].bitmaps(), rle[:2].bitmaps())
     with pytest.raises(D2ZeroError, match="masks must be one of rle, bitmap, packed, none, got 'polygon'"):
-        model(image, masks="polygon")
+        model(image, masks="polygon")  # type: ignore[call-overload]
 
 
 def test_a_fixed_size_and_batch_are_filled_up() -> None:

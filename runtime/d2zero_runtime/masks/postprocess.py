@@ -32,6 +32,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 SOFTMAX_TEMPERATURE = 0.2
 MAX_DETECTIONS = 100
 THREADS = min(8, os.cpu_count() or 1)  # masks upsampled at a time, unless told otherwise
+ModeName = Literal["gzsis", "zsis", "gzsis-copy-paste"]
 MaskKind = Literal["rle", "bitmap", "packed", "none"]
 MASK_KINDS = get_args(MaskKind)
 
@@ -133,11 +134,11 @@ def postprocess(
     input_size: Size,
     output_size: Size,
     padded_size: Size,
-    mode: Mode | str = Mode.GZSIS,
+    mode: Mode | ModeName = Mode.GZSIS,
     temperature: float = SOFTMAX_TEMPERATURE,
     max_detections: int = MAX_DETECTIONS,
     score_threshold: float = 0.0,
-    masks: str = "rle",
+    masks: MaskKind = "rle",
     threads: int | None = None,
 ) -> Detections:
     """Turn one image's raw output into instances at the output size.
