@@ -62,6 +62,7 @@ def benchmark(
     providers: Annotated[
         str | None,
         typer.Option(
+            "--provider",
             "--providers",
             help="Providers of an .onnx, one candidate per provider: cpu,cuda,tensorrt,openvino,openvino-bf16.",
         ),

@@ -57,6 +57,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
+    ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
@@ -82,7 +86,7 @@ def evaluate(
         from d2zero.evaluation.run import EvaluationRun
 
         assert checkpoint is not None
-        model = _model(checkpoint, vocabulary, split, provider, device)
+        model = _model(checkpoint, vocabulary, split, provider, device, threads)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
@@ -152,13 +156,18 @@ def _report_without_pixels(truth: "CocoFile") -> None:
 
 
 def _model(
-    checkpoint: Path, vocabulary: Path | None, split: str | None, providers: list[str] | None, device: str
+    checkpoint: Path,
+    vocabulary: Path | None,
+    split: str | None,
+    providers: list[str] | None,
+    device: str,
+    threads: int | None,
 ) -> Segmenter:
     from d2zero.cli.models import open_segmenter
     from d2zero.data.splits import find_split
     from d2zero.training.start import check_split
 
-    model = open_segmenter(checkpoint, providers, device, vocabulary)
+    model = open_segmenter(checkpoint, providers, device, vocabulary, threads)
     if split:
         check_split(model.vocabulary, find_split(split).name)
     return model

@@ -21,7 +21,11 @@ def _gpu(device: str) -> int:
 
 
 def open_segmenter(
-    path: Path, providers: Sequence[str] | None = None, device: str = "auto", vocabulary: Path | None = None
+    path: Path,
+    providers: Sequence[str] | None = None,
+    device: str = "auto",
+    vocabulary: Path | None = None,
+    threads: int | None = None,
 ) -> Segmenter:
     """Open a checkpoint or an exported model; torch is imported for a checkpoint only.
 
@@ -29,7 +33,8 @@ def open_segmenter(
         path: `.safetensors`, or what `d2zero export` writes.
         providers: of an exported model, as `d2zero_runtime.load` takes them.
         device: Where a checkpoint runs (auto, cpu or cuda:N), or the GPU of an engine or a `.pt2` (cuda:N).
-        vocabulary: other classes to use.
+        vocabulary: Other classes to use.
+        threads: CPU threads of the network; the library's choice if left out.
 
     Raises:
         D2ZeroError: a file cannot be used, or an option is for the other kind of model.
@@ -37,16 +42,20 @@ def open_segmenter(
     if is_exported(path):
         if device != "auto" and path.suffix == ".onnx":
             raise D2ZeroError("--device is not for .onnx files, which run where --provider says")
-        segmenter = load(path, providers, device=_gpu(device))
+        segmenter = load(path, providers, threads, _gpu(device))
     elif path.suffix not in (".safetensors", ".pth", ".pt", ".pkl"):
         kinds = ", ".join(EXPORTED_SUFFIXES)
         raise D2ZeroError(f"expected a checkpoint (.safetensors) or an exported model ({kinds}), got {path.name!r}")
     elif providers:
         raise D2ZeroError(f"--provider is for exported models ({', '.join(EXPORTED_SUFFIXES)})")
     else:
+        import torch
+
         from d2zero.checkpoints.files import load_model
         from d2zero.training.distributed import pick_device
 
+        if threads:
+            torch.set_num_threads(threads)
         segmenter = load_model(path, pick_device(device)).segmenter()
     for issue in segmenter.backend.known_issues:
         print(f"warning: {issue}", file=sys.stderr)

@@ -56,6 +56,10 @@ def predict(
         list[str] | None,
         typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Neighbours of one size that run together; pays on a GPU.")
@@ -64,7 +68,7 @@ def predict(
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
     check_output(output, folder=True)
     chosen = Mode.parse(mode)
-    segmenter = open_segmenter(model, provider, device, vocabulary)
+    segmenter = open_segmenter(model, provider, device, vocabulary, threads)
     sources = [Path(str(item)) for item in expand(source, leave_out=output)]
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
