@@ -437,6 +437,7 @@ def test_rates_are_measured_with_the_float32_math_of_the_precision(
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.slow
 def test_a_gpu_is_measured_without_pycocotools() -> None:
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"

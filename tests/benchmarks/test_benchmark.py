@@ -185,6 +185,7 @@ def test_the_memory_mark_follows_what_is_allocated() -> None:
     assert now is not None and (sys.platform != "linux" or now < after - 40)
 
 
+@pytest.mark.slow
 def test_a_worker_answers_refuses_and_ends(photos: Photos) -> None:
     with pytest.raises(D2ZeroError, match=r"checkpoint absent\.safetensors does not exist"):
         Worker(Spec("absent", Path("absent.safetensors"))).open()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from commands import Outcome
 from PIL import Image
 
@@ -31,6 +32,7 @@ def test_shuffling_gives_each_unseen_class_another_one() -> None:
     assert {row.tobytes() for row in words.embeddings[unseen]} == {row.tobytes() for row in shuffled.embeddings[unseen]}
 
 
+@pytest.mark.slow
 def test_demo_finds_unseen_objects_and_the_control_does_not(tmp_path: Path, command: Callable[..., Outcome]) -> None:
     outcome = command("demo", "-o", tmp_path, "--images", "60")
     assert outcome.code == 0, outcome.err

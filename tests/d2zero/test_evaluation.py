@@ -310,6 +310,7 @@ def test_results_in_no_order_with_equal_scores_equal_pycocotools(tmp_path: Path,
     assert json.loads(json.dumps(whole)) == ours
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "BLOCK", 1 << 14)
     sizes, peaks = [], []

@@ -37,7 +37,7 @@ def test_elements_and_their_places(block: int, style: dict, tmp_path: Path, monk
     assert read_json(path) == VALUES
 
 
-@cases(40)
+@cases(15)
 @given(
     values=st.lists(JSON, max_size=6),
     block=st.integers(1, 99),

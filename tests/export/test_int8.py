@@ -103,7 +103,7 @@ def test_linear_layers_of_known_size_stay_products(tmp_path: Path) -> None:
 
 def test_no_linear_layer_is_left_out_in_silence(exported: Path, demo_model: D2Zero) -> None:
     proto = onnx.load(exported)  # not folded: values are still slices of torch's packed weights
-    with pytest.raises(D2ZeroError, match=r"3 of 12 linear layers to quantize are not products"):
+    with pytest.raises(D2ZeroError, match=r"3 of 12 linear layers to quantize are not matmuls"):
         chosen(proto, demo_model)
 
 

@@ -55,6 +55,7 @@ def test_all_norms_of_a_module_are_replaced(norm: nn.GroupNorm) -> None:
     assert in_stages(nn.ReLU()) == 0
 
 
+@pytest.mark.slow
 def test_large_maps_with_padding_in_onnxruntime(norm: nn.GroupNorm, tmp_path: Path) -> None:
     maps = half_padding(200, 304)
     right = nn.functional.group_norm(maps.double(), 4, norm.weight.double(), norm.bias.double()).detach().numpy()

@@ -157,6 +157,7 @@ def test_fused_attention_is_the_same_attention(make: Callable[[], D2Zero]) -> No
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
     # On a CUDA device that is not there, with tensors without content. A copy would keep CUDA graphs from capturing.
     model = cast_to(tiny(), "float16")
@@ -178,6 +179,7 @@ def test_a_graph_for_a_gpu_copies_nothing_from_the_host() -> None:
             assert all(entry.meta["val"].stride()[-1] == 1 for entry in node.args[:3])
 
 
+@pytest.mark.slow
 def test_fused_operators_are_what_torch_compiles() -> None:
     from torch._inductor.decomposition import select_decomp_table
 

@@ -27,6 +27,7 @@ def scaled(source: Path, target: Path, tensor_name: str, factor: float) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_same_model_passes_on_photos_and_annotations(
     exported: Path, shapes_data: Path, tmp_path: Path, command: Command
 ) -> None:
