@@ -1,4 +1,4 @@
-"""The wheel, installed with the `cpu` extra alone in a clean environment, predicts from another directory."""
+"""The wheel, installed with only the `cpu` extra in a clean environment, predicts from another directory."""
 
 import json
 import os

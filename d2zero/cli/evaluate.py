@@ -52,7 +52,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print a row a class.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print one row per class.")] = False,
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,

@@ -62,7 +62,8 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Neighbours of one size that run together; pays on a GPU.")
+        int,
+        typer.Option("--batch-size", min=1, help="Neighbours of the same size run together; pays on a GPU."),
     ] = 1,
 ) -> None:
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""

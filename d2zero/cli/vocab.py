@@ -29,7 +29,7 @@ def word2vec(
 
 @app.command()
 def npy(
-    file: Annotated[Path, typer.Argument(help="A (K, D) array, one row a class.")],
+    file: Annotated[Path, typer.Argument(help="A (K, D) array, one row per class.")],
     output: Output,
     names: Annotated[
         str, typer.Option("--names", help="A .txt or .json file of K names, 'a, b, c', or 'coco' for COCO's 80.")
@@ -105,7 +105,7 @@ def set_default(
     ],
     vocabulary: Annotated[Path, typer.Argument(help="The new default vocabulary (.npz).")],
 ) -> None:
-    """Replace the default vocabulary inside an exported model, without exporting anew."""
+    """Replace the default vocabulary inside an exported model, without exporting again."""
     words = Vocabulary.load(vocabulary)
     if model.suffix == ".safetensors":
         raise D2ZeroError(

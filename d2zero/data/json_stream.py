@@ -171,7 +171,7 @@ class JsonStream:
             raise self._error(f"no UTF-8 ({error.reason})", self.position + error.start) from error
 
     def _more(self) -> bool:
-        """Read on, as much again as waits already: a long value is parsed anew a few times, not often."""
+        """Read on, as much again as waits already: a long value is parsed again a few times, not often."""
         waiting = self._text[self._at :]
         block = self._stream.read(max(BLOCK, len(waiting)))
         if block:

@@ -1,7 +1,7 @@
 """Zero-shot accuracy: AP and recall of seen and unseen classes, and their harmonic means.
 
 Matching is left to `d2zero.evaluation.matching`. Accumulation is done here, in a form whose memory grows with
-the number of detections alone: 16 bytes each, a score and flags.
+only the number of detections: 16 bytes each, a score and flags.
 
 AP and Recall@100 are averaged over the classes that have annotations, in percent. `ap` is COCO's
 AP@[.5:.95].
@@ -153,7 +153,7 @@ class ZeroShotScores:
     def summary(self, mode: Mode) -> dict[str, Any]:
         """All figures, in percent: `{"segm": …, "bbox": …, "images": …, "detections": …}`.
 
-        ZSIS looks at unseen classes alone, whether or not the file annotates seen ones too.
+        ZSIS looks only at unseen classes, whether or not the file annotates seen ones too.
         """
         figures: dict[str, Any] = {kind: self._summary(kind, mode) for kind in IOU_TYPES}
         return {

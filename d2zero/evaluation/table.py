@@ -43,7 +43,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def per_class_table(summary: Mapping[str, Any], kind: str = "segm") -> Table:
-    """A row a class that has annotations."""
+    """One row per class that has annotations."""
     table = Table(title=f"{summary['mode']}, {'masks' if kind == 'segm' else 'boxes'} (percent)")
     table.add_column("class")
     table.add_column("")

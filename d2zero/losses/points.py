@@ -17,7 +17,7 @@ Generators = Sequence[torch.Generator] | None  # one an image; None is torch's g
 def draw_points(counts: Sequence[int], points: int, device: torch.device, generators: Generators) -> Tensor:
     """Uniform points (sum(counts), P, 2), each image's rows from its own generator.
 
-    An image's points then depend on that image alone, however a batch is cut into processes.
+    An image's points then depend only on that image, however a batch is cut into processes.
     """
     if generators is None:
         return torch.rand(sum(counts), points, 2, device=device)

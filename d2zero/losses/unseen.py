@@ -2,7 +2,7 @@
 
 Matched queries are pulled towards unseen classes that resemble their seen class: a pseudo unseen label is
 drawn at every step, likelier the closer the text embeddings are, and a cross-entropy over the unseen
-classes alone is added. Neither the temperature nor the weight is published.
+classes only is added. Neither the temperature nor the weight is published.
 
 Letters: S seen and U unseen classes, D text width, M matched queries.
 """

@@ -226,8 +226,8 @@ def _batch_against_single(segmenter: Segmenter, one: NDArray[np.uint8], other: N
     rows = [RawOutput(together.class_logits[i : i + 1], together.mask_logits[i : i + 1], ()) for i in range(3)]
     return [
         _difference("equal rows of a batch", rows[0], rows[2]),
-        _difference("a batch against its first image alone", alone[0], rows[0]),
-        _difference("a batch against its second image alone", alone[1], rows[1]),
+        _difference("a batch against its first image by itself", alone[0], rows[0]),
+        _difference("a batch against its second image by itself", alone[1], rows[1]),
     ]
 
 

@@ -1,7 +1,7 @@
 """Inference contracts and post-processing of D2Zero without torch.
 
 `Vocabulary` (classes), `Preprocessing` and `read_image` (input), `postprocess` (raw output → instances),
-`Detections` (result), `load` (an exported model, as a `Segmenter`), `D2ZeroError` (what a person can mend).
+`Detections` (result), `load` (an exported model, as a `Segmenter`), `D2ZeroError` (what the user can fix).
 """
 
 from d2zero_runtime.detections import Detections

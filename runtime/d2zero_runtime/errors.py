@@ -1,4 +1,4 @@
-"""The one error type for mistakes that a person can mend.
+"""The one error type for mistakes that the user can fix.
 
 Raised with a single line that says what was expected, what came, and what to do. The command prints
 that line and exits with 2; library users can catch it as the `ValueError` that it is.

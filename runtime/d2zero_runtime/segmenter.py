@@ -212,7 +212,7 @@ class Segmenter:
         Args:
             source: an image (path, PIL image or (H, W, 3) uint8 RGB array), or a list, folder or glob pattern.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
-            vocabulary: classes for this call alone.
+            vocabulary: Classes for this call only.
             batch_size: at most so many neighbours of one padded size run together; pays on a GPU.
             score_threshold: instances below it are dropped, and so are those whose mask is empty.
             max_detections: at most so many an image.

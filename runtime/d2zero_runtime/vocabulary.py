@@ -38,7 +38,7 @@ class Vocabulary:
         source: where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of
             different encoders do not mix.
         synonyms: other words for a class, `{"couch": "sofa"}`; both are names. The probability of a synonym
-            counts for its class, which alone is reported; flags of a synonym are those of its class.
+            counts for its class, and only the class is reported; flags of a synonym are those of its class.
 
     Raises:
         D2ZeroError: a field has the wrong shape or holds values that cannot be used.
@@ -67,7 +67,7 @@ class Vocabulary:
             raise D2ZeroError("a vocabulary needs at least one active class, got none")
 
     class_of: NDArray[np.int64] = field(init=False)
-    """(K,) the row of each name's class: its own, but for synonyms."""
+    """(K,) the row of each name's class: its own, except for synonyms."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,7 +114,7 @@ class Vocabulary:
         return replace(self, synonyms=dict(synonyms))
 
     def select(self, names: Sequence[str]) -> "Vocabulary":
-        """Keep `names` alone, in that order: a smaller context, which changes every score."""
+        """Keep only `names`, in that order: a smaller context, which changes every score."""
         self._require(names)
         row_of, kept = {name: row for row, name in enumerate(self.names)}, set(names)
         rows = [row_of[name] for name in names]
@@ -278,7 +278,7 @@ def _check_names(names: tuple[str, ...]) -> None:
 def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -> None:
     if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.shape[1] == 0:
         raise D2ZeroError(
-            f"embeddings must have shape (K={len(names)}, D), one row a class name, got {embeddings.shape}"
+            f"embeddings must have shape (K={len(names)}, D), one row per class name, got {embeddings.shape}"
         )
     broken = [names[row] for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
     if broken:

@@ -206,7 +206,7 @@ def test_masks_by_one_kernel_equal_those_by_torchs_operators(output: tuple[int, 
     found, expected = (find(logits, range(100), way, True) for find in (in_one_kernel, in_steps))
     np.testing.assert_allclose(found[0][:, 0], expected[0][:, 0], atol=1e-4)
     assert found[1] is not None and expected[1] is not None
-    assert np.unpackbits(found[1] ^ expected[1]).mean() < 1e-6  # where the value is 0 but for rounding
+    assert np.unpackbits(found[1] ^ expected[1]).mean() < 1e-6  # where the value is 0 except for rounding
     np.testing.assert_allclose(found[0][:, 1:], expected[0][:, 1:], atol=1)
 
 

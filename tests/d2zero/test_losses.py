@@ -158,7 +158,7 @@ def test_unseen_constrained_loss_is_off_by_default_and_pulls_towards_similar_uns
     assert losses["loss_unseen"] > 0
     assert logits.grad is not None
     assert logits.grad[..., 5:8].any() and not logits.grad[..., :5].any() and not logits.grad[..., 8].any()
-    # The other terms look at seen classes and background alone.
+    # The other terms look only at seen classes and background.
     seen_only = HeadOutput(torch.cat([logits[..., :5], logits[..., 8:]], -1).detach(), head.mask_logits)
     seeds = [[torch.Generator().manual_seed(s) for s in (1, 2)] for _ in range(2)]
     with_unseen = Criterion(replace(CONFIG, unseen_weight=0.5), TEXT, unseen)([head], targets, seeds[0])

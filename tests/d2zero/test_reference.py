@@ -47,7 +47,7 @@ def test_weights_rule_is_the_recorded_one(shared: Path) -> None:
 
 
 def test_small_reference_without_text() -> None:
-    """Backbone, pixel decoder and masks of all heads, from what is committed alone."""
+    """Backbone, pixel decoder and masks of all heads, from only what is committed."""
     recorded = np.load(SMALL_REFERENCE)
     found = tensors(published_model(placeholder_vocabulary()), recorded["image_u8"])
     sampled = [name.removesuffix("_index") for name in recorded.files if name.endswith("_index")]

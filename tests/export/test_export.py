@@ -210,7 +210,7 @@ def test_vocabularies_at_run_time(exported: Path, photos: list[Path]) -> None:
     words = segmenter.vocabulary
     few = words.select(["red ring", "blue cross", "green star"])
     assert set(segmenter(photos[0], vocabulary=few).names) <= set(few.names)
-    assert segmenter.vocabulary is words  # for that call alone
+    assert segmenter.vocabulary is words  # only for that call
     segmenter.set_vocabulary(words.with_active(["red ring"]))
     assert set(segmenter(photos[0], score_threshold=0.0).names) == {"red ring"}
     many = np.random.default_rng(0).standard_normal((1203, 64)).astype(np.float32)

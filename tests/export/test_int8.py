@@ -1,4 +1,4 @@
-"""A model exported in eight bits: the chosen nodes alone are quantized, and it is the same model within limits."""
+"""A model exported in eight bits: only the chosen nodes are quantized, and it is the same model within limits."""
 
 import json
 from collections import Counter

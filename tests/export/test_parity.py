@@ -26,7 +26,7 @@ def failures(ours: Outputs, theirs: Outputs, precision: str = "float32") -> list
 
 
 def changed(outputs: Outputs, tensor: int, image: int, queries: int, by: float) -> Outputs:
-    """The same outputs, but for one number of each of the first queries of an image."""
+    """The same outputs, except for one number of each of the first queries of an image."""
     copies = outputs[0].copy(), outputs[1].copy()
     copies[tensor].reshape(3, 100, -1)[image, :queries, 1] += by
     return copies

@@ -110,7 +110,7 @@ def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"torch": "2.9.1"}, r"compiled by torch 2\.9\.1 and runs with 2\.9\.\* alone"),
+        ({"torch": "2.9.1"}, r"compiled by torch 2\.9\.1 and runs only with 2\.9\.\*"),
         ({"device": "cuda", "hardware": "NVIDIA H200"}, r"NVIDIA H200|this is"),
         ({"operators": ("d2zero::unheard_of",)}, "calls the operator d2zero::unheard_of, which nothing here brings"),
         ({"version": 9}, r"m\.pt2 follows version 9 of the description, this d2zero reads up to 1; upgrade d2zero$"),

@@ -1,7 +1,7 @@
 """The published checkpoint's array names, and the recorded reference weights for them.
 
 The reference outputs (`reference_*.npz`) were recorded with weights that depend on an array's published
-name and shape alone, so that no checkpoint has to travel. This is that rule.
+name and shape only, so that no checkpoint has to travel. This is that rule.
 """
 
 import zlib

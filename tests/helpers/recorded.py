@@ -17,7 +17,7 @@ def require_recorded_detections(model: Any, out: Any, recorded: Any) -> None:
     for mode in MODES:
         detections = model.postprocess(out, [recorded["image_u8"].shape[:2]], [output_size], mode)[0]
         key = mode.replace("-", "_")
-        first = len(model.vocabulary.seen_names) if mode == "zsis" else 0  # ZSIS counts unseen classes alone
+        first = len(model.vocabulary.seen_names) if mode == "zsis" else 0  # ZSIS counts only unseen classes
         ours = sorted(
             zip(
                 detections.class_ids, map(rle.area, detections.masks), detections.scores, detections.boxes, strict=True

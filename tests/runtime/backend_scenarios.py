@@ -118,7 +118,7 @@ def test_few_shapes_are_kept(setting: Setting) -> None:
     assert len(shapes) == MAX_SHAPES and setting.cuda.count("cudaGraphExecDestroy") == 1
     run_and_compare(backend, *shapes[0])  # used last but one: kept
     assert setting.count("update_device_memory_size_for_shapes") == MAX_SHAPES + 1
-    run_and_compare(backend, *shapes[1])  # used longest ago: prepared anew
+    run_and_compare(backend, *shapes[1])  # used longest ago: prepared again
     assert setting.count("update_device_memory_size_for_shapes") == MAX_SHAPES + 2
     strategy = setting.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
     assert {call[1] for call in setting.calls if call[0] == "ICudaEngine.create_execution_context"} == {strategy}

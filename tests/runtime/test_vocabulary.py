@@ -43,7 +43,7 @@ def test_active_keeps_the_context_and_select_does_not() -> None:
         ({"names": ("a", "b")}, r"\(K=2, D\).*got \(3, 4\)"),
         ({"embeddings": np.eye(3, 4) * np.nan}, "NaN or infinity for a, b, c"),
         ({"embeddings": np.zeros((3, 4))}, "all zero for a"),
-        ({"embeddings": np.zeros(3)}, "one row a class name"),
+        ({"embeddings": np.zeros(3)}, "one row per class name"),
         ({"seen": np.ones(5, bool)}, r"seen must have shape \(3,\)"),
         ({"active": np.zeros(3, bool)}, "at least one active"),
     ],

@@ -26,7 +26,7 @@ class OnnxBackend(Backend[Images]):
 
     Args:
         path: the `.onnx` file.
-        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each alone or
+        providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each by itself or
             with its options: `("cuda", {"device_id": 1})`.
         threads: threads inside an operator; ONNX Runtime's choice if left out.
         tf32: Whether a GPU may round float32 matmuls and convolutions to TF32, as ONNX Runtime's GPU providers do by

@@ -207,7 +207,7 @@ def _check_compatible(path: Path, description: Pt2Metadata, torch: Any) -> None:
     made, here = (version.split("+")[0].rsplit(".", 1)[0] for version in (description.torch, torch.__version__))
     if made != here:
         raise D2ZeroError(
-            f"{path} was compiled by torch {description.torch} and runs with {made}.* alone, this is"
+            f"{path} was compiled by torch {description.torch} and runs only with {made}.*, this is"
             f" {torch.__version__}; export it again here"
         )
     if description.device == "cuda":

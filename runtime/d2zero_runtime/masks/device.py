@@ -72,7 +72,7 @@ class DeviceLogits:
         Args:
             queries: rows of `self`.
             sizes: of the way to the output.
-            kind: of the masks, as of `postprocess`; `none` for boxes and qualities alone.
+            kind: of the masks, as of `postprocess`; `none` for only boxes and qualities.
             threads: that encode run lengths.
         """
         if not len(queries):

@@ -155,7 +155,7 @@ def postprocess(
         max_detections: at most this many instances.
         score_threshold: instances below this final score are dropped.
         masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array), `packed` (`PackedMasks`: eight pixels a
-            byte) or `none` (boxes and scores alone).
+            byte) or `none` (only boxes and scores).
         threads: Threads that upsample and encode masks; `THREADS` if left out.
 
     Raises:
@@ -216,7 +216,7 @@ def postprocess_all(
     Args:
         class_logits: (B, Q, K + 1).
         mask_logits: (B, Q, h, w), h and w those of the largest image.
-        padded_sizes: (height, width) after padding, an image each.
+        padded_sizes: (height, width) after padding, one per image.
         vocabulary: the K classes.
         input_sizes: (height, width) of each image before padding.
         output_sizes: (height, width) that each image's masks shall have.

@@ -104,7 +104,7 @@ def resize_axis(source: int, padded: int, cropped: int, output: int) -> Axis:
     np.minimum.at(reached_from, read[used], outputs[used])
     np.maximum.at(reached_to, read[used], outputs[used])
     reached_from[reached_from == output] = 0  # a source that nothing reads counts for output 0, which does no harm
-    sources = np.minimum(first + np.arange(len(shares))[:, None], source - 1)  # past the end with share 0 alone
+    sources = np.minimum(first + np.arange(len(shares))[:, None], source - 1)  # past the end only with a share of 0
     return Axis(sources, shares.astype(np.float32), reached_from, reached_to)
 
 

@@ -13,7 +13,7 @@ _TYPED = ("Convert", "EmbeddingBagPackedSum", "Result")  # give the type that th
 
 
 def lower_to_bfloat16(model: Any) -> int:
-    """Let a float32 graph compute in bfloat16, but for what is little work and must be exact:
+    """Let a float32 graph compute in bfloat16, except for what is little work and must be exact:
 
     - what comes from no product: sizes, reference points, position embeddings;
     - what lies between products and samples: places, rows of tables, shares; and sums of rows with shares;
@@ -59,7 +59,7 @@ def _is_setting(node: Any, port: Any) -> bool:
 
 
 def _without_products(nodes: Sequence[Any]) -> set[str]:
-    """Names of the nodes that no product comes before, but for its shape."""
+    """Names of the nodes that no matmul comes before, except for its shape."""
     found: set[str] = set()
     for node in nodes:  # each after what it reads
         kind = node.get_type_name()

@@ -1,7 +1,7 @@
 """What OpenVINO's CPU plugin computes faster in another form, rewritten between reading a graph and compiling it.
 
 - Weighted sums of gathered rows, as `--deform-attn gather` has them, to the one operator for that. It takes no open
-  sizes, so this is for files of one size and batch.
+  sizes, so this is for files of static shape.
 - Linear layers in eight bits to 1×1 convolutions: without VNNI, OpenVINO multiplies matrices of bytes slower than
   matrices of floats, and convolves them twice as fast.
 """
@@ -143,7 +143,7 @@ def _dequantized(value: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _stored(value: Any) -> NDArray[Any] | None:
-    """The constant that a value is, but for its type and shape."""
+    """The constant that a value is, except for its type and shape."""
     node = value.get_node()
     while node.get_type_name() in ("Convert", "Reshape"):
         node = node.input_value(0).get_node()
