@@ -160,7 +160,7 @@ def open_segmenter(spec: Spec) -> Segmenter:
         threads = spec.threads if format_of(spec.path).takes_threads else None
         return load(spec.path, spec.providers, threads=threads)
     from d2zero.checkpoints.files import load_model
-    from d2zero.training.distributed import pick_device
+    from d2zero.devices import pick_device
 
     model = load_model(spec.path, pick_device(spec.device))
     if spec.variant == "model":

@@ -59,7 +59,7 @@ class Peer:
             limit_torch_threads(spec.threads)
         import torch
 
-        from d2zero.training.distributed import pick_device
+        from d2zero.devices import pick_device
 
         self._form, self._device = PEERS[spec.peer], pick_device(spec.device)
         torch.manual_seed(0)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2zero.data.targets import Targets
 from d2zero.data.training_set import Batch
-from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, build
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes

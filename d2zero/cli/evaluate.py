@@ -164,8 +164,7 @@ def _model(
     threads: int | None,
 ) -> Segmenter:
     from d2zero.cli.models import open_segmenter
-    from d2zero.data.splits import find_split
-    from d2zero.training.start import check_split
+    from d2zero.data.splits import check_split, find_split
 
     model = open_segmenter(checkpoint, providers, device, vocabulary, threads)
     if split:

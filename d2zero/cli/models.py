@@ -52,7 +52,7 @@ def open_segmenter(
         import torch
 
         from d2zero.checkpoints.files import load_model
-        from d2zero.training.distributed import pick_device
+        from d2zero.devices import pick_device
 
         if threads:
             torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ of the columns in published embedding files and of the categories in published a
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from d2zero_runtime import D2ZeroError
+from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import join_truncated
 
 # fmt: off
@@ -88,3 +88,24 @@ def find_split(name: str) -> Split:
     if key not in SPLITS:
         raise D2ZeroError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
     return SPLITS[key]
+
+
+def check_split(vocabulary: Vocabulary, split: str) -> None:
+    """Refuse a vocabulary of another split.
+
+    Raises:
+        D2ZeroError: its record, or its seen and unseen names, are of another split.
+    """
+    recorded = vocabulary.source.get("split")
+    if recorded and recorded != split:
+        raise D2ZeroError(f"the vocabulary is of split {recorded}, this needs {split}; make it with --split {split}")
+    if split in SPLITS:
+        wrong = sorted(set(SPLITS[split].seen) ^ set(vocabulary.seen_names))
+        if wrong:
+            raise D2ZeroError(
+                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ"
+                f" ({join_truncated(wrong)});"
+                f" make it with --split {split}"
+            )
+    if not vocabulary.seen.any():
+        raise D2ZeroError("the vocabulary has no seen classes to train on")

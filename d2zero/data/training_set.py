@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from d2zero.data.augment import AugmentConfig, training_transform
 from d2zero.data.coco import CocoFile, read_listed_image
 from d2zero.data.coco_values import Id, decoded
-from d2zero.losses.matcher import Targets
+from d2zero.data.targets import Targets
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import join_truncated
 

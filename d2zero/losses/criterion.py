@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2zero.data.targets import Targets
 from d2zero.losses.config import LossConfig
-from d2zero.losses.matcher import Targets, assign, matching_costs
+from d2zero.losses.matcher import assign, matching_costs
 from d2zero.losses.points import Generators, draw_points, sample, sample_chosen, uncertain_points
 from d2zero.losses.unseen import draw_pseudo_labels, draw_uniform, log_similarity
 from d2zero.model.d2zero import HeadOutput

@@ -6,6 +6,7 @@ from typing import Any
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
 from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 
 LEVELS = 3  # of the pixel decoder's memory: strides 32, 16, 8
 
@@ -32,7 +33,7 @@ class ModelConfig:
     adaptation_ffn_dim: int = 2048
     adaptation_dropout: float = 0.1
     logit_scale: float = 100.0  # class logits are logit_scale · cosine
-    softmax_temperature: float = 0.2  # factor on the logits at inference
+    softmax_temperature: float = SOFTMAX_TEMPERATURE  # factor on the logits at inference
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_exactly, read_arrays
 from d2zero.data.coco import CocoFile, find_annotations, find_image_folder, read_coco
-from d2zero.data.splits import SPLITS
+from d2zero.data.splits import check_split
 from d2zero.data.training_set import TrainingSet
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.model import D2Zero, build
@@ -82,27 +82,6 @@ def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
     _report_problems(problems)
     _report_left_out(run.data.annotations)  # again: what was said first has scrolled away
     return finished
-
-
-def check_split(vocabulary: Vocabulary, split: str) -> None:
-    """Refuse a vocabulary of another split.
-
-    Raises:
-        D2ZeroError: its record, or its seen and unseen names, are of another split.
-    """
-    recorded = vocabulary.source.get("split")
-    if recorded and recorded != split:
-        raise D2ZeroError(f"the vocabulary is of split {recorded}, this needs {split}; make it with --split {split}")
-    if split in SPLITS:
-        wrong = sorted(set(SPLITS[split].seen) ^ set(vocabulary.seen_names))
-        if wrong:
-            raise D2ZeroError(
-                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ"
-                f" ({join_truncated(wrong)});"
-                f" make it with --split {split}"
-            )
-    if not vocabulary.seen.any():
-        raise D2ZeroError("the vocabulary has no seen classes to train on")
 
 
 def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] | None:

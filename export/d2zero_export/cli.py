@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,7 +207,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
     if not options.verify:
         _show_parity(None)
         return
-    from d2zero_export.parity import LIMITS
+    from d2zero_export.parity import limits_for
     from d2zero_export.verify import open_exported, raw_parity
 
     _stage("verify")
@@ -220,10 +220,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
     built = open_exported(output)
     parity = raw_parity(reference, built)
     _show_parity(parity)
-    limits = LIMITS[built.precision]
-    if options.max_logits is not None:
-        limits = replace(limits, logits=options.max_logits)
-    failures = parity.failures(limits)
+    failures = parity.failures(limits_for(built.precision, options.max_logits))
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if failures:

@@ -27,7 +27,7 @@ from d2zero.model.deformable import FUNCTIONS, DeformableImpl
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.norms import in_stages
 from d2zero_export.options import GraphOptions, OnnxOptions
-from d2zero_export.parity import LIMITS, RawParity
+from d2zero_export.parity import RawParity, limits_for
 from d2zero_export.plugin import plugin
 from d2zero_export.precision import PRECISIONS, cast_to
 from d2zero_export.quantize import Photos, quantized
@@ -239,9 +239,6 @@ def verified(model: D2Zero, candidate: Path, options: GraphOptions) -> RawParity
         D2ZeroError: it is another model.
     """
     exported = open_exported(candidate)
-    limits = LIMITS[exported.precision]
-    if options.max_logits is not None:
-        limits = replace(limits, logits=options.max_logits)
     parity = raw_parity(model.segmenter(), exported)
-    parity.require(limits)
+    parity.require(limits_for(exported.precision, options.max_logits))
     return parity

@@ -27,7 +27,7 @@ class Limits:
 
     logits: float = 1e-3  # class and mask logits, largest difference of most queries
     relative: float = 1e-3  # the same, mean difference of all as a share of the mean size
-    matched: float = 0.99  # least share of instances found by both, and named alike
+    matched: float = 0.99  # minimum share of instances found by both, and named alike
     points: float = 0.1  # AP and recall, in points of percent
     hm_points: float = 0.1  # of their harmonic means over seen and unseen classes
 
@@ -48,6 +48,17 @@ LIMITS = {
     # matched; unseen AP50 within 0.8 points, harmonic means within 0.4.
     "int8": replace(_LOW, relative=0.2, matched=0.98, points=1.0),
 }
+
+
+def limits_for(precision: str, max_logits: float | None = None) -> Limits:
+    """What may differ in a precision.
+
+    Args:
+        precision: As of `Segmenter.precision`.
+        max_logits: Another limit on the largest difference of logits.
+    """
+    limits = LIMITS[precision]
+    return limits if max_logits is None else replace(limits, logits=max_logits)
 
 
 @dataclass(frozen=True)

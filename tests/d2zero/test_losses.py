@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from d2zero.data.targets import Targets
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion, Losses
-from d2zero.losses.matcher import Targets, assign, matching_costs
+from d2zero.losses.matcher import assign, matching_costs
 from d2zero.losses.points import Generators, sample, sample_shared, uncertain_points
 from d2zero.losses.unseen import draw_pseudo_labels, draw_uniform, log_similarity
 from d2zero.model import HeadOutput

@@ -9,10 +9,10 @@ import pytest
 import torch
 from pretended_gpu import PretendedGpu, on_gpu, pretend
 
+from d2zero.data.targets import Targets
 from d2zero.data.training_set import Batch
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
-from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, HeadOutput, deformable
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.distributed import Processes

@@ -11,9 +11,9 @@ from published import published_shapes, reference_weights
 from recorded import require_recorded_detections
 from torch import Tensor
 
+from d2zero.data.targets import Targets
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
-from d2zero.losses.matcher import Targets
 from d2zero.model import D2Zero, deformable
 from d2zero.model import classifier as classifier_module
 from d2zero_runtime import Preprocessing, read_image

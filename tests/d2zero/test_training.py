@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import d2zero
+from d2zero.data.targets import Targets
 from d2zero.data.training_set import Batch
-from d2zero.losses.matcher import Targets
 from d2zero.model import build
 from d2zero.model.deformable import gather, grid_sample, triton_sample
 from d2zero.training.config import (
