@@ -196,7 +196,7 @@ CASES = [
     ("predict data/val -m none.onnx -o found", "model none.onnx does not exist"),
     ("predict data/val -m foreign.onnx -o found", "carries no d2zero contract"),
     ("predict data/val -m lonely.engine -o found", "lonely.engine.json is missing"),
-    ("predict data/val -m words.txt -o found", "words.txt is damaged, cut short, or no .safetensors file"),
+    ("predict data/val -m words.txt -o found", "expected a checkpoint (.safetensors) or an exported model"),
     ("predict data/val -m model.onnx -o text.json", "--output takes a folder"),
     ("predict data/val -m model.onnx -o found --mode best", "mode must be one of"),
     ("predict data/val -m model.onnx -o found --score 2", "Invalid value for '--score'"),

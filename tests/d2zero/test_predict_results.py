@@ -39,7 +39,7 @@ def test_predict_writes_what_eval_and_pycocotools_read(
     outcome = command(*made, "--results-for", path)
     assert outcome.code == 0, outcome.err
     plain = coco.COCO(str(tmp_path / "found/detections.json"))
-    assert len(plain.anns) == 400 and len(plain.imgs) == 4
+    assert 300 < len(plain.anns) <= 400 and len(plain.imgs) == 4  # of 100 per image, those that have a pixel
     for entry in plain.anns.values():
         assert entry["iscrowd"] == 0 and entry["area"] == coco.maskUtils.area(entry["segmentation"])
     results = tmp_path / "found/results.json"

@@ -167,7 +167,7 @@ def test_the_segmenter_runs_an_engine_in_parts_that_it_takes(setting: Setting) -
     assert segmenter.predict_raw(images[:1]).class_logits.shape == (1, QUERIES, 3)
     assert segmenter.contract.batch is None and segmenter.preprocessing.canvas is None
     segmenter.close()
-    with pytest.raises(D2ZeroError, match="this engine was closed"):
+    with pytest.raises(D2ZeroError, match="was closed; load the model again"):
         segmenter.predict_raw(images)
     with pytest.raises(D2ZeroError, match="leave out the providers"):
         load(setting.path, providers=["cuda"])
