@@ -92,3 +92,13 @@ def test_lazy_names_are_all_there() -> None:
         assert getattr(d2zero, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = d2zero.nothing
+
+
+def test_old_names_of_modules_lead_to_the_new_ones() -> None:
+    code = (
+        "from d2zero_runtime.sidecar import Sidecar; from d2zero_runtime.pt2_file import Pt2Description;"
+        "from d2zero_runtime.onnx_file import read_contract; from d2zero_runtime import profile, rle;"
+        "from d2zero_runtime.artifacts.engine import EngineMetadata; assert Sidecar is EngineMetadata;"
+        "from d2zero_runtime.masks import rle as new; assert rle.encode is new.encode"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

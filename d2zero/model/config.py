@@ -11,6 +11,10 @@ from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 LEVELS = 3  # of the pixel decoder's memory: strides 32, 16, 8
 
 
+LARGEST = 1 << 16  # of a model's widths and counts
+MOST_LAYERS = 256
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and choices of a model. The defaults are the published ResNet-50, word2vec model."""
@@ -49,11 +53,11 @@ class ModelConfig:
             "decoder_ffn_dim",
             "adaptation_ffn_dim",
         ):
-            if getattr(self, name) < 1:
-                raise D2ZeroError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise D2ZeroError(f"model.{name} must be from 1 to {LARGEST}, got {getattr(self, name)}")
         for name in ("encoder_layers", "decoder_layers", "adaptation_layers"):
-            if getattr(self, name) < 0:
-                raise D2ZeroError(f"model.{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= MOST_LAYERS:
+                raise D2ZeroError(f"model.{name} must be from 0 to {MOST_LAYERS}, got {getattr(self, name)}")
         for name in ("logit_scale", "softmax_temperature"):
             require_finite(f"model.{name}", getattr(self, name), above=0)
         if not 0 <= self.adaptation_dropout < 1:

@@ -4,6 +4,7 @@
 `Detections` (result), `load` (an exported model, as a `Segmenter`), `D2ZeroError` (what the user can fix).
 """
 
+import d2zero_runtime.old_names  # noqa: F401
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing

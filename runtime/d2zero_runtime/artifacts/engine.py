@@ -32,7 +32,7 @@ class _Fields:
     profile: dict[str, str]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class EngineMetadata(Metadata):
     """All that running an engine needs to know beside the plan.
 

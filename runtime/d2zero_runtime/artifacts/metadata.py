@@ -14,19 +14,17 @@ from d2zero_runtime.vocabulary import Vocabulary
 VERSION = 1
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Metadata:
     """A description of a compiled network; subclasses add fields that JSON can hold.
 
     Args:
         contract: The model's contract.
         embeddings: (K, D) float32, the default vocabulary's.
-        version: The version of the format.
     """
 
     contract: ModelContract
     embeddings: NDArray[np.float32]
-    version: int = VERSION
 
     FIELDS: ClassVar[type[Any]]
     """The dataclass of the subclass's own fields."""
@@ -52,7 +50,7 @@ class Metadata:
         """The description as JSON."""
         return json.dumps(
             {
-                "version": self.version,
+                "version": VERSION,
                 **self._own_fields(),
                 "contract": asdict(self.contract),
                 "embeddings": embeddings_to_json(self.embeddings),
@@ -78,7 +76,6 @@ class Metadata:
         return cls(
             contract=ModelContract.from_json(json.dumps(shared.contract), where),
             embeddings=embeddings_from_json(shared.embeddings, where),
-            version=shared.version,
             **cls._arguments(own, where),
         )
 

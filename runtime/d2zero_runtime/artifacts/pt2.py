@@ -31,7 +31,7 @@ class _Fields:
     channels_last: bool = False  # files from before lack it
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Pt2Metadata(Metadata):
     """All that running a `.pt2` needs to know beside the compiled network.
 
