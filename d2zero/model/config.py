@@ -56,8 +56,9 @@ class ModelConfig:
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise D2ZeroError(f"model.{name} must be at least 1 and at most {LARGEST}, got {getattr(self, name)}")
         for name in ("encoder_layers", "decoder_layers", "adaptation_layers"):
-            if not 0 <= getattr(self, name) <= MOST_LAYERS:
-                raise D2ZeroError(f"model.{name} must not be negative nor above {MOST_LAYERS}, got {getattr(self, name)}")
+            layers = getattr(self, name)
+            if not 0 <= layers <= MOST_LAYERS:
+                raise D2ZeroError(f"model.{name} must not be negative or above {MOST_LAYERS}, got {layers}")
         for name in ("logit_scale", "softmax_temperature"):
             require_finite(f"model.{name}", getattr(self, name), above=0)
         if not 0 <= self.adaptation_dropout < 1:
