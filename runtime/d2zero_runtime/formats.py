@@ -42,7 +42,7 @@ class Format:
     Args:
         suffix: The end of its files' names.
         read: Reads the contract and the default vocabulary, without loading the network.
-        open: Opens the backend.
+        open: Opens the backend of a file whose contract has been read.
         replace_vocabulary: Replaces the default vocabulary inside a file, atomically.
         no_providers: Why it takes no providers; empty if it does.
         takes_threads: Whether the number of threads can be chosen.
@@ -51,7 +51,7 @@ class Format:
 
     suffix: str
     read: Callable[[Path], Model]
-    open: Callable[[Path, LoadOptions], Backend[Any]]
+    open: Callable[[Path, ModelContract, LoadOptions], Backend[Any]]
     replace_vocabulary: Callable[[Path, Vocabulary], None]
     no_providers: str = ""
     takes_threads: bool = True
@@ -85,13 +85,12 @@ def read_exported(path: Path) -> Model:
     return format_of(path).read(path)
 
 
-def open_onnx(path: Path, options: LoadOptions) -> Backend[Images]:
+def open_onnx(path: Path, contract: ModelContract, options: LoadOptions) -> Backend[Images]:
     """The backend of an `.onnx` file that the providers ask for.
 
     Raises:
         D2ZeroError: The file or a provider cannot be used.
     """
-    contract, _ = read_contract(path)
     chosen = _listed(options.providers)
     names = [entry if isinstance(entry, str) else entry[0] for entry in chosen]
     if contract.deform_attn == "plugin" and not {"tensorrt", "TensorrtExecutionProvider"} & set(names):
@@ -162,7 +161,9 @@ FORMATS = {
         Format(
             ".engine",
             _read_engine,
-            lambda path, options: TensorrtBackend(path, EngineMetadata.read(path), options.device, options.cuda_graphs),
+            lambda path, _, options: TensorrtBackend(
+                path, EngineMetadata.read(path), options.device, options.cuda_graphs
+            ),
             replace_engine_vocabulary,
             no_providers="an engine is run by TensorRT itself; leave out the providers",
             takes_threads=False,
@@ -170,7 +171,7 @@ FORMATS = {
         Format(
             ".pt2",
             _read_pt2,
-            lambda path, options: Pt2Backend(
+            lambda path, _, options: Pt2Backend(
                 path, Pt2Metadata.read(path), options.device, options.cuda_graphs, options.threads
             ),
             replace_pt2_vocabulary,

@@ -125,7 +125,8 @@ def load(
             'device is for engines and .pt2 files; for an .onnx give providers=("cuda", {"device_id": N})'
         )
     contract, vocabulary = kind.read(path)
-    return Segmenter(kind.open(path, LoadOptions(providers, threads, device, cuda_graphs)), contract, vocabulary)
+    backend = kind.open(path, contract, LoadOptions(providers, threads, device, cuda_graphs))
+    return Segmenter(backend, contract, vocabulary)
 
 
 class Segmenter:
