@@ -121,7 +121,7 @@ def _require_images(annotations: Path, images: Path, limit: int | None) -> None:
 
 def _preprocessing(path: Path) -> Preprocessing:
     if is_exported(path):
-        return read_exported(path)[0].preprocessing
+        return read_exported(path).contract.preprocessing
     from d2zero.checkpoints.files import load_model
 
     return load_model(path).preprocessing

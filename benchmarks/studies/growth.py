@@ -140,7 +140,7 @@ def _curves(model: Path, work: Work, only: Sequence[str], folder: Path, publishe
     plan = Plan((model,), providers=("cpu",), sizes=((side, side),), rounds=work.rounds, warmup=1)
     measures: dict[str, Callable[[], Curve]] = {
         "sizes": lambda: against_size(plan, work.sizes),
-        "classes": lambda: against_classes(plan, work.classes, read_exported(model)[0].text_dim),
+        "classes": lambda: against_classes(plan, work.classes, read_exported(model).contract.text_dim),
         "batches": lambda: against_batch(plan, work.batches),
         "queries": lambda: against_queries(
             plan, {count: _exported(folder, published, count) for count in work.queries}

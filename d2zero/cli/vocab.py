@@ -68,7 +68,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What is in a vocabulary, or in the default one of an exported model."""
-    vocabulary = read_exported(file)[1] if is_exported(file) else Vocabulary.load(file)
+    vocabulary = read_exported(file).vocabulary if is_exported(file) else Vocabulary.load(file)
     if as_json:
         flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
         classes = [{"name": name, "seen": seen, "active": active} for name, seen, active in flags]

@@ -22,7 +22,6 @@ OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, an
 PROVIDERS = (*ONNXRUNTIME, *OPENVINO)
 
 Providers = Provider | Sequence[Provider]
-Model = tuple[ModelContract, Vocabulary]  # an exported model's contract and its default vocabulary
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,27 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What an exported model says about itself, read without loading its network.
+
+    Args:
+        contract: The model's contract.
+        vocabulary: Its default vocabulary.
+        open: Loads the network.
+    """
+
+    contract: ModelContract
+    vocabulary: Vocabulary
+    open: Callable[[LoadOptions], Backend[Any]]
+
+
+@dataclass(frozen=True)
 class Format:
     """One kind of exported model.
 
     Args:
         suffix: The end of its files' names.
-        read: Reads the contract and the default vocabulary, without loading the network.
-        open: Opens the backend of a file whose contract has been read.
+        read: Reads what a file says about itself.
         replace_vocabulary: Replaces the default vocabulary inside a file, atomically.
         no_providers: Why it takes no providers; empty if it does.
         takes_threads: Whether the number of threads can be chosen.
@@ -50,8 +63,7 @@ class Format:
     """
 
     suffix: str
-    read: Callable[[Path], Model]
-    open: Callable[[Path, ModelContract, LoadOptions], Backend[Any]]
+    read: Callable[[Path], Exported]
     replace_vocabulary: Callable[[Path, Vocabulary], None]
     no_providers: str = ""
     takes_threads: bool = True
@@ -76,8 +88,8 @@ def is_exported(path: Path) -> bool:
     return path.suffix in FORMATS
 
 
-def read_exported(path: Path) -> Model:
-    """The contract of an exported model and its default vocabulary, without loading it.
+def read_exported(path: Path) -> Exported:
+    """The contract of an exported model and its default vocabulary, without loading its network.
 
     Raises:
         D2ZeroError: It cannot be read.
@@ -103,7 +115,7 @@ def open_onnx(path: Path, contract: ModelContract, options: LoadOptions) -> Back
             raise D2ZeroError(f"openvino cannot be combined with other providers, got {', '.join(names)}")
         if not isinstance(chosen[0], str):
             raise D2ZeroError(f"{names[0]} takes no options here; threads are an argument of their own")
-        return OpenVinoBackend(path, OPENVINO[names[0]], options.threads)
+        return OpenVinoBackend(path, contract, OPENVINO[names[0]], options.threads)
     return onnxruntime_backend(path, contract, chosen, options.threads)
 
 
@@ -144,26 +156,36 @@ def _as_list(providers: Providers | None) -> list[Provider]:
     return list(providers)
 
 
-def _read_engine(path: Path) -> Model:
+def _read_onnx(path: Path) -> Exported:
+    contract, vocabulary = read_contract(path)
+    return Exported(contract, vocabulary, lambda options: open_onnx(path, contract, options))
+
+
+def _read_engine(path: Path) -> Exported:
     metadata = EngineMetadata.read(path)
-    return metadata.runnable_contract, metadata.vocabulary
+    return Exported(
+        metadata.runnable_contract,
+        metadata.vocabulary,
+        lambda options: TensorrtBackend(path, metadata, options.device, options.cuda_graphs),
+    )
 
 
-def _read_pt2(path: Path) -> Model:
+def _read_pt2(path: Path) -> Exported:
     metadata = Pt2Metadata.read(path)
-    return metadata.contract, metadata.vocabulary
+    return Exported(
+        metadata.contract,
+        metadata.vocabulary,
+        lambda options: Pt2Backend(path, metadata, options.device, options.cuda_graphs, options.threads),
+    )
 
 
 FORMATS = {
     entry.suffix: entry
     for entry in (
-        Format(".onnx", read_contract, open_onnx, replace_onnx_vocabulary, takes_device=False),
+        Format(".onnx", _read_onnx, replace_onnx_vocabulary, takes_device=False),
         Format(
             ".engine",
             _read_engine,
-            lambda path, _, options: TensorrtBackend(
-                path, EngineMetadata.read(path), options.device, options.cuda_graphs
-            ),
             replace_engine_vocabulary,
             no_providers="an engine is run by TensorRT itself; leave out the providers",
             takes_threads=False,
@@ -171,9 +193,6 @@ FORMATS = {
         Format(
             ".pt2",
             _read_pt2,
-            lambda path, _, options: Pt2Backend(
-                path, Pt2Metadata.read(path), options.device, options.cuda_graphs, options.threads
-            ),
             replace_pt2_vocabulary,
             no_providers="a .pt2 runs where it was compiled for; leave out the providers",
         ),

@@ -124,9 +124,9 @@ def load(
         raise D2ZeroError(
             'device is for engines and .pt2 files; for an .onnx give providers=("cuda", {"device_id": N})'
         )
-    contract, vocabulary = kind.read(path)
-    backend = kind.open(path, contract, LoadOptions(providers, threads, device, cuda_graphs))
-    return Segmenter(backend, contract, vocabulary)
+    exported = kind.read(path)
+    backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs))
+    return Segmenter(backend, exported.contract, exported.vocabulary)
 
 
 class Segmenter:

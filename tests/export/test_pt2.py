@@ -91,7 +91,7 @@ def test_threads_get_their_own_results(compiled: Path) -> None:
 def test_its_contract_is_read_without_torch(compiled: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from d2zero_runtime.formats import read_exported;"
-        f"print(len(read_exported(Path({str(compiled)!r}))[1])); assert 'torch' not in sys.modules"
+        f"print(len(read_exported(Path({str(compiled)!r})).vocabulary)); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(CLASSES)
@@ -102,7 +102,7 @@ def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) 
     shutil.copy(compiled, copy)
     words = Vocabulary(("x", "y"), np.full((2, WIDTH), 3, np.float32), source={"encoder": "word2vec"})
     replace_pt2_vocabulary(copy, words)
-    assert read_exported(copy)[1].names == ("x", "y")
+    assert read_exported(copy).vocabulary.names == ("x", "y")
     class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings)
     np.testing.assert_array_equal(class_logits[0], words.embeddings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt2"]
@@ -241,7 +241,7 @@ def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     parity = export_pt2(tiny(), path, stage=stages.append)
     assert stages == ["precision", "trace", "compile", "package", "verify"]
     assert parity is not None and all(entry.class_logits < 1e-3 for entry in parity.differences)
-    assert read_exported(path)[0].deform_attn == "embedding_bag"
+    assert read_exported(path).contract.deform_attn == "embedding_bag"
     found = load(path)(np.zeros((50, 70, 3), np.uint8))
     assert found.image_size == (50, 70)
 

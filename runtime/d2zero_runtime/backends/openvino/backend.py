@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
-from d2zero_runtime.artifacts.onnx import read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.onnx import without_default_embeddings
 from d2zero_runtime.backends.base import Backend, Images
 from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
 from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
@@ -34,7 +34,8 @@ class OpenVinoBackend(Backend[Images]):
     """A network compiled by OpenVINO for the CPU. Calls from several threads take turns.
 
     Args:
-        path: the `.onnx` file.
+        path: The `.onnx` file.
+        contract: The contract inside it.
         precision: `float32`, or `bfloat16` for most of a float32 graph.
         threads: OpenVINO's choice if left out.
 
@@ -43,9 +44,10 @@ class OpenVinoBackend(Backend[Images]):
             already, or it cannot be run.
     """
 
-    def __init__(self, path: Path, precision: str = "float32", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, contract: ModelContract, precision: str = "float32", threads: int | None = None
+    ) -> None:
         openvino = optional("openvino")
-        contract, _ = read_contract(path)
         if precision == "bfloat16" and contract.precision != "float32":
             raise D2ZeroError(
                 f"bfloat16 is for float32 files, and {path} is {contract.precision}; use the provider openvino"
