@@ -43,6 +43,7 @@ def test_drawn_files_are_valid_and_reproducible(tmp_path: Path) -> None:
         assert coco_mask.toBbox(entry["segmentation"]).tolist() == entry["bbox"] and 0 < entry["score"] < 1
 
 
+@pytest.mark.slow
 def test_both_sides_agree_and_the_report_has_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "evaluation/cpu.json"
     words = ["--images", "12,3", "--detections", "10", "--repeats", "1", "--defaults", "--json", str(path)]

@@ -54,6 +54,7 @@ def found(folder: Path, name: str = "call") -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in Linux's /proc")
 def test_interrupted_and_failing_stages_keep_findings_and_do_not_stop_the_rest(
     stages: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -162,6 +163,7 @@ def test_plans_name_scripts_and_exports_that_exist(scripts: None, name: str, reh
         assert all(made.fullmatch(word) and word in plan["exports"].command for word in files)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_one_line(
     scripts: None, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +238,7 @@ def test_kernels_are_grouped_by_what_they_do(scripts: None) -> None:
     assert {kernel: group_of(kernel) for kernel in kernels} == kernels
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_left_out_where_the_plan_says_so(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"no model")

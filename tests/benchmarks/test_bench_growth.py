@@ -117,6 +117,7 @@ def test_a_quantity_has_one_colour_in_both_plots() -> None:
     assert times.items() <= relative.items()
 
 
+@pytest.mark.slow
 def test_committed_results_become_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Path(__file__).parents[2] / "benchmarks/results"
     files = [results / "demo-cpu.json", results / "growth/demo-cpu.json"]
@@ -129,6 +130,7 @@ def test_committed_results_become_pages(tmp_path: Path, capsys: pytest.CaptureFi
     assert pages.main([str(tmp_path / "other.json")]) == 2 and "other.json: expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_quick_run(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert growth.main(["--quick", "--model", str(exported), "--rounds", "1", "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / f"{exported.stem}-cpu.json").read_text(encoding="utf-8"))

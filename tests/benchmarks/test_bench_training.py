@@ -35,6 +35,7 @@ def allocator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
 
 
+@pytest.mark.slow
 def test_variants_are_compared_then_timed_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "training.json"
     options = ["--device", "cpu", "--batch", "2", "--variants", "amp,published,model", "--workers", "1"]

@@ -204,6 +204,7 @@ def test_a_worker_answers_refuses_and_ends(photos: Photos) -> None:
         worker.close()
 
 
+@pytest.mark.slow
 def test_the_command_measures_compares_and_holds_to_limits(
     exported: Path, shapes_data: Path, tmp_path: Path, command: Command
 ) -> None:

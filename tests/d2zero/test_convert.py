@@ -40,6 +40,7 @@ def test_every_published_name_has_one_of_ours() -> None:
     assert our_name("sem_seg_head.surprise.weight") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pth", "pkl", "older"])
 def test_published_files(
     layout: str, arrays: dict[str, np.ndarray], words: Path, tmp_path: Path, command: Command
@@ -117,6 +118,7 @@ def test_pickled_code_is_not_executed(suffix: str, words: Path, tmp_path: Path, 
     assert not trap.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["torchvision", "detectron2"])
 def test_backbone_weights(layout: str, words: Path, tmp_path: Path, command: Command) -> None:
     torch.manual_seed(1)

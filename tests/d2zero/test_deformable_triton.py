@@ -23,6 +23,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_deformable.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("pass_", ["forward", "backward"])

@@ -18,6 +18,7 @@ def test_kernels_in_the_interpreter() -> None:
     assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_masked_attention.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
 def test_split_kernel_compiles_for_hopper(values: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_small_reference_without_text() -> None:
         np.testing.assert_allclose(found[name], recorded[name], atol=1e-3, err_msg=name)  # a pixel may flip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["48_17", "65_15"])
 def test_all_tensors_and_detections(shared: Path, split: str) -> None:
     recorded = np.load(shared / f"reference/reference_{split}.npz")

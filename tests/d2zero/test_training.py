@@ -49,6 +49,7 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_run_leaves_what_it_should(shapes_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finished = train(shapes_data, run, "steps=30", "picture_every=15", "optim.warmup_steps=5")
@@ -160,6 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     assert read_state(tmp_path / "run")["step"] == 2
 
 
+@pytest.mark.slow
 def test_log_entries_over_several_steps_survive_a_resume(shapes_data: Path, tmp_path: Path) -> None:
     settings = ["steps=6", "log_every=3", "checkpoint_every=2"]
     train(shapes_data, tmp_path / "whole", *settings)
@@ -327,6 +329,7 @@ def test_the_optimiser_goes_on_from_any_device_as_it_was_built(saved_fused: bool
     torch.testing.assert_close(resumed, parameter)
 
 
+@pytest.mark.slow
 def test_attention_compiles_without_cudnns() -> None:
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
     queries, keys = torch.randn(1, 3, 8), torch.randn(1, 64, 8)

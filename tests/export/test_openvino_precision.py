@@ -46,6 +46,7 @@ def lowered(path: Path) -> Any:
     return network
 
 
+@pytest.mark.slow
 @FORMS
 def test_types(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
     network = lowered(written(form, inputs, tmp_path)[0])

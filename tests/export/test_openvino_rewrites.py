@@ -20,6 +20,7 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO lowers whe
 SIZES = [(2, 3), (4, 6), (8, 12)]
 
 
+@pytest.mark.slow
 def test_sums_of_rows_are_joined_where_sizes_are_known(tmp_path: Path) -> None:
     torch.manual_seed(0)
     total = sum(height * width for height, width in SIZES)

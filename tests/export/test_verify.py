@@ -44,6 +44,7 @@ def test_the_same_model_passes_on_photos_and_annotations(
     assert found["instances"]["instances"] > 10 and found["instances"]["matched"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "factor", "message"),
     [
@@ -88,6 +89,7 @@ def test_exported_models_are_evaluated_as_checkpoints_are(
         assert found[figure] == pytest.approx(expected[Mode.GZSIS]["segm"][figure], abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_another_provider_found_is_not_taken_for_this_one(
     exported: Path, shapes_data: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -110,6 +110,7 @@ def test_the_kernel_in_the_interpreter() -> None:
     assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_masks.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("logits", ["fp32", "fp16", "bf16"])
