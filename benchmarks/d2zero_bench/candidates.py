@@ -134,7 +134,7 @@ class Candidate:
 
         from d2zero.cli.terminal import tracked
         from d2zero.data.coco import read_coco
-        from d2zero.evaluation.metrics import HEADLINE_METRICS
+        from d2zero.evaluation.metrics import metrics_of
         from d2zero.evaluation.run import EvaluationRun
 
         self.segmenter.set_vocabulary(self._own)
@@ -145,7 +145,7 @@ class Candidate:
             )
             label = f"accuracy of {self.info.name}"
             summary = run.run(lambda items, length, _: tracked(items, length, label))[Mode.GZSIS]
-        metrics = {name: summary["segm"].get(name) for name in HEADLINE_METRICS}
+        metrics = {name: summary["segm"].get(name) for name in metrics_of(Mode.GZSIS)}
         return Accuracy(self.info.name, str(Mode.GZSIS), summary["images"], metrics)
 
 

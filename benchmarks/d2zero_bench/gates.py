@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from d2zero.evaluation.metrics import METRICS
 from d2zero_bench.report import FILE, Report, names
 from d2zero_runtime import D2ZeroError
 
@@ -60,7 +61,7 @@ def _slow(report: Report, name: str, limit: float) -> list[str]:
 
 def _inaccurate(report: Report, name: str, limit: float) -> list[str]:
     measured = report.accuracy_of(name)
-    value = measured.figures.get("hm_ap50") if measured else None
+    value, label = measured.figures.get("hm_ap50") if measured else None, METRICS["hm_ap50"].label
     if value is None:
-        return [f"{name}: HM AP50 was not measured (limit {limit:g})"]
-    return [] if value >= limit else [f"{name}: HM AP50 {value:.2f} (limit {limit:g})"]
+        return [f"{name}: {label} was not measured (limit {limit:g})"]
+    return [] if value >= limit else [f"{name}: {label} {value:.2f} (limit {limit:g})"]

@@ -5,7 +5,7 @@ the model named unseen objects by anything but their text, the controls would no
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from d2zero.checkpoints.files import file_hash, load_model
 from d2zero.data.coco import read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
+from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
@@ -33,7 +34,7 @@ SHEET_IMAGES = 9
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table, in percent."""
+    """One line of the demo's table: keys of `METRICS`, in percent."""
 
     label: str
     seen_ap50: float | None
@@ -107,10 +108,12 @@ def misnamed(vocabulary: Vocabulary) -> Vocabulary:
 def results_table(rows: list[Row]) -> Table:
     """The figures for people."""
     table = Table(title="masks, percent", box=box.SIMPLE)
-    for column in ("", "images", "seen AP50", "unseen AP50", "HM AP50", "unseen R@100"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("")
+    metrics = [field.name for field in fields(Row) if field.name in METRICS]
+    for column in ("images", *(METRICS[key].label for key in metrics)):
+        table.add_column(column, justify="right")
     for row in rows:
-        values = (row.seen_ap50, row.unseen_ap50, row.hm_ap50, row.unseen_recall50)
+        values = map(asdict(row).get, metrics)
         table.add_row(row.label, str(row.images), *("" if value is None else f"{value:.1f}" for value in values))
     return table
 

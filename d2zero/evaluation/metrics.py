@@ -32,9 +32,42 @@ from d2zero.evaluation.result_entries import by_image
 from d2zero_runtime import D2ZeroError, Mode
 from d2zero_runtime.errors import join_truncated
 
-# What accuracy is compared by: keys of a summary.
-HEADLINE_METRICS = ("seen_ap50", "unseen_ap50", "hm_ap50", "seen_recall50", "unseen_recall50", "hm_recall50", "ap")
 RECALL_LEVELS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric of a summary is shown, and where.
+
+    Args:
+        label: The head of its column.
+        unit: Its unit.
+        modes: The modes that have it.
+    """
+
+    label: str
+    unit: str = "%"
+    modes: tuple[Mode, ...] = tuple(Mode)
+
+
+_WITH_SEEN = (Mode.GZSIS, Mode.GZSIS_COPY_PASTE)
+# By key of a summary; tables, `verify` and benchmarks show and compare these.
+METRICS = {
+    "seen_ap50": Metric("seen AP50", modes=_WITH_SEEN),
+    "unseen_ap50": Metric("unseen AP50"),
+    "hm_ap50": Metric("HM AP50", modes=_WITH_SEEN),
+    "seen_recall50": Metric("seen R@100", modes=_WITH_SEEN),
+    "unseen_recall40": Metric("unseen R@100 .4", modes=(Mode.ZSIS,)),
+    "unseen_recall50": Metric("unseen R@100"),
+    "unseen_recall60": Metric("unseen R@100 .6", modes=(Mode.ZSIS,)),
+    "hm_recall50": Metric("HM R@100", modes=_WITH_SEEN),
+    "ap": Metric("AP .5:.95"),
+}
+
+
+def metrics_of(mode: Mode) -> dict[str, Metric]:
+    """The metrics of a mode, by key."""
+    return {key: metric for key, metric in METRICS.items() if mode in metric.modes}
 
 
 @dataclass

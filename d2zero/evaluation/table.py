@@ -6,6 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from d2zero.evaluation.metrics import METRICS, metrics_of
+from d2zero_runtime import Mode
 from d2zero_runtime.errors import printable
 
 
@@ -17,28 +19,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """Masks and boxes in rows; seen, unseen and harmonic mean in columns. In percent."""
     table = Table(title=f"{summary['mode']}: {summary['images']} images, {summary['annotations']} instances (percent)")
     table.add_column("")
-    if summary["mode"] == "zsis":
-        columns = {
-            "AP50": "unseen_ap50",
-            "R@100 .4": "unseen_recall40",
-            "R@100 .5": "unseen_recall50",
-            "R@100 .6": "unseen_recall60",
-            "AP .5:.95": "ap",
-        }
-    else:
-        columns = {
-            "seen AP50": "seen_ap50",
-            "unseen AP50": "unseen_ap50",
-            "HM AP50": "hm_ap50",
-            "seen R50": "seen_recall50",
-            "unseen R50": "unseen_recall50",
-            "HM R50": "hm_recall50",
-            "AP .5:.95": "ap",
-        }
-    for column in columns:
-        table.add_column(column, justify="right")
+    metrics = metrics_of(Mode(summary["mode"]))
+    for metric in metrics.values():
+        table.add_column(metric.label, justify="right")
     for kind, label in (("segm", "masks"), ("bbox", "boxes")):
-        table.add_row(label, *(_number(summary[kind].get(key)) for key in columns.values()))
+        table.add_row(label, *(_number(summary[kind].get(key)) for key in metrics))
     return table
 
 
@@ -47,7 +32,7 @@ def per_class_table(summary: Mapping[str, Any], kind: str = "segm") -> Table:
     table = Table(title=f"{summary['mode']}, {'masks' if kind == 'segm' else 'boxes'} (percent)")
     table.add_column("class")
     table.add_column("")
-    for column in ("instances", "AP50", "R50", "AP .5:.95"):
+    for column in ("instances", "AP50", "R@100", METRICS["ap"].label):
         table.add_column(column, justify="right")
     for name, row in sorted(summary[kind]["per_class"].items(), key=lambda item: (not item[1]["seen"], item[0])):
         table.add_row(

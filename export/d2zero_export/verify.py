@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
-from d2zero.evaluation.metrics import HEADLINE_METRICS
+from d2zero.evaluation.metrics import metrics_of
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
@@ -152,7 +152,7 @@ def _accuracy(
         str(mode): {
             f"{kind} {metric}": (both[0][mode][kind][metric], both[1][mode][kind][metric])
             for kind in ("segm", "bbox")
-            for metric in HEADLINE_METRICS
+            for metric in metrics_of(Mode.GZSIS)
             if both[0][mode][kind].get(metric) is not None
         }
         for mode in modes
