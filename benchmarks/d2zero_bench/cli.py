@@ -146,7 +146,7 @@ def show(report: "Report", json_file: Path | None = None, html_file: Path | None
 
     screen = console()
     for table in tables(report):
-        screen.print(table)
+        screen.print(table.for_terminal())
     differences = [
         f"{entry.candidate} is not the baseline's model: {failure}"
         for entry in report.equality

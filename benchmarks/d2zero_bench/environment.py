@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,13 @@ def environment(command: Sequence[str], threads: int | None, program: str = "d2z
         "command": " ".join([program, *(without_folders(word) for word in command)]),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """The few facts of an environment that head a report."""
+    cores = f"{found['cores']} cores" if found.get("cores") else None
+    facts = (found.get("processor"), found.get("instructions"), cores, found.get("gpu"), found.get("date"))
+    return [str(fact) for fact in facts if fact]
 
 
 def without_folders(text: str) -> str:

@@ -1,28 +1,23 @@
-"""The measurement: candidates one after the other, round by round, in a new order each round.
+"""The measurement: what is asked of the candidates in each case.
 
-A machine that drifts (heat, neighbours) slows all candidates of a round alike; ratios are of pairs of a round. All
-findings go into the report immediately: an interruption loses the round it falls into and nothing more.
+All findings go into the report immediately: an interruption loses the round it falls into and nothing more.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Protocol
 
 import numpy as np
 
 from d2zero_bench.candidates import Logits
 from d2zero_bench.cases import Case, Photos
-from d2zero_bench.environment import without_folders
 from d2zero_bench.plan import Plan
 from d2zero_bench.report import CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.rounds import Progress, Rounds
 from d2zero_bench.worker import Answer, Evaluate, Message, Prepare, ReadMemory, Run
 from d2zero_export.parity import LIMITS, difference
-from d2zero_runtime import D2ZeroError
 
-Progress = Callable[[Iterator[int], int, str], Iterator[int]]
 _NARROWEST_FIRST = ("float32", "tf32", "float16", "bfloat16", "int8")
 
 
@@ -33,11 +28,6 @@ class Asked(Protocol):
 
     def ask(self, message: Message[Answer]) -> Answer:
         """Answer one of the messages of `d2zero_bench.worker`."""
-
-
-def round_order(names: Sequence[str], case: Case | str, number: int, seed: int) -> list[str]:
-    """The order of candidates in one round: a function of the seed, the case and the round."""
-    return Random(f"{seed} {case} {number}").sample(names, len(names))
 
 
 @dataclass
@@ -61,6 +51,9 @@ class Measurement:
     progress: Progress
     _compared: set[Case] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._rounds = Rounds(self.report.failures, self.plan.seed, self.progress)
+
     def run(self, cases: Sequence[Case]) -> None:
         """Compare outputs and take times in each case."""
         for number, case in enumerate(cases, 1):
@@ -73,7 +66,7 @@ class Measurement:
     def evaluate(self, annotations: Path, images: Path, limit: int | None) -> None:
         """Measure the accuracy of each candidate that has one."""
         for name, worker in self.workers.items():
-            with self._noting_failure(name):
+            with self._rounds.noting_failure(name):
                 found = worker.ask(Evaluate(annotations, images, limit))
                 if found is not None:
                     self.report.accuracy.append(found)
@@ -84,7 +77,7 @@ class Measurement:
         for name, worker in self.workers.items():
             if worker.info.kind not in kinds or name in self.report.failures:
                 continue
-            with self._noting_failure(name):
+            with self._rounds.noting_failure(name):
                 worker.ask(Prepare(case))
                 for number in range(self.plan.warmup):
                     worker.ask(Run(case, self.photos.batch(case, number)))
@@ -97,10 +90,10 @@ class Measurement:
         if alike in self._compared or baseline not in ready:
             return
         self._compared.add(alike)
-        with self._noting_failure(baseline):
+        with self._rounds.noting_failure(baseline):
             theirs = self._logits(baseline, case)
             for name in ready:
-                with self._noting_failure(name):
+                with self._rounds.noting_failure(name):
                     ours = self._logits(name, case) if name != baseline else None
                     if ours is not None and theirs is not None:
                         info = self.workers[name].info
@@ -120,27 +113,16 @@ class Measurement:
     def _measure(self, case: Case, ready: Sequence[str], label: str) -> None:
         results = {name: Result(name, case) for name in ready}
         self.report.results += results.values()
-        rounds = self.plan.rounds
-        for number in self.progress(iter(range(rounds)), rounds, label):
-            paths = self.photos.batch(case, number)
-            found: dict[str, Sample] = {}
-            for name in round_order(ready, case, number, self.plan.seed):
-                if name not in self.report.failures:
-                    with self._noting_failure(name):
-                        found[name] = self.workers[name].ask(Run(case, paths)).sample
-            for name, sample in found.items():  # a whole round or nothing: rounds are pairs
+
+        def run(name: str, number: int) -> Sample:
+            return self.workers[name].ask(Run(case, self.photos.batch(case, number))).sample
+
+        for found in self._rounds.take(ready, self.plan.rounds, label, run):
+            for name, sample in found.items():
                 results[name].samples.append(sample)
         for name, result in results.items():
-            with self._noting_failure(name):
+            with self._rounds.noting_failure(name):
                 result.host_mb, result.gpu_mb = self.workers[name].ask(ReadMemory())
-
-    @contextmanager
-    def _noting_failure(self, name: str) -> Iterator[None]:
-        """Note an error of one candidate; the others go on."""
-        try:
-            yield
-        except D2ZeroError as error:
-            self.report.failures.setdefault(name, without_folders(str(error)))
 
 
 def compare(name: str, case: Case, theirs: Logits, ours: Logits, precision: str) -> Equality:

@@ -9,11 +9,8 @@ same time, are not. Caching allocators keep what they once needed, so what is he
 Where nvidia-smi does not see the process (containers renumber them), it is only the peak of torch's allocator.
 """
 
-import ctypes
-import gc
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,9 @@ def reset_host_peak() -> None:
 
 def host_peak_mb() -> float | None:
     """The high-water mark in 1e6 bytes."""
-    peak = _status_mb("VmHWM")
-    if peak is not None:
-        return peak
+    if _STATUS.exists():
+        lines = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return next((int(line[1]) * 1024 / 1e6 for line in lines), None)
     if sys.platform == "win32":
         import psutil
 
@@ -44,25 +41,6 @@ def host_peak_mb() -> float | None:
 
     mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return mark / 1e6 if sys.platform == "darwin" else mark * 1024 / 1e6
-
-
-def host_resident_mb() -> float | None:
-    """What is resident now, in 1e6 bytes; None where Linux does not tell."""
-    return _status_mb("VmRSS")
-
-
-def return_freed_memory() -> None:
-    """Have glibc give what is free back to the system, so that the mark does not start from earlier peaks."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status_mb(name: str) -> float | None:
-    if not _STATUS.exists():
-        return None
-    lines = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return next((int(line[1]) * 1024 / 1e6 for line in lines), None)
 
 
 def reset_gpu_peak() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
+from d2zero.evaluation.metrics import METRICS
 from d2zero_bench import plots
 from d2zero_bench.cases import Case
-from d2zero_bench.report import ARRAY, FILE, NETWORK, STAGE_NAMES, STAGES, Report, Result, names
-from d2zero_bench.tables import ACCURACY_COLUMNS, best_ratio, milliseconds, ratio, scientific
+from d2zero_bench.environment import summary
+from d2zero_bench.report import FILE, NETWORK, STAGE_NAMES, STAGES, Report, names
+from d2zero_bench.tables import Table, accuracy, equality, measurements
 from d2zero_runtime.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -33,12 +35,12 @@ POINTS = (
     "Peers have random weights: they show what a network costs, nothing else, and only their network is measured, as"
     " ours is.",
 )
-
-
-class Alarm(str):
-    """A table's cell that says that something is wrong."""
-
-    alarm = True
+ACCURACY = "IoU 0.5, except AP, which is over 0.5 to 0.95."
+EQUALITY = (
+    "|Δ| of raw outputs to the baseline's, on the same photos: the largest of nine queries in ten, and of all. A bit of"
+    " an attention mask that is nearer to its threshold than rounding errors falls to either side, and its query then"
+    " looks at a pixel more or less."
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,6 @@ class Plot:
     def of(cls, caption: str, figure: Figure) -> "Plot":
         """Draw a figure."""
         return cls(caption, plots.inline_svg(figure, caption.partition(":")[0]))
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that scrolls sideways where it is too wide; cells are text."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,12 +84,10 @@ class Section:
 
 def render(title: str, environment: Mapping[str, Any], sections: Sequence[Section], complete: bool = True) -> str:
     """A page of sections under a header of title and environment; well-formed XML after its first line."""
-    cores = f"{environment['cores']} cores" if environment.get("cores") else None
-    facts = [environment.get(name) for name in ("processor", "instructions", "gpu", "date")]
     templates = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True)
     return templates.get_template(TEMPLATE.name).render(
         title=title,
-        machine=[fact for fact in (*facts[:2], cores, *facts[2:]) if fact],
+        machine=summary(environment),
         complete=complete,
         sections=[section for section in sections if section],
         colours=plots.COLOURS,
@@ -127,17 +118,13 @@ def page(report: Report) -> str:
         _latency(report),
         _tradeoff(report),
         *(_sweep(report, what) for what in _SWEEPS),
-        Section("All measurements", tables=[_numbers(report, case) for case in report.cases]),
-        _accuracy(report),
-        _equality(report),
-        Section("Left out", tables=_tables(["candidate", "why"], list(report.failures.items()))),
+        Section("All measurements", tables=[measurements(report, case) for case in report.cases]),
+        Section("Accuracy", [ACCURACY], tables=[accuracy(report)] if report.accuracy else []),
+        Section("Equality of outputs", [EQUALITY], tables=[equality(report)] if report.equality else []),
+        Section("Left out", facts=report.failures),
         conditions(POINTS, report.environment, {**report.settings, **candidates}),
     ]
     return render(report.title, report.environment, sections, report.complete)
-
-
-def _tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
-    return [Table(head, rows)] if rows else []
 
 
 def _latency(report: Report) -> Section:
@@ -171,7 +158,7 @@ def _tradeoff(report: Report) -> Section:
 
 def tradeoff_figure(report: Report) -> Figure | None:
     """HM AP50 against latency, a point per model; None where either was not measured."""
-    points = []
+    points, metric = [], METRICS["hm_ap50"]
     for number, name in enumerate(names(report)):
         measured = report.accuracy_of(name)
         result = report.find(name, report.cases[0]) if report.cases else None
@@ -179,7 +166,7 @@ def tradeoff_figure(report: Report) -> Figure | None:
         value = measured.figures.get("hm_ap50") if measured else None
         if value is not None and spread is not None:
             points.append(plots.Series(name, number, [spread.p50], [value]))
-    return plots.scatter(points, f"milliseconds, {FILE}, median", "HM AP50, %") if points else None
+    return plots.scatter(points, f"milliseconds, {FILE}, median", f"{metric.label}, {metric.unit}") if points else None
 
 
 @dataclass(frozen=True)
@@ -225,53 +212,3 @@ def _line(report: Report, number: int, cases: Sequence[Case]) -> plots.Series | 
     if len(found) < 2:
         return None
     return plots.Series(_label(report, name), number, *(list(values) for values in zip(*found, strict=True)))
-
-
-def _numbers(report: Report, case: Case) -> Table:
-    results = report.of_case(case)
-    gpu = any(result.gpu_mb is not None for result in results)
-    head = ["candidate", *STAGE_NAMES.values(), ARRAY, FILE, "p90", "p99", "images/s", "× baseline", "host MB"]
-    rounds = max(len(result.samples) for result in results)
-    caption = f"{case}: milliseconds per batch, medians of {rounds} rounds"
-    return Table([*head, *(["GPU MB"] if gpu else [])], [_row(report, result, gpu) for result in results], caption)
-
-
-def _row(report: Report, result: Result, gpu: bool) -> list[str]:
-    total, rate = result.spread(FILE), result.images_per_second
-    shown = map(result.spread, (*STAGE_NAMES, ARRAY, FILE))
-    memory = [result.host_mb, *([result.gpu_mb] if gpu else [])]
-    return [
-        result.candidate,
-        *(milliseconds(spread.p50 if spread else None) for spread in shown),
-        *(milliseconds(value) for value in ((total.p90, total.p99) if total else (None,) * 2)),
-        "–" if rate is None else f"{rate:.2f}",
-        ratio(best_ratio(report, result)),
-        *("–" if value is None else f"{value:.0f}" for value in memory),
-    ]
-
-
-def _accuracy(report: Report) -> Section:
-    rows = []
-    for entry in report.accuracy:
-        values = (entry.figures.get(metric) for metric in ACCURACY_COLUMNS.values())
-        percents = ("–" if value is None else f"{value:.2f}" for value in values)
-        rows.append([entry.candidate, str(entry.images), *percents])
-    note = "Masks, GZSIS, percent; IoU 0.5, except AP, which is over 0.5 to 0.95."
-    return Section("Accuracy", [note], tables=_tables(["candidate", "images", *ACCURACY_COLUMNS], rows))
-
-
-def _equality(report: Report) -> Section:
-    rows = []
-    for entry in report.equality:
-        case = f"{entry.case.height}×{entry.case.width}"
-        case += f", {entry.case.classes} classes" if entry.case.classes else ""
-        logits = (entry.class_most, entry.class_logits, entry.mask_most, entry.mask_logits)
-        verdict = Alarm("; ".join(entry.failures)) if entry.failures else "within the limits"
-        rows.append([entry.candidate, case, *map(scientific, logits), verdict])
-    head = ["candidate", "case", "class logits", "largest", "mask logits", "largest", ""]
-    note = (
-        f"|Δ| of raw outputs to those of {report.baseline}, on the same photos: the largest of nine queries in ten, and"
-        " of all. A bit of an attention mask that is nearer to its threshold than rounding errors falls to either side,"
-        " and its query then looks at a pixel more or less."
-    )
-    return Section("Equality of outputs", [note], tables=_tables(head, rows))

@@ -11,9 +11,10 @@ from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import Spec
 from d2zero_bench.cases import Case, Photos, make_cases
 from d2zero_bench.environment import environment, without_folders
-from d2zero_bench.measure import Measurement, Progress
+from d2zero_bench.measure import Measurement
 from d2zero_bench.plan import Plan
 from d2zero_bench.report import Report
+from d2zero_bench.rounds import Progress
 from d2zero_bench.worker import Worker
 from d2zero_runtime import D2ZeroError, Preprocessing
 from d2zero_runtime.formats import is_exported, read_exported
@@ -28,7 +29,7 @@ class Session:
     Args:
         plan: What to measure.
         command: The command line, for the record.
-        progress: Wraps loops, as in `Measurement`.
+        progress: Wraps loops, as `d2zero.cli.terminal.tracked` does.
     """
 
     def __init__(self, plan: Plan, command: Sequence[str] = (), progress: Progress | None = None) -> None:

@@ -19,6 +19,7 @@ from d2zero_bench.cases import Case
 from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_gpu_peak, reset_host_peak
 from d2zero_bench.peers import Peer
 from d2zero_bench.report import Accuracy, CandidateInfo
+from d2zero_bench.rounds import one_line
 from d2zero_runtime import D2ZeroError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -159,17 +160,15 @@ def _serve(connection: Connection, spec: Spec) -> None:
             try:
                 connection.send(message.answer(candidate))
             except (D2ZeroError, RuntimeError, MemoryError) as error:  # torch's and CUDA's are RuntimeErrors
-                connection.send(_one_line(spec, error))
+                connection.send(_told(spec, error))
     except (EOFError, BrokenPipeError, ConnectionError):
         return
     except Exception as error:
-        connection.send(_one_line(spec, error))
+        connection.send(_told(spec, error))
 
 
-def _one_line(spec: Spec, error: Exception) -> D2ZeroError:
-    text = " ".join(str(error).split())
-    if not isinstance(error, D2ZeroError):
-        text = f"{type(error).__name__}: {text[:300]}"
+def _told(spec: Spec, error: Exception) -> D2ZeroError:
+    text = one_line(error)
     return D2ZeroError(text if spec.name in text else f"{spec.name}: {text}")
 
 

@@ -74,7 +74,7 @@ def measure(plan: Plan, path: Path, facts: dict[str, str]) -> None:
         write()
         if session.report is not None:
             for table in tables(session.report):
-                console().print(table)
+                console().print(table.for_terminal())
             for name, why in session.report.failures.items():
                 print(f"left out: {name}: {why}")
             for entry in session.report.equality:

@@ -24,7 +24,11 @@ def plan(given: argparse.Namespace) -> dict[str, Stage]:
     """By name, in order."""
     work, dry = ("--work", str(given.work)), given.rehearsal
     with_cuda = {"PYTHONPATH": str(given.work / "onnxruntime")}
-    size = ("--device", "cpu", "--size", "64", "--queries", "10") if dry else ("--device", "cuda", "--size", "960")
+    size = (
+        ("--device", "cpu", "--size", "64", "--set", "model.num_queries=10")
+        if dry
+        else ("--device", "cuda", "--size", "960")
+    )
     rounds = ("--batch", "1", "--rounds", "1", "--warmup", "0") if dry else ("--batch", "2", "--rounds", "3")
     trained = "published,model" if dry else TRAINED
     return {

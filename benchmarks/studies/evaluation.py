@@ -18,28 +18,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from random import Random
 from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from rich.table import Table
 
 from d2zero.cli.terminal import console, tracked
 from d2zero.data.splits import COCO_48_17
 from d2zero.evaluation.matching import IOU_THRESHOLDS, IOU_TYPES
 from d2zero_bench.cases import parse_counts
-from d2zero_bench.environment import environment
-from d2zero_bench.report import ratios, write_json
+from d2zero_bench.report import ratios
+from d2zero_bench.rounds import Rounds
+from d2zero_bench.tables import Table, fixed
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import join_truncated
-from studies.command import exit_code
 from studies.drawn_coco import write_drawn
+from studies.study import header, parser_of, run, write
 
 OURS, PLAIN, DEFAULTS = CANDIDATES = ("d2zero", "pycocotools", "pycocotools-defaults")
 KEYS = ("ap50", "recall50")
 LIMIT = 1e-6  # percentage points by which metrics may differ
-QUANTITIES = ("wall_s", "cpu_s", "peak_mb")
+QUANTITIES = {"wall_s": "seconds", "cpu_s": "processor s", "peak_mb": "peak MB"}
+SEED = 0
 HERE = Path(__file__).parent
 
 Metrics = dict[tuple[str, str, str], float]  # by masks or boxes, key, class
@@ -64,39 +63,20 @@ class EvaluationReport:
     """Findings, filled while it is measured.
 
     Args:
-        environment: Where it ran.
-        settings: How it ran.
         baseline: The candidate that others are compared with.
         samples: In order; those of a round are paired.
         equality: The largest difference to the baseline in percentage points, by number of images.
         complete: Whether all that was asked for was measured.
     """
 
-    environment: dict[str, Any]
-    settings: dict[str, Any]
     baseline: str
     samples: list[Sample] = field(default_factory=list)
     equality: dict[int, float] = field(default_factory=dict)
     complete: bool = False
 
-    @property
-    def candidates(self) -> list[str]:
-        """Those with samples, the baseline last."""
-        found = dict.fromkeys(sample.candidate for sample in self.samples)
-        return sorted(found, key=lambda name: (name == self.baseline, name))
-
-    @property
-    def images(self) -> list[int]:
-        """Numbers of images, rising."""
-        return sorted({sample.images for sample in self.samples})
-
     def values(self, candidate: str, images: int, quantity: str) -> list[float]:
         """A quantity of each round."""
         return [getattr(s, quantity) for s in self.samples if (s.candidate, s.images) == (candidate, images)]
-
-    def median(self, candidate: str, images: int, quantity: str) -> float:
-        """Over the rounds."""
-        return median(self.values(candidate, images, quantity))
 
     def ratio(self, candidate: str, images: int, quantity: str) -> float:
         """To the baseline, the median of the rounds' ratios."""
@@ -105,114 +85,75 @@ class EvaluationReport:
 
     def growth(self, candidate: str, quantity: str) -> float | None:
         """Per additional image, between the fewest and the most images; None if there is only one number."""
-        few, many = self.images[0], self.images[-1]
-        if few == many:
-            return None
-        return (self.median(candidate, many, quantity) - self.median(candidate, few, quantity)) / (many - few)
+        counts = {sample.images for sample in self.samples}
+        few, many = (median(self.values(candidate, count, quantity)) for count in (min(counts), max(counts)))
+        return (many - few) / (max(counts) - min(counts)) if len(counts) > 1 else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the statistics that follow from the samples."""
-        figures = {
-            name: {
-                "growth_an_image": {quantity: self.growth(name, quantity) for quantity in QUANTITIES},
-                "images": {
-                    str(count): {
-                        quantity: {
-                            "median": self.median(name, count, quantity),
-                            "ratio": round(self.ratio(name, count, quantity), 4),
-                        }
-                        for quantity in QUANTITIES
-                    }
-                    for count in self.images
-                },
-            }
-            for name in self.candidates
-        }
-        return {"kind": "evaluation", "format_version": 1, **asdict(self), "figures": figures}
-
-
-def table(report: EvaluationReport) -> Table:
-    """A row per candidate and number of images, and one for what an additional image costs."""
-    drawn = Table(title=f"evaluation, medians of {report.settings.get('repeats')} runs; × is to {report.baseline}")
-    for head in ("", "images", "seconds", "×", "processor s", "×", "peak MB", "×"):
-        drawn.add_column(head, justify="right" if head else "left")
-    for name in report.candidates:
-        for count in report.images:
-            cells = [str(count)]
-            for quantity in QUANTITIES:
-                cells += [f"{report.median(name, count, quantity):.1f}", f"{report.ratio(name, count, quantity):.2f}"]
-            drawn.add_row(name, *cells)
-        growth = [report.growth(name, quantity) for quantity in QUANTITIES]
-        if None not in growth:
-            drawn.add_row("", "each more", *(c for value in growth for c in (f"{value:.4f}", "")), end_section=True)
-    return drawn
+    def table(self) -> Table:
+        """A row per candidate and number of images, and what an additional image costs."""
+        rows = []
+        for name in dict.fromkeys(sample.candidate for sample in self.samples):
+            for count in sorted({sample.images for sample in self.samples}):
+                row = [name, str(count)]
+                for quantity in QUANTITIES:
+                    row += [fixed(median(self.values(name, count, quantity)), 1)]
+                    row += [fixed(self.ratio(name, count, quantity), 2)]
+                rows.append(row)
+            growth = [self.growth(name, quantity) for quantity in QUANTITIES]
+            if None not in growth:
+                rows.append([name, "each more", *(cell for value in growth for cell in (fixed(value, 4), ""))])
+        head = ["", "images", *(cell for name in QUANTITIES.values() for cell in (name, "×"))]
+        return Table(head, rows, f"evaluation, medians; × is to {self.baseline}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write; 2 for what the user can fix, 130 when interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Measure, print and write."""
+    parser = parser_of(__doc__)
     parser.add_argument("--images", default="500,1000,2000,5000", help="numbers of images")
-    parser.add_argument("--detections", default="100", help="per image; minimum 1")
-    parser.add_argument("--repeats", default="3", help="runs of each, interleaved")
+    parser.add_argument("--detections", type=int, default=100, help="per image")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, interleaved")
     parser.add_argument("--defaults", action="store_true", help="pycocotools with its own settings as well")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all samples and statistics")
-    given = parser.parse_args(words)
-    return exit_code(lambda: _measure_and_show(given, words))
+    parser.add_argument("--json", type=Path, help="write all samples")
+    return run(measure_and_show, parser, arguments)
 
 
-def _measure_and_show(given: argparse.Namespace, words: Sequence[str]) -> None:
+def measure_and_show(given: argparse.Namespace) -> None:
+    """Measure; show and write what was measured before a failure, too."""
     images = sorted(parse_counts("--images", given.images))
-    detections, repeats = _one("--detections", given.detections), _one("--repeats", given.repeats)
-    settings = {"detections an image": detections, "repeats": repeats, "seed": given.seed}
-    where = environment(words, None, "python benchmarks/studies/evaluation.py")
-    report = EvaluationReport(where, settings, baseline=PLAIN)
+    if given.detections < 1 or given.repeats < 1:
+        raise D2ZeroError("--detections and --repeats must be at least 1")
+    settings = {"detections an image": given.detections, "repeats": given.repeats, "seed": SEED}
+    report = EvaluationReport(PLAIN)
     try:
-        measure(report, images, CANDIDATES if given.defaults else (OURS, PLAIN))
+        measure(report, images, CANDIDATES if given.defaults else (OURS, PLAIN), given)
     finally:
-        _show(report, given.json)
+        if report.samples:
+            console().print(report.table().for_terminal())
+            if not report.complete:
+                print("stopped before the end: this is what was measured")
+            write(given.json, {"kind": "evaluation", **header(__file__, given, **settings), **asdict(report)})
 
 
-def _show(report: EvaluationReport, json_file: Path | None) -> None:
-    """What was measured, even if that is only a part."""
-    if report.samples:
-        console().print(table(report))
-        if not report.complete:
-            print("stopped before the end: this is what was measured")
-        if json_file:
-            write_json(json_file, report.to_dict())
-            print(f"all figures: {json_file}")
-
-
-def _one(flag: str, text: str) -> int:
-    numbers = parse_counts(flag, text)
-    if len(numbers) > 1:
-        raise D2ZeroError(f"{flag} takes one number, got {text!r}")
-    return numbers[0]
-
-
-def measure(report: EvaluationReport, images: Sequence[int], candidates: Sequence[str]) -> None:
+def measure(
+    report: EvaluationReport, images: Sequence[int], candidates: Sequence[str], given: argparse.Namespace
+) -> None:
     """Draw, compare and measure, in a folder that is removed; whole rounds go into the report.
 
     Raises:
         D2ZeroError: A candidate fails, or metrics differ.
     """
-    detections, repeats, seed = report.settings.values()
+    rounds = Rounds({}, SEED, tracked, noted=())
     with TemporaryDirectory() as folder:
-        steps = list(product(images, range(repeats)))
-        for count, number in tracked(iter(steps), len(steps), "rounds"):
-            annotations, results = (Path(folder, f"{part}-{count}.json") for part in ("annotations", "detections"))
-            if number == 0:
-                write_drawn(annotations, results, COCO_48_17, count, detections, seed)
-            samples: list[Sample] = []
-            metrics: dict[str, Metrics] = {}
-            for name in Random(f"{seed} {count} {number}").sample(candidates, len(candidates)):
-                sample, metrics[name] = _run(name, (annotations, results), count)
-                samples.append(sample)
-            if number == 0:
-                report.equality[count] = _largest_difference(metrics)
-            report.samples += samples
+        for count in images:
+            files = Path(folder, f"annotations-{count}.json"), Path(folder, f"detections-{count}.json")
+            write_drawn(*files, COCO_48_17, count, given.detections, SEED)
+
+            def one(name: str, _: int, count: int = count, files: tuple[Path, Path] = files) -> tuple[Sample, Metrics]:
+                return _run(name, files, count)
+
+            for found in rounds.take(candidates, given.repeats, f"{count} images", one):
+                report.equality[count] = _largest_difference({name: metrics for name, (_, metrics) in found.items()})
+                report.samples += [sample for sample, _ in found.values()]
     report.complete = True
 
 
@@ -263,7 +204,7 @@ def _largest_difference(metrics: dict[str, Metrics]) -> float:
     for name, found in metrics.items():
         if found.keys() != plain.keys():
             raise D2ZeroError(
-                f"{name} and {PLAIN} have figures of other classes: {join_truncated(found.keys() ^ plain.keys())}"
+                f"{name} and {PLAIN} have metrics of other classes: {join_truncated(found.keys() ^ plain.keys())}"
             )
         worst = max(plain, key=lambda key: abs(found[key] - plain[key]))
         largest = max(largest, abs(found[worst] - plain[worst]))

@@ -13,12 +13,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from d2zero_bench.report import STAGE_NAMES
-from d2zero_bench.tables import milliseconds
+from d2zero_bench.tables import Alarm, Table, milliseconds
 from d2zero_runtime import D2ZeroError
 
 MEMORY = "memory"
@@ -115,6 +112,11 @@ class Curve:
         """What all points have."""
         return [name for name in self.limits if all(name in point.samples for point in self.points)]
 
+    @property
+    def explanations(self) -> list[str]:
+        """Of what grows worse and is known."""
+        return [f"{_name(growth.quantity)}: {growth.why}" for growth in self.growths if growth.worse and growth.why]
+
     def _growth(self, quantity: str) -> Growth:
         work = [point.work for point in self.points]
         rounds = list(zip(*(point.samples[quantity] for point in self.points), strict=True))
@@ -157,35 +159,30 @@ def exponent(work: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(work), np.log(costs), 1)[0])
 
 
-def terminal_table(curve: Curve) -> Table:
+def table(curve: Curve) -> Table:
     """One row per quantity: its cost at each point, and the verdict."""
-    found = Table(title=f"{curve.name}: {curve.about}; ms", box=box.SIMPLE, title_justify="left", pad_edge=False)
-    for number, name in enumerate(_head(curve)):
-        found.add_column(name, justify="right" if number else "left", no_wrap=True)
+    head = ["", *(point.label for point in curve.points), "exponent", "last step", "should be", "verdict"]
+    rows = []
     for growth in curve.growths:
-        *cells, verdict = _cells(curve, growth)
-        found.add_row(*cells, Text(verdict, style="bold red" if growth.worse else ""))
-    return found
+        costs = (milliseconds(point.cost(growth.quantity)) for point in curve.points)
+        exponents = (f"{growth.exponent:.2f}", f"{growth.last:.2f}", f"≤ {growth.limit:g}")
+        verdict = Alarm(growth.verdict) if growth.worse else growth.verdict
+        rows.append([_name(growth.quantity), *costs, *exponents, verdict])
+    return Table(head, rows, f"{curve.name}: {curve.about}; ms")
 
 
 def page(content: dict[str, Any]) -> str:
     """The page of what `growth.py` writes as JSON."""
-    from d2zero_bench.page import Alarm, Plot, Section, conditions, render
-    from d2zero_bench.page import Table as PageTable
+    from d2zero_bench.page import Plot, Section, conditions, render
 
     sections = []
     for curve in map(Curve.from_dict, content["curves"]):
         cost, relative = figures(curve)
-        rows = []
-        for growth in curve.growths:
-            *cells, verdict = _cells(curve, growth)
-            rows.append([*cells, Alarm(verdict) if growth.worse else verdict])
         drawn = [
             Plot.of(f"Time: {curve.about}", cost),
             Plot.of("Cost over what it should be, 1 at the first point: a rising line grows worse.", relative),
         ]
-        explained = [f"{_name(g.quantity)}: {g.why}" for g in curve.growths if g.worse and g.why]
-        sections.append(Section(f"Against {curve.name}", explained, drawn, tables=[PageTable(_head(curve), rows)]))
+        sections.append(Section(f"Against {curve.name}", curve.explanations, drawn, tables=[table(curve)]))
     sections.append(conditions(POINTS, content["environment"], content["settings"]))
     return render(content["title"], content["environment"], sections)
 
@@ -209,13 +206,3 @@ def figures(curve: Curve) -> tuple[Any, Any]:
 
 def _name(quantity: str) -> str:
     return NAMES.get(quantity, quantity)
-
-
-def _head(curve: Curve) -> list[str]:
-    return ["", *(point.label for point in curve.points), "exponent", "last step", "should be", "verdict"]
-
-
-def _cells(curve: Curve, growth: Growth) -> list[str]:
-    costs = [milliseconds(point.cost(growth.quantity)) for point in curve.points]
-    exponents = [f"{growth.exponent:.2f}", f"{growth.last:.2f}", f"≤ {growth.limit:g}"]
-    return [_name(growth.quantity), *costs, *exponents, growth.verdict]

@@ -14,31 +14,30 @@ from d2zero_bench.report import Report
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.files import write_text
 from studies import growth_curves
-from studies.command import exit_code
+from studies.study import parser_of, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write one page per file; 2 for what the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write one page per file."""
+    parser = parser_of(__doc__)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("runs/pages"), help="the folder for pages")
-    given = parser.parse_args(arguments)
-    return exit_code(lambda: write_pages(given.results, given.output))
+    return run(write_pages, parser, arguments)
 
 
-def write_pages(results: Sequence[Path], output: Path) -> None:
+def write_pages(given: argparse.Namespace) -> None:
     """One page per file.
 
     Raises:
         D2ZeroError: A file has results of neither kind.
     """
-    for path in results:
+    for path in given.results:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise D2ZeroError(f"{path} is no JSON: {error}") from error
         growth = "curves" in content
-        target = output / ("growth" if growth else "") / f"{path.stem}.html"
+        target = given.output / ("growth" if growth else "") / f"{path.stem}.html"
         write_text(target, growth_curves.page(content) if growth else page(Report.read(path)))
         print(target)
 

@@ -28,7 +28,7 @@ from d2zero_bench.cases import Case, Photos, make_cases
 from d2zero_bench.cli import require_plots, run_and_show
 from d2zero_bench.plan import Plan
 from d2zero_runtime import D2ZeroError, Vocabulary
-from studies.command import exit_code
+from studies.study import parser_of, run
 
 if TYPE_CHECKING:
     from d2zero.model import D2Zero
@@ -52,14 +52,13 @@ def providers() -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; 2 for what the user can fix, 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and write."""
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="the folder for JSON and HTML")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("demo", "published"), help="one of the two")
     parser.add_argument("--rounds", type=int, help="instead of 20 for the demo and 3 for the published architecture")
-    given = parser.parse_args(arguments)
-    return exit_code(lambda: _measure(given))
+    return run(_measure, parser, arguments)
 
 
 def _measure(given: argparse.Namespace) -> None:

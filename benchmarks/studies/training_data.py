@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from d2zero.cli.terminal import tracked
 from d2zero.data.coco import find_annotations, find_image_folder, read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.data.shapes import vocabulary as shapes_vocabulary
@@ -20,10 +20,11 @@ from d2zero.data.zero_shot import write_split
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.loader import training_loader
-from d2zero_bench.measure import Progress
+from d2zero_bench.rounds import Rounds
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 DRAWN = ShapesConfig(size=640, train_images=16, val_images=0)
+ROUNDS = 3
 PREFETCHED = 2  # batches that a worker reads ahead, DataLoader's own choice
 
 
@@ -64,19 +65,17 @@ def _of_coco(config: TrainConfig, data: Path, temporary: Path) -> TrainingSet:
 
 
 def loading_rates(
-    data: TrainingSet,
-    config: TrainConfig,
-    processes: Processes,
-    workers: Sequence[int],
-    rounds: int,
-    seconds: float,
-    progress: Progress,
+    data: TrainingSet, config: TrainConfig, processes: Processes, workers: Sequence[int], seconds: float
 ) -> dict[int, list[float]]:
-    """Images per second of each number of workers, once per round, in a new order each round."""
+    """Images per second of each number of workers, once per round."""
     found: dict[int, list[float]] = {count: [] for count in workers}
-    for number in progress(iter(range(rounds)), rounds, "loading"):
-        for count in Random(f"{config.seed} {number}").sample(workers, len(workers)):
-            found[count].append(loading_rate(data, replace(config, workers=count), processes, seconds))
+
+    def rate(workers: str, _: int) -> float:
+        return loading_rate(data, replace(config, workers=int(workers)), processes, seconds)
+
+    for rates in Rounds({}, config.seed, tracked, noted=()).take([*map(str, workers)], ROUNDS, "loading", rate):
+        for count in workers:
+            found[count].append(rates[str(count)])
     return found
 
 

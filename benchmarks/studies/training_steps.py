@@ -6,7 +6,10 @@ part, name the settings that it changes in `PARTS_OF_VARIANTS`. Nothing here tak
 Letters: B batch, T instances, H and W the image's sides.
 """
 
+import ctypes
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -23,7 +26,7 @@ from d2zero.model import D2Zero, build
 from d2zero.training.config import TrainConfig
 from d2zero.training.distributed import Processes
 from d2zero.training.step import PARTS, TrainingStep
-from d2zero_bench.memory import host_peak_mb, host_resident_mb, reset_host_peak, return_freed_memory
+from d2zero_bench.memory import host_peak_mb, reset_host_peak
 from d2zero_bench.published import published_sampling
 from d2zero_bench.report import Sample
 from d2zero_runtime import D2ZeroError, Vocabulary
@@ -174,7 +177,7 @@ class Variant:
         self._steps += 1
         return dict(zip(PARTS, clock.milliseconds(), strict=True))
 
-    def peak_mb(self, batch: Batch) -> float | None:
+    def peak_mb(self, batch: Batch) -> float:
         """Memory of one more step in 1e6 bytes: this variant's tensors, and what the step adds at its peak.
 
         Other variants wait beside it and are left out of the count.
@@ -186,12 +189,17 @@ class Variant:
             before = torch.cuda.memory_allocated(self.device)
             self.run(batch)
             return own + (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
-        return_freed_memory()
+        import psutil  # which a lent GPU may come without
+
+        gc.collect()
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # give back what is free, so that the mark does not start from earlier peaks
         reset_host_peak()
-        resident = host_resident_mb()
+        resident = float(psutil.Process().memory_info().rss) / 1e6
         self.run(batch)
-        peak = host_peak_mb()
-        return None if resident is None or peak is None else own + peak - resident
+        return own + (host_peak_mb() or resident) - resident
 
     def _own_bytes(self) -> int:
         model = self.step.model

@@ -19,7 +19,7 @@ from studies.training import Result, TrainingReport
 from studies.training_data import loading_rate, training_set
 from studies.training_steps import EXACT, FirstStep, Variant, compare, drawn_batch, drawn_model, variant_config
 
-SMALL = ["--preset", "shapes", "--size", "64", "--queries", "6", "--instances", "3", "--classes", "5"]
+SMALL = ["--preset", "shapes", "--size", "64", "--set", "model.num_queries=6", "--instances", "3", "--classes", "5"]
 SMALL += ["--set", "loss.num_points=64", "--set", "model.decoder_layers=1", "--rounds", "2", "--warmup", "0"]
 CONFIG = with_settings(shapes(), ["augment.size=64", "batch_size=2", "model.num_queries=6", "loss.num_points=64"])
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_loading_is_compared_with_the_fastest_variant(rates: dict[int, list[floa
         Result("published", "float32", samples=[step | {"forward": 400.0}] * 2),
         Result("fast", "bfloat16", samples=[step | {"forward": 100.0}] * 2),
     ]
-    report = TrainingReport({}, {"batch": 2}, results, rates)
+    report = TrainingReport(2, results, rates)
     assert (report.keeps_up() or "").startswith(sentence)
     ratio = report.ratio(results[1])
     assert ratio is not None and ratio.p50 == 0.25
