@@ -6,28 +6,18 @@ All findings go into the report immediately: an interruption loses the round it 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from d2zero_bench.candidates import Logits
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.plan import Plan
-from d2zero_bench.report import CandidateInfo, Equality, Report, Result, Sample
+from d2zero_bench.report import Equality, Report, Result, Sample
 from d2zero_bench.rounds import Progress, Rounds
-from d2zero_bench.worker import Answer, Evaluate, Message, Prepare, ReadMemory, Run
+from d2zero_bench.worker import Worker, evaluate, prepare, read_memory, run
 from d2zero_export.parity import LIMITS, difference
 
 _NARROWEST_FIRST = ("float32", "tf32", "float16", "bfloat16", "int8")
-
-
-class Asked(Protocol):
-    """What is measured: a `Worker`."""
-
-    info: CandidateInfo
-
-    def ask(self, message: Message[Answer]) -> Answer:
-        """Answer one of the messages of `d2zero_bench.worker`."""
 
 
 @dataclass
@@ -44,7 +34,7 @@ class Measurement:
         progress: Wraps loops, as `d2zero.cli.terminal.tracked` does.
     """
 
-    workers: Mapping[str, Asked]
+    workers: Mapping[str, Worker]
     photos: Photos
     report: Report
     plan: Plan
@@ -67,7 +57,7 @@ class Measurement:
         """Measure the accuracy of each candidate that has one."""
         for name, worker in self.workers.items():
             with self._rounds.noting_failure(name):
-                found = worker.ask(Evaluate(annotations, images, limit))
+                found = worker.ask(evaluate, annotations, images, limit)
                 if found is not None:
                     self.report.accuracy.append(found)
 
@@ -78,9 +68,9 @@ class Measurement:
             if worker.info.kind not in kinds or name in self.report.failures:
                 continue
             with self._rounds.noting_failure(name):
-                worker.ask(Prepare(case))
+                worker.ask(prepare, case)
                 for number in range(self.plan.warmup):
-                    worker.ask(Run(case, self.photos.batch(case, number)))
+                    worker.ask(run, case, self.photos.batch(case, number))
                 ready.append(name)
         return ready
 
@@ -104,7 +94,7 @@ class Measurement:
         """Logits of the first batches together; None where there are none to compare."""
         found: list[Logits] = []
         for number in range(self.plan.compared):
-            logits = self.workers[name].ask(Run(case, self.photos.batch(case, number), with_logits=True)).logits
+            logits = self.workers[name].ask(run, case, self.photos.batch(case, number), with_logits=True).logits
             if logits is None:
                 return None
             found.append(logits)
@@ -114,15 +104,15 @@ class Measurement:
         results = {name: Result(name, case) for name in ready}
         self.report.results += results.values()
 
-        def run(name: str, number: int) -> Sample:
-            return self.workers[name].ask(Run(case, self.photos.batch(case, number))).sample
+        def one_batch(name: str, number: int) -> Sample:
+            return self.workers[name].ask(run, case, self.photos.batch(case, number)).sample
 
-        for found in self._rounds.take(ready, self.plan.rounds, label, run):
+        for found in self._rounds.take(ready, self.plan.rounds, label, one_batch):
             for name, sample in found.items():
                 results[name].samples.append(sample)
         for name, result in results.items():
             with self._rounds.noting_failure(name):
-                result.host_mb, result.gpu_mb = self.workers[name].ask(ReadMemory())
+                result.host_mb, result.gpu_mb = self.workers[name].ask(read_memory)
 
 
 def compare(name: str, case: Case, theirs: Logits, ours: Logits, precision: str) -> Equality:

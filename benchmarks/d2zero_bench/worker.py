@@ -1,18 +1,17 @@
 """A candidate in a process of its own: its memory is its own, and so are its threads.
 
-The parent sends one of four messages (`Prepare`, `Run`, `ReadMemory`, `Evaluate`) to one worker at a time and waits
-for its answer; the other workers are idle meanwhile.
+The parent has one worker at a time call a function (`prepare`, `run`, `read_memory`, `evaluate`) with its candidate,
+and waits for the result; the other workers are idle meanwhile.
 """
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from d2zero_bench.candidates import Candidate, Outcome, Spec
 from d2zero_bench.cases import Case
@@ -23,69 +22,37 @@ from d2zero_bench.rounds import one_line
 from d2zero_runtime import D2ZeroError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-Answer = TypeVar("Answer", covariant=True)
+Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 
 
 class Memory(NamedTuple):
-    """The most that a worker has held since `Prepare`, in 1e6 bytes."""
+    """The most that a worker has held since `prepare`, in 1e6 bytes."""
 
     host_mb: float | None
     gpu_mb: float | None
 
 
-class Message(Protocol[Answer]):
-    """What the parent asks of a worker."""
-
-    def answer(self, candidate: Candidate | Peer) -> Answer:
-        """Done in the worker's process."""
-
-
-@dataclass(frozen=True)
-class Prepare:
+def prepare(candidate: Candidate | Peer, case: Case) -> None:
     """Get ready for a case, and forget the last one's memory."""
-
-    case: Case
-
-    def answer(self, candidate: Candidate | Peer) -> None:
-        """See `Message`."""
-        candidate.prepare(self.case)
-        reset_host_peak()
-        reset_gpu_peak()
+    candidate.prepare(case)
+    reset_host_peak()
+    reset_gpu_peak()
 
 
-@dataclass(frozen=True)
-class Run:
+def run(candidate: Candidate | Peer, case: Case, paths: Sequence[Path], with_logits: bool = False) -> Outcome:
     """Run one batch, from files to detections; of a peer, its network."""
-
-    case: Case
-    paths: Sequence[Path]
-    with_logits: bool = False
-
-    def answer(self, candidate: Candidate | Peer) -> Outcome:
-        """See `Message`."""
-        return candidate.run(self.case, self.paths, self.with_logits)
+    return candidate.run(case, paths, with_logits)
 
 
-@dataclass(frozen=True)
-class ReadMemory:
+def read_memory(candidate: Candidate | Peer) -> Memory:
     """Tell the peak memory."""
-
-    def answer(self, candidate: Candidate | Peer) -> Memory:
-        """See `Message`."""
-        return Memory(host_peak_mb(), gpu_peak_mb())
+    return Memory(host_peak_mb(), gpu_peak_mb())
 
 
-@dataclass(frozen=True)
-class Evaluate:
+def evaluate(candidate: Candidate | Peer, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
     """Measure the accuracy on annotated images; None for a peer."""
-
-    annotations: Path
-    images: Path
-    limit: int | None = None
-
-    def answer(self, candidate: Candidate | Peer) -> Accuracy | None:
-        """See `Message`."""
-        return candidate.evaluate(self.annotations, self.images, self.limit)
+    return candidate.evaluate(annotations, images, limit)
 
 
 class Worker:
@@ -115,14 +82,19 @@ class Worker:
             raise
         return self
 
-    def ask(self, message: Message[Answer]) -> Answer:
-        """Send a message and wait for its answer.
+    def ask(
+        self,
+        function: Callable[Concatenate[Candidate | Peer, Arguments], Answer],
+        *arguments: Arguments.args,
+        **named: Arguments.kwargs,
+    ) -> Answer:
+        """Call a function of this module with the candidate and more arguments, and wait for its result.
 
         Raises:
             D2ZeroError: The candidate cannot do it, or its process has ended.
         """
         try:
-            self._connection.send(message)
+            self._connection.send((function, arguments, named))
         except OSError as error:
             raise D2ZeroError(f"{self.name}: its process has ended") from error
         answer: Answer = self._receive()
@@ -150,15 +122,15 @@ class Worker:
 
 
 def _serve(connection: Connection, spec: Spec) -> None:
-    """The worker's process: open the candidate, then answer messages until nobody sends any more."""
+    """The worker's process: open the candidate, then call functions until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     try:
         candidate = Peer(spec) if spec.peer else Candidate(spec)
         connection.send(candidate.info)
         while True:
-            message = connection.recv()
+            function, arguments, named = connection.recv()
             try:
-                connection.send(message.answer(candidate))
+                connection.send(function(candidate, *arguments, **named))
             except (D2ZeroError, RuntimeError, MemoryError) as error:  # torch's and CUDA's are RuntimeErrors
                 connection.send(_told(spec, error))
     except (EOFError, BrokenPipeError, ConnectionError):

@@ -15,28 +15,24 @@ float32 matmul or convolution. What a form writes between inputs and outputs is 
 Letters: B batch, S = sum of the levels' H·W, M heads, N channels per head, L levels, P points.
 """
 
-import argparse
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 if "--rehearsal" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before torch, which imports Triton
 
 import torch
-from stages import write_json
+from stages import exit_code, parser_of, write_json
 from timing import milliseconds
 from torch import Tensor
 
 from d2zero.model.deformable import DeformableFunction, LevelSizes, gather, grid_sample, triton_sample
 from d2zero.model.positions import pixel_centres
-from d2zero_bench.environment import without_folders
+from d2zero_bench.environment import environment
 from studies.roofline import measured_rates
 
 FORMS = {"grid_sample": grid_sample, "gather": gather, "triton": triton_sample}
@@ -178,42 +174,17 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Hardware and versions."""
-    import triton
-
-    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
-    return {
-        "hardware": {
-            "gpu": gpu and {"name": gpu.name, "memory": gpu.total_memory, "processors": gpu.multi_processor_count},
-            "cpu": platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-        },
-    }
-
-
-def main() -> None:
+def main() -> int:
     """Check, time, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--rehearsal", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
+    parser = parser_of(__doc__)
     parser.add_argument("--times", type=int, default=30, help="timed calls of each kind")
     args = parser.parse_args()
     device = "cpu" if args.rehearsal else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: run on a machine with one, or give --rehearsal")
     shapes, batches, times = (TINY, [1], 1) if args.rehearsal else (SHAPES, [1, 8], args.times)
-    report = machine(device) | {
-        "command": " ".join(["python benchmarks/gpu/deformable.py", *map(without_folders, sys.argv[1:])]),
-        "date": time.strftime("%Y-%m-%d"),
+    report: dict[str, Any] = {
+        "environment": environment(sys.argv[1:], None, "python benchmarks/gpu/deformable.py"),
         "rehearsal": args.rehearsal,
         "correctness": [],
         "timings": [],
@@ -224,13 +195,11 @@ def main() -> None:
             report[part].append(row)
             write_json(args.json, report)
 
-    try:
-        take("correctness", correctness(dict(list(shapes.items())[:1]), device))
-        report["limits"] = measured_limits(device, args.rehearsal)
-        take("timings", timings(shapes, batches, report["limits"], device, times))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    take("correctness", correctness(dict(list(shapes.items())[:1]), device))
+    report["limits"] = measured_limits(device, args.rehearsal)
+    take("timings", timings(shapes, batches, report["limits"], device, times))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

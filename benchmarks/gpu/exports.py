@@ -6,7 +6,6 @@ A file's name says how it is made: precision, batch, format. All have a static s
 are kept. They are not verified here: the stages that measure compare raw outputs.
 """
 
-import argparse
 import re
 import signal
 import sys
@@ -17,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from stages import write_json
+from stages import exit_code, parser_of, told, write_json
 
 AT_ONCE = 3  # processes on a GPU machine; each starts more to compile kernels
 CHECKPOINT = "resnet50.safetensors"
@@ -73,16 +72,13 @@ def export_all(names: list[str], work: Path, rehearsal: bool, note: Callable[[st
                 seconds = future.result()
                 note(name, {"seconds": round(seconds, 1), "megabytes": (work / name).stat().st_size / 1e6})
             except Exception as error:  # the compiler's, of many kinds, CUDA's, and a killed process's
-                note(name, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+                note(name, {"error": told(error)})
 
 
 def main() -> int:
     """Export what is not there; 1 if something could not be made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, work=True)
     parser.add_argument("names", nargs="+")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rehearsal", action="store_true")
     given = parser.parse_args()
     findings: dict[str, dict[str, Any]] = {}
 
@@ -95,12 +91,9 @@ def main() -> int:
         note(name, {"kept": True} if (given.work / name).is_file() else {"begun": time.strftime("%H:%M:%S")})
     missing = [name for name, finding in findings.items() if "begun" in finding]
     if missing:
-        try:
-            export_all(missing, given.work, given.rehearsal, note)
-        except KeyboardInterrupt:
-            return 130
+        export_all(missing, given.work, given.rehearsal, note)
     return int(any("error" in finding for finding in findings.values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

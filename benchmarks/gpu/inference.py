@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exports import CHECKPOINT, SIZE, SMALL
-from stages import write_json
+from stages import exit_code, parser_of, write_json
 
 from d2zero.cli.terminal import console
 from d2zero_bench.plan import Plan
@@ -82,26 +82,23 @@ def measure(plan: Plan, path: Path, facts: dict[str, str]) -> None:
                     print(f"differs: {entry.candidate}: {failure}")
 
 
-def parser_of(about: str | None) -> argparse.ArgumentParser:
+def options_of(about: str | None) -> argparse.ArgumentParser:
     """Options that `onnx_cuda.py` has too."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(about, work=True)
     add = parser.add_argument
     add("names", nargs="*", help="files in the work folder, as exports.py calls them")
-    add("--json", type=Path, required=True)
-    add("--work", type=Path, required=True)
     add("--variants", help="of the checkpoint")
     add("--peers", help="as of d2zero benchmark")
     add("--batch", type=int, default=1)
     add("--rounds", type=int, default=ROUNDS)
     add("--provider", default="cuda", help="of .onnx files")
     add("--floors", action="store_true", help="measure the hardware's lower bounds, in each precision")
-    add("--rehearsal", action="store_true")
     return parser
 
 
 def main() -> int:
-    """Measure; 1 if something was left out, 2 if nothing can be measured, 130 when interrupted."""
-    given = parser_of(__doc__).parse_args()
+    """Measure; 1 if something was left out, 2 if nothing can be measured."""
+    given = options_of(__doc__).parse_args()
     try:
         plan = plan_of(given)
         facts = {}
@@ -116,10 +113,8 @@ def main() -> int:
         if not given.json.is_file():
             write_json(given.json, {"error": str(error)})
         return 2
-    except KeyboardInterrupt:
-        return 130
     return int(bool(plan.left_out))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

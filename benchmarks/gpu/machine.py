@@ -5,13 +5,11 @@
 Read only: nothing of the GPU is set.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 if "--rehearsal" in sys.argv:
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from masked import HEADS, exact, ours
 from masked import draw as draw_masked
-from stages import write_json
+from stages import exit_code, parser_of, told, write_json
 from torch.nn.attention import SDPBackend
 
 from d2zero.model.deformable import grid_sample, triton_sample
@@ -100,10 +98,7 @@ def masks(device: str) -> float:
 
 def main() -> int:
     """Write what is found as it is found; 1 if a kernel does not compile or is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rehearsal", action="store_true")
-    given = parser.parse_args()
+    given = parser_of(__doc__).parse_args()
     device = "cpu" if given.rehearsal else "cuda"
     found: dict[str, Any] = {"nvidia-smi": smi(), "environment": environment([], None, "benchmarks/gpu")}
     wrong = False
@@ -115,16 +110,13 @@ def main() -> int:
             for call in (deformable, masked, masks)
         },
     }
-    try:
-        for name, question in questions.items():
-            try:
-                found[name] = question()
-            except Exception as error:  # Triton's and CUDA's are of many kinds
-                found[name], wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}", True
-            write_json(given.json, found)
-            print(f"{name}: {found[name]}", flush=True)
-    except KeyboardInterrupt:
-        return 130
+    for name, question in questions.items():
+        try:
+            found[name] = question()
+        except Exception as error:  # Triton's and CUDA's are of many kinds
+            found[name], wrong = told(error), True
+        write_json(given.json, found)
+        print(f"{name}: {found[name]}", flush=True)
     return int(wrong)
 
 
@@ -137,4 +129,4 @@ def checked(call: Callable[[str], float], device: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

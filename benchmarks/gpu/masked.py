@@ -10,12 +10,10 @@ ours has in its kernel. Then ours with other tiles and other numbers of splits. 
 Letters: B batch, Q queries, N keys, C channels.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 if "--rehearsal" in sys.argv:
@@ -23,7 +21,7 @@ if "--rehearsal" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from stages import write_json
+from stages import exit_code, parser_of, told, write_json
 from timing import graphed_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -103,28 +101,22 @@ def swept(inputs: Inputs, device: str, times: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Check, time, write after each level; 1 if a result is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rehearsal", action="store_true")
-    given = parser.parse_args()
+    given = parser_of(__doc__).parse_args()
     device, levels, queries, times = ("cpu", (70, 40), 5, 1) if given.rehearsal else ("cuda", KEYS, QUERIES, 20)
     types = ["float16", "float32"] if given.rehearsal else list(TYPES)  # bfloat16 is wrong in the interpreter
     found: dict[str, Any] = {"levels": [], "sweeps": {}}
     drawn = [(name, keys, draw(queries, keys, TYPES[name], device)) for name in types for keys in levels]
-    try:
-        for name, keys, inputs in drawn:
-            row = {"type": name, "keys": keys, **checked(inputs, LIMITS[name])}
-            found["levels"].append(row | ({"ms": timed(inputs, device, times)} if "error" in row else {}))
+    for name, keys, inputs in drawn:
+        row = {"type": name, "keys": keys, **checked(inputs, LIMITS[name])}
+        found["levels"].append(row | ({"ms": timed(inputs, device, times)} if "error" in row else {}))
+        write_json(given.json, found)
+        print(f"{name}, {keys} keys: {found['levels'][-1]}"[:400], flush=True)
+    for name, keys, inputs in drawn:
+        if name != "bfloat16":
+            rows = found["sweeps"][f"{name}, {keys} keys"] = swept(inputs, device, times)
             write_json(given.json, found)
-            print(f"{name}, {keys} keys: {found['levels'][-1]}"[:400], flush=True)
-        for name, keys, inputs in drawn:
-            if name != "bfloat16":
-                rows = found["sweeps"][f"{name}, {keys} keys"] = swept(inputs, device, times)
-                write_json(given.json, found)
-                best = min(rows, key=lambda row: row.get("ms", float("inf")))
-                print(f"{name}, {keys} keys: best {best}", flush=True)
-    except KeyboardInterrupt:
-        return 130
+            best = min(rows, key=lambda row: row.get("ms", float("inf")))
+            print(f"{name}, {keys} keys: best {best}", flush=True)
     return int(not all(row["good"] for row in found["levels"]))
 
 
@@ -134,9 +126,9 @@ def checked(inputs: Inputs, limit: float) -> dict[str, Any]:
     try:
         error = (ours.masked_attention(*inputs, HEADS).double() - expected).abs().max() / expected.abs().max()
     except Exception as failure:  # Triton's are of many kinds
-        return {"failure": f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}", "good": False}
+        return {"failure": told(failure), "good": False}
     return {"error": error.item(), "good": bool(error <= limit)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from exports import SIZE, SMALL
-from inference import measure, parser_of, plan_of
-from stages import write_json
+from inference import measure, options_of, plan_of
+from stages import exit_code, told, write_json
 
 from d2zero_runtime import D2ZeroError
 
@@ -55,18 +55,16 @@ def placement(path: Path, provider: str, size: tuple[int, int]) -> dict[str, Any
 
 
 def main() -> int:
-    """Placement first, then times; 1 if something went wrong, 130 when interrupted."""
-    given = parser_of(__doc__).parse_args()
+    """Placement first, then times; 1 if something went wrong."""
+    given = options_of(__doc__).parse_args()
     given.provider = "cpu" if given.rehearsal else given.provider
     found: dict[str, Any] = {"placement": {}}
     report = given.json.with_name("onnxruntime times.json")  # joined as a stage of its own
     for name in given.names:
         try:
             found["placement"][name] = placement(given.work / name, given.provider, SMALL if given.rehearsal else SIZE)
-        except KeyboardInterrupt:
-            return 130
         except Exception as error:  # onnxruntime has its own exceptions
-            found["placement"][name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+            found["placement"][name] = {"error": told(error)}
         print(f"{name}: {found['placement'][name]}", flush=True)
         write_json(given.json, found)
     given.variants = "model"  # the baseline, for equality and for peers that know no provider
@@ -76,10 +74,8 @@ def main() -> int:
     except D2ZeroError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return int(bool(plan.left_out) or any("error" in entry for entry in found["placement"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -6,6 +6,7 @@ that whatever ends the session leaves what was found. Output goes to a log, its 
 terminal. Nothing but the standard library is needed here.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -208,6 +209,36 @@ class _Running:
         except subprocess.TimeoutExpired:
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
+
+
+def parser_of(about: str | None, work: bool = False) -> argparse.ArgumentParser:
+    """What the scripts of stages have in common.
+
+    Args:
+        about: A script's docstring.
+        work: Whether it reads or writes exported files.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", type=Path, required=True, help="file for findings")
+    parser.add_argument("--rehearsal", action="store_true", help="small, on a CPU")
+    if work:
+        parser.add_argument("--work", type=Path, required=True, help="folder of exported files")
+    return parser
+
+
+def exit_code(script: Callable[[], int]) -> int:
+    """Run a stage's script: its own code, or 130 when interrupted."""
+    try:
+        return script()
+    except KeyboardInterrupt:
+        return 130
+
+
+def told(error: Exception) -> str:
+    """The kind of an error, and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
 def write_json(path: Path, content: Any) -> None:

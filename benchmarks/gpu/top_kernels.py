@@ -6,19 +6,17 @@ On a GPU these are kernels of one replayed CUDA graph, by torch's profiler, with
 the graph. On a CPU (`--rehearsal`), torch's operators.
 """
 
-import argparse
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from exports import SIZE, SMALL
-from stages import write_json
+from stages import exit_code, parser_of, write_json
 from torch.profiler import ProfilerActivity, profile
 
 import d2zero.model.operators  # noqa: F401 -- which the file may call
@@ -78,37 +76,31 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Profile, write after each part; 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Profile, write after each part."""
+    parser = parser_of(__doc__, work=True)
     parser.add_argument("name")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rehearsal", action="store_true")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     image = drawn_image(np.random.default_rng(0), *(SMALL if given.rehearsal else SIZE))
     found: dict[str, Any] = {}
-    try:
-        for graphs in (True, False):
-            segmenter = load(given.work / given.name, cuda_graphs=graphs)
-            run = segmenter.backend.resident(segmenter.input_of([image], (image.shape[0], image.shape[1])), None)
-            whole = lambda model=segmenter: model(image, masks="packed")  # noqa: E731
-            how = "with" if graphs else "without"
-            for name, call in (("network", run), ("array → packed detections", whole)):
-                for _ in range(3):
-                    call()
-                times = [milliseconds(call) for _ in range(2 if given.rehearsal else 30)]
-                found[f"{name}, ms {how} graph"] = {"p50": statistics.median(times), "least": min(times)}
-                print(f"{name} {how} graph: {statistics.median(times):.3f} ms, least {min(times):.3f} ms", flush=True)
+    for graphs in (True, False):
+        segmenter = load(given.work / given.name, cuda_graphs=graphs)
+        run = segmenter.backend.resident(segmenter.input_of([image], (image.shape[0], image.shape[1])), None)
+        whole = lambda model=segmenter: model(image, masks="packed")  # noqa: E731
+        how = "with" if graphs else "without"
+        for name, call in (("network", run), ("array → packed detections", whole)):
+            for _ in range(3):
+                call()
+            times = [milliseconds(call) for _ in range(2 if given.rehearsal else 30)]
+            found[f"{name}, ms {how} graph"] = {"p50": statistics.median(times), "least": min(times)}
+            print(f"{name} {how} graph: {statistics.median(times):.3f} ms, least {min(times):.3f} ms", flush=True)
+            write_json(given.json, found)
+            if graphs:
+                found[name] = profiled(call, on_gpu)
                 write_json(given.json, found)
-                if graphs:
-                    found[name] = profiled(call, on_gpu)
-                    write_json(given.json, found)
-                    show(name, found[name])
-    except KeyboardInterrupt:
-        return 130
+                show(name, found[name])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -37,7 +37,7 @@ from d2zero_bench.report import (
 )
 from d2zero_bench.rounds import round_order
 from d2zero_bench.tables import difference, tables
-from d2zero_bench.worker import Memory, Prepare, ReadMemory, Run
+from d2zero_bench.worker import Memory, Worker, prepare, read_memory, run
 from d2zero_runtime import D2ZeroError, Preprocessing
 from studies import roofline, speed_tables
 
@@ -112,29 +112,25 @@ def test_the_order_of_a_round_is_drawn_from_the_seed() -> None:
     assert all(10 <= first.count(name) <= 32 for name in names)  # nobody is favoured
 
 
-class Fake:
+class Fake(Worker):
     """A worker that writes down when it ran, and fails or is interrupted when told to."""
 
     def __init__(self, name: str, log: list[str], error: BaseException | None = None, at: int = 0) -> None:
         self.info, self.log, self.error, self.at = CandidateInfo(name, "d2zero", "none"), log, error, at
         self.runs = 0
 
-    def ask(self, message: object) -> Any:
-        match message:
-            case Prepare():
-                self.log.append(f"prepare {self.info.name}")
-            case Run(with_logits=True):
-                logits = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
-                return Outcome(sample(1.0), logits)
-            case Run():
-                self.runs += 1
-                if self.error is not None and self.runs == self.at:
-                    raise self.error
-                self.log.append(self.info.name)
-                return Outcome(sample(float(self.runs)))
-            case ReadMemory():
-                return Memory(5.0, None)
-        return None
+    def ask(self, function: object, *arguments: Any, **named: Any) -> Any:
+        if function is prepare:
+            self.log.append(f"prepare {self.info.name}")
+        if named.get("with_logits"):
+            return Outcome(sample(1.0), (np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)))
+        if function is run:
+            self.runs += 1
+            if self.error is not None and self.runs == self.at:
+                raise self.error
+            self.log.append(self.info.name)
+            return Outcome(sample(float(self.runs)))
+        return Memory(5.0, None) if function is read_memory else None
 
 
 def measured(*fakes: Fake, rounds: int = 5) -> Report:

@@ -22,7 +22,7 @@ from d2zero_bench.cases import Case, Photos
 from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_host_peak
 from d2zero_bench.peers import Peer
 from d2zero_bench.report import NETWORK, STAGES, Report
-from d2zero_bench.worker import Prepare, ReadMemory, Run, Worker
+from d2zero_bench.worker import Worker, prepare, read_memory, run
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.images import PADDING_LOGIT
 from d2zero_runtime.masks.postprocess import ModeName
@@ -189,17 +189,17 @@ def test_the_memory_mark_follows_what_is_allocated() -> None:
 def test_a_worker_answers_refuses_and_ends(photos: Photos) -> None:
     with pytest.raises(D2ZeroError, match=r"checkpoint absent\.safetensors does not exist"):
         Worker(Spec("absent", Path("absent.safetensors"))).open()
-    worker, run = Worker(Spec("m", packaged_checkpoint(), threads=1)).open(), Run(CASE, photos.batch(CASE, 0))
+    worker, paths = Worker(Spec("m", packaged_checkpoint(), threads=1)).open(), photos.batch(CASE, 0)
     try:
-        worker.ask(Prepare(CASE))
-        assert set(worker.ask(run).sample) == {*STAGES, NETWORK}
+        worker.ask(prepare, CASE)
+        assert set(worker.ask(run, CASE, paths).sample) == {*STAGES, NETWORK}
         with pytest.raises(D2ZeroError, match=r"nowhere\.jpg does not exist"):
-            worker.ask(Run(CASE, [Path("nowhere.jpg")]))
-        assert set(worker.ask(run).sample) == {*STAGES, NETWORK}  # goes on after an error
-        assert 50 < (worker.ask(ReadMemory()).host_mb or 0) < 5000
+            worker.ask(run, CASE, [Path("nowhere.jpg")])
+        assert set(worker.ask(run, CASE, paths).sample) == {*STAGES, NETWORK}  # goes on after an error
+        assert 50 < (worker.ask(read_memory).host_mb or 0) < 5000
         worker.process.kill()
         with pytest.raises(D2ZeroError, match="its process"):
-            worker.ask(run)
+            worker.ask(run, CASE, paths)
     finally:
         worker.close()
 
@@ -324,11 +324,11 @@ import sys
 from pathlib import Path
 from d2zero_bench.candidates import Candidate, Spec
 from d2zero_bench.cases import Case
-from d2zero_bench.worker import Prepare, ReadMemory, Run
+from d2zero_bench.worker import prepare, read_memory, run
 candidate = Candidate(Spec("m", Path(sys.argv[1]), threads=1))
-Prepare(Case(64, 96)).answer(candidate)
-Run(Case(64, 96), [Path(sys.argv[2])]).answer(candidate)
-print("torch" in sys.modules, round(ReadMemory().answer(candidate).host_mb))
+prepare(candidate, Case(64, 96))
+run(candidate, Case(64, 96), [Path(sys.argv[2])])
+print("torch" in sys.modules, round(read_memory(candidate).host_mb))
 """
     image = photos.batch(CASE, 0)[0]
     found = subprocess.run([sys.executable, "-c", code, exported, image], capture_output=True, text=True, check=True)
