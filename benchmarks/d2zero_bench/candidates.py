@@ -180,10 +180,10 @@ def limit_torch_threads(threads: int) -> None:
 def resident_ms(run_once: Callable[[], None]) -> float:
     """Milliseconds of a network on a GPU, after a run that is not timed: uploads have ended, its clock is up."""
     run_once()
-    return milliseconds(run_once)
+    return elapsed_ms(run_once)
 
 
-def milliseconds(run_once: Callable[[], None]) -> float:
+def elapsed_ms(run_once: Callable[[], object]) -> float:
     """Milliseconds of one call."""
     started = perf_counter()
     run_once()

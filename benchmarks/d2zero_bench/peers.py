@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_bench.candidates import Outcome, Spec, limit_torch_threads, milliseconds, resident_ms
+from d2zero_bench.candidates import Outcome, Spec, elapsed_ms, limit_torch_threads, resident_ms
 from d2zero_bench.cases import Case
 from d2zero_bench.report import NETWORK, Accuracy, CandidateInfo
 from d2zero_runtime import D2ZeroError
@@ -83,7 +83,7 @@ class Peer:
     def run(self, case: Case, paths: Sequence[Path], with_logits: bool = False) -> Outcome:
         """Milliseconds of the network; never logits, which would be another model's."""
         on_gpu = self._device.type == "cuda"
-        return Outcome({NETWORK: resident_ms(self._run_once) if on_gpu else milliseconds(self._run_once)})
+        return Outcome({NETWORK: resident_ms(self._run_once) if on_gpu else elapsed_ms(self._run_once)})
 
     def evaluate(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
         """None: its weights are random."""

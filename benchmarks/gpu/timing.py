@@ -1,23 +1,20 @@
 """Times of calls on a GPU: with CUDA events, or as replays of a CUDA graph where a call is many small launches."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+
+from d2zero_bench.candidates import elapsed_ms
 
 CALLS = 10  # in one graph
 
 
 def milliseconds(run: Callable[[], object], device: str, times: int) -> list[float]:
     """Times of calls; on a GPU after three to warm up."""
-    spans = []
     if device == "cpu":
-        for _ in range(times):
-            begin = time.perf_counter()
-            run()
-            spans.append(1000 * (time.perf_counter() - begin))
-        return spans
+        return [elapsed_ms(run) for _ in range(times)]
+    spans = []
     for _ in range(times + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -20,7 +20,7 @@ from stages import exit_code, parser_of, write_json
 from torch.profiler import ProfilerActivity, profile
 
 import d2zero.model.operators  # noqa: F401 -- which the file may call
-from d2zero_bench.candidates import milliseconds
+from d2zero_bench.candidates import elapsed_ms
 from d2zero_bench.cases import drawn_image
 from d2zero_runtime import load
 
@@ -91,7 +91,7 @@ def main() -> int:
         for name, call in (("network", run), ("array → packed detections", whole)):
             for _ in range(3):
                 call()
-            times = [milliseconds(call) for _ in range(2 if given.rehearsal else 30)]
+            times = [elapsed_ms(call) for _ in range(2 if given.rehearsal else 30)]
             found[f"{name}, ms {how} graph"] = {"p50": statistics.median(times), "least": min(times)}
             print(f"{name} {how} graph: {statistics.median(times):.3f} ms, least {min(times):.3f} ms", flush=True)
             write_json(given.json, found)

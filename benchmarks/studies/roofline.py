@@ -8,7 +8,6 @@ above it by what is not fused, by small operators that do not fill the device, a
 is run: float32 does not become TF32, unless that is the precision.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2zero_bench.candidates import elapsed_ms
 from d2zero_bench.cases import Case
 from d2zero_runtime.backends.torch_math import float32_math
 
@@ -144,14 +144,13 @@ def measured_rates(device: str, precision: str = "float32", side: int = 4096, me
 
 def _best(run: Callable[[], object], device: str, times: int = 6) -> float:
     """Seconds of the fastest call."""
-    spans = []
-    for _ in range(times):
-        begin = time.perf_counter()
+
+    def complete() -> None:
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        spans.append(time.perf_counter() - begin)
-    return min(spans)
+
+    return min(elapsed_ms(complete) for _ in range(times)) / 1000
 
 
 def described(work: Work, rates: Rates) -> str:
