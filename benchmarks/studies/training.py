@@ -169,6 +169,7 @@ class Steps:
         self.model = drawn_model(config, given.classes)
         if given.device.type == "cuda" and given.batch is None:  # judged by the published form, which needs most
             report.batch = largest_batch(Variant(PUBLISHED, config, self.model, given.device), self._draw)
+            self.config = replace(config, batch_size=report.batch)
         self.batch = self._draw(report.batch)
         self.variants: dict[str, Variant] = {}
         self.results: dict[str, Result] = {}
@@ -184,10 +185,11 @@ class Steps:
             with self.rounds.noting_failure(name):
                 for _ in range(self.given.warmup):
                     variant.run(self.batch)
-        names = list(self.variants)
-        for found in self.rounds.take(
-            names, self.given.rounds, "rounds", lambda n, _: self.variants[n].run(self.batch)
-        ):
+
+        def step(name: str, _: int) -> Sample:
+            return self.variants[name].run(self.batch)
+
+        for found in self.rounds.take(list(self.variants), self.given.rounds, "rounds", step):
             for name, sample in found.items():
                 self.results[name].samples.append(sample)
         for name, variant in self.variants.items():
