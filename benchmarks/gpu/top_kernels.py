@@ -85,7 +85,8 @@ def main() -> int:
     found: dict[str, Any] = {}
     for graphs in (True, False):
         segmenter = load(given.work / given.name, cuda_graphs=graphs)
-        run = segmenter.backend.resident(segmenter.input_of([image], (image.shape[0], image.shape[1])), None)
+        embeddings = None if segmenter.contract.baked else segmenter.vocabulary.embeddings
+        run = segmenter.backend.resident(segmenter.input_of([image], (image.shape[0], image.shape[1])), embeddings)
         whole = lambda model=segmenter: model(image, masks="packed")  # noqa: E731
         how = "with" if graphs else "without"
         for name, call in (("network", run), ("array → packed detections", whole)):
