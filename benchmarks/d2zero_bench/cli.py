@@ -155,15 +155,15 @@ def show(report: "Report", json_file: Path | None = None, html_file: Path | None
     for line in dict.fromkeys(differences):
         print(f"warning: {line}", file=sys.stderr)
     if not report.complete:
-        print("stopped before the end: this is what was measured")
+        print("stopped before the end: this is what was measured", file=sys.stderr)
     if json_file:
         report.write(json_file)
-        print(f"all figures: {json_file}")
+        print(f"all measurements: {json_file}", file=sys.stderr)
     if html_file:
         from d2zero_bench.page import write_html
 
         write_html(report, html_file)
-        print(f"report: {html_file}")
+        print(f"report: {html_file}", file=sys.stderr)
 
 
 def require_plots(what: str) -> None:

@@ -1,6 +1,7 @@
 """`d2zero eval`: accuracy of a checkpoint, or of a file of detections."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ from d2zero_runtime.files import check_output, write_text
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
     from d2zero.evaluation.run import EvaluationRun
+
+logger = logging.getLogger("d2zero")
 
 PICTURES = 12  # images on a contact sheet
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -100,7 +103,7 @@ def evaluate(
         write_text(json_file, json.dumps(content, indent=1))
     _show(list(summaries.values()), per_class)
     if json_file:
-        print(f"all figures: {json_file}")
+        print(f"all metrics: {json_file}", file=sys.stderr)
     if pictures and run is not None:
         _draw(run, pictures, checkpoint.name if checkpoint else "")
 
@@ -116,7 +119,9 @@ def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
             screen.print(per_class_table(summary))
     unreadable = summaries[0].get("unreadable")
     if unreadable:
-        print(f"warning: {len(unreadable)} images could not be read and count as without detections: {unreadable[0]}")
+        logger.warning(
+            "%d images could not be read and count as without detections: %s", len(unreadable), unreadable[0]
+        )
 
 
 def _of_detections(
@@ -148,10 +153,12 @@ def _of_detections(
 
 def _report_without_pixels(truth: "CocoFile") -> None:
     if truth.without_pixels:
-        print(
-            f"warning: {len(truth.without_pixels)} annotations of {truth.path.name} have masks of no pixel"
-            f" (ids {join_truncated(truth.without_pixels)}): they count, as in pycocotools, and nothing can match them",
-            file=sys.stderr,
+        logger.warning(
+            "%d annotations of %s have masks of no pixel (ids %s): they count, as in pycocotools, and nothing can match"
+            " them",
+            len(truth.without_pixels),
+            truth.path.name,
+            join_truncated(truth.without_pixels),
         )
 
 
@@ -205,4 +212,4 @@ def _draw(run: "EvaluationRun", file: Path, title: str) -> None:
     sheet = draw_predictions(run.annotations, run.images, run.model.vocabulary, found, cell=420, title=title)
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
-    print(f"pictures: {file}")
+    print(f"pictures: {file}", file=sys.stderr)

@@ -5,6 +5,7 @@ Sub-commands import what they need when they run, so that those which need no to
 
 import importlib.util
 import io
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import typer
 
 from d2zero import __version__
 from d2zero.cli import convert, data, demo, evaluate, predict, train, vocab
+from d2zero.cli.terminal import logged
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import missing_package, printable
 
@@ -49,8 +51,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say on standard error what is opened, and which library runs it.")
+    ] = False,
 ) -> None:
     """Zero-shot instance segmentation: train, evaluate, and look at objects of classes never seen in training."""
+    if verbose:
+        logging.getLogger("d2zero").setLevel(logging.INFO)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(args=arguments, prog_name="d2zero", standalone_mode=False)
+        with logged():
+            code = app(args=arguments, prog_name="d2zero", standalone_mode=False)
         if code == 130:  # typer gives the code of an interruption back instead of raising
             raise KeyboardInterrupt
     except D2ZeroError as error:

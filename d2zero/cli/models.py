@@ -1,6 +1,5 @@
 """Opening what a command was given as its model: a checkpoint or an exported model."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,8 +56,6 @@ def open_segmenter(
         if threads:
             torch.set_num_threads(threads)
         segmenter = load_model(path, pick_device(device)).segmenter()
-    for issue in segmenter.backend.known_issues:
-        print(f"warning: {issue}", file=sys.stderr)
     if vocabulary:
         segmenter.set_vocabulary(Vocabulary.load(vocabulary))
     return segmenter

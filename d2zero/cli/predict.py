@@ -1,6 +1,6 @@
 """`d2zero predict`: pictures and COCO JSON from an exported model or a checkpoint."""
 
-import sys
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +16,12 @@ from PIL import Image
 from d2zero.cli.models import open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
-from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
 from d2zero_runtime.files import atomic_write, check_output
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
 from d2zero_runtime.sources import ImageLike, expand
+
+logger = logging.getLogger("d2zero")
 
 Picture = Image.Image | NDArray[np.uint8]
 LONGEST_STEM = 200  # bytes of a picture's name that are the image's
@@ -76,12 +78,11 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     listing = _results_writer(output / "results.json", results_for, sources)
     counts: Counter[str] = Counter()
-    failed: list[str] = []
-    undrawn: list[str] = []
+    failed: list[ImageLike] = []
     started = time.perf_counter()
 
     def skipped(source: ImageLike, error: D2ZeroError) -> None:
-        failed.append(str(error))
+        failed.append(source)
 
     options = {"batch_size": batch_size, "score_threshold": score, "on_error": skipped}
     results = _segmented(segmenter, sources, chosen, pictures, options)
@@ -92,15 +93,9 @@ def predict(
                 listing.add(path, found)
             counts.update(found.names)
             if image is not None:
-                undrawn += _drawn(path, image, found, output / picture_name(number, path), font)
-    _summary(
-        segmenter.vocabulary, counts, len(written.images), time.perf_counter() - started, output, segmenter.backend.name
-    )
-    for line in undrawn:
-        print(f"not drawn: {line}", file=sys.stderr)
+                _draw(path, image, found, output / picture_name(number, path), font)
+    _summary(segmenter, counts, len(written.images), time.perf_counter() - started)
     if failed:
-        for line in failed:
-            print(f"skipped: {line}", file=sys.stderr)
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
 
 
@@ -122,15 +117,14 @@ def _segmented(
             yield Path(str(source)), None, found
 
 
-def _drawn(path: Path, image: Picture, found: Detections, picture: Path, font: str | None) -> list[str]:
-    """Draw one image; why it could not be drawn, if so, which costs the picture and not the run."""
+def _draw(path: Path, image: Picture, found: Detections, picture: Path, font: str | None) -> None:
+    """Draw one image; a failure costs the picture and not the run."""
     try:
         shown = found.without_duplicates().plot(image, font)
         with atomic_write(picture) as partial:
             shown.save(partial, "JPEG", quality=92)
     except Exception as error:  # Pillow's, the disk's, memory's
-        return [f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}"]
-    return []
+        logger.warning("not drawn: %s: %s", path, (str(error) or type(error).__name__).splitlines()[0])
 
 
 def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -> ResultsWriter | None:
@@ -141,11 +135,10 @@ def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -
     return ResultsWriter(path, read_coco(annotations), sources)
 
 
-def _summary(
-    vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, output: Path, runner: str
-) -> None:
+def _summary(segmenter: Segmenter, counts: "Counter[str]", images: int, seconds: float) -> None:
     from rich.table import Table
 
+    vocabulary = segmenter.vocabulary
     table = Table("class", "", "instances", box=None)
     for name, count in counts.most_common(20):
         seen = vocabulary.seen[vocabulary.names.index(name)]
@@ -153,4 +146,5 @@ def _summary(
     screen = console()
     screen.print(table if counts else "nothing found above the score")
     rate = images / max(seconds, 1e-9)
-    print(f"{images} images in {seconds:.1f} s ({rate:.2f} a second), {sum(counts.values())} instances")
+    total = sum(counts.values())
+    print(f"{images} images in {seconds:.1f} s ({rate:.2f} per second), {total} instances, {segmenter.backend.name}")

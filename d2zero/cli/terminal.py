@@ -1,8 +1,10 @@
 """What a person sees: tables, and progress for what lasts (a bar on a terminal, a line now and then elsewhere)."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -23,6 +25,25 @@ def plain(text: str) -> Text:
 def console() -> Console:
     """Standard output; wide enough for tables where it is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=120, highlight=False)
+
+
+class _Lines(logging.Handler):
+    """Records as lines on standard error, such as `warning: …`; above a progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Show the logger `d2zero` on standard error: warnings, unless its level is changed meanwhile."""
+    logger, handler = logging.getLogger("d2zero"), _Lines()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def tracked(items: Iterator[T], length: int, label: str) -> Iterator[T]:

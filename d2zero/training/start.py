@@ -1,5 +1,6 @@
 """From what a person gave to a training run: inputs checked and put together."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import join_truncated
+
+logger = logging.getLogger("d2zero")
 
 PICTURES = 6
 
@@ -92,7 +95,7 @@ def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] |
         path = find_annotations(data, config.split, "gzsi")
         annotations, folder = read_coco(path, leave_out=True), find_image_folder(data, path)
     except D2ZeroError as error:
-        print(f"no pictures are drawn: {error}", file=sys.stderr)
+        logger.warning("no pictures are drawn: %s", error)
         return None
     chosen = list(annotations.annotations)[:PICTURES]
 
@@ -115,19 +118,17 @@ def _announce(run: Run, annotations: Path) -> None:
     )
     if run.data.missing:
         lost = run.data.missing
-        print(f"warning: {len(lost)} images are missing and left out: {join_truncated(lost)}", file=sys.stderr)
+        logger.warning("%d images are missing and left out: %s", len(lost), join_truncated(lost))
     _report_left_out(run.data.annotations)
 
 
 def _report_left_out(annotations: CocoFile) -> None:
     if annotations.left_out.count:
-        print(f"warning: {annotations.path.name}: {annotations.left_out}; they are left out", file=sys.stderr)
+        logger.warning("%s: %s; they are left out", annotations.path.name, annotations.left_out)
 
 
 def _report_problems(problems: list[str]) -> None:
     if problems:
-        print(
-            f"warning: {len(problems)} images could not be used and were replaced by others:"
-            f" {join_truncated(problems)}",
-            file=sys.stderr,
+        logger.warning(
+            "%d images could not be used and were replaced by others: %s", len(problems), join_truncated(problems)
         )

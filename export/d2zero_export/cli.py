@@ -1,6 +1,7 @@
 """`d2zero export` and `d2zero verify`: a checkpoint as one file without torch, and whether it is the same model."""
 
 import json
+import logging
 import math
 import sys
 from dataclasses import asdict
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from d2zero_export.options import OnnxOptions, Pt2Options
     from d2zero_export.parity import RawParity
     from d2zero_export.verify import Verification
+
+logger = logging.getLogger("d2zero")
 
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "pt2": ".pt2"}
 
@@ -203,7 +206,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
         metadata = build_engine(onnx_file, output, options, _stage, progress)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, shapes {metadata.profile.min} to {metadata.profile.max}")
     for issue in known_issues(metadata.contract, metadata.tensorrt):
-        print(f"warning: {issue}", file=sys.stderr)
+        logger.warning("%s", issue)
     if not options.verify:
         _show_parity(None)
         return
@@ -224,7 +227,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if failures:
-        print(f"{output} was built, but it is not the same model: do not use it")
+        print(f"{output} was built, but it is not the same model: do not use it", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -318,7 +321,7 @@ def _stage(name: str) -> None:
 
 def _show_parity(parity: "RawParity | None") -> None:
     if parity is None:
-        print("not verified (--no-verify)")
+        print("not verified (--no-verify)", file=sys.stderr)
         return
     from rich.table import Table
 

@@ -2,7 +2,10 @@
 
 `Vocabulary` (classes), `Preprocessing` and `read_image` (input), `postprocess` (raw output → instances),
 `Detections` (result), `load` (an exported model, as a `Segmenter`), `D2ZeroError` (what the user can fix).
+Events go to the logger `d2zero`, which is silent until a program that uses this one configures it.
 """
+
+import logging
 
 import d2zero_runtime.old_names  # noqa: F401
 from d2zero_runtime.detections import Detections
@@ -12,6 +15,8 @@ from d2zero_runtime.masks.postprocess import Mode, postprocess
 from d2zero_runtime.segmenter import Segmenter, load
 from d2zero_runtime.sources import read_image
 from d2zero_runtime.vocabulary import Vocabulary
+
+logging.getLogger("d2zero").addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 __all__ = [

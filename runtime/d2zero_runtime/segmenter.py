@@ -6,6 +6,7 @@ batches, vocabularies, post-processing. The network is run by its backend (`d2ze
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ from d2zero_runtime.masks.postprocess import (
 )
 from d2zero_runtime.sources import ImageLike, expand, is_many, open_rgb
 from d2zero_runtime.vocabulary import Vocabulary
+
+logger = logging.getLogger("d2zero")
 
 SCORE_THRESHOLD = 0.3  # of a prediction, unless another is asked for; evaluation keeps all instances
 READERS = min(4, os.cpu_count() or 1)  # threads that decode and resize images, one each
@@ -126,7 +129,11 @@ def load(
         )
     exported = kind.read(path)
     backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs))
-    return Segmenter(backend, exported.contract, exported.vocabulary)
+    segmenter = Segmenter(backend, exported.contract, exported.vocabulary)
+    logger.info("loaded %s: %s", path, segmenter)
+    for issue in backend.known_issues:
+        logger.warning("%s", issue)
+    return segmenter
 
 
 class Segmenter:
@@ -180,6 +187,7 @@ class Segmenter:
         vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.load(vocabulary)
         self.contract.check_compatible(vocabulary, self._default)
         self._vocabulary = vocabulary
+        logger.info("changed the vocabulary to %d classes (%d unseen)", len(vocabulary), len(vocabulary.unseen_names))
 
     @overload
     def __call__(
@@ -463,6 +471,7 @@ def _taken(source: ImageLike, future: Future[_Prepared], on_error: OnError | Non
     except D2ZeroError as error:
         if on_error is None:
             raise
+        logger.warning("skipped: %s", error)
         on_error(source, error)
 
 

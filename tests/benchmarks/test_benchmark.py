@@ -314,7 +314,7 @@ def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:
     assert running.returncode == 130, out + err
     report = Report.read(tmp_path / "r.json")
     assert not report.complete and 5 <= len(report.results[0].samples) < 100_000
-    assert "stopped before the end" in out and json.loads((tmp_path / "r.json").read_text())["complete"] is False
+    assert "stopped before the end" in err and json.loads((tmp_path / "r.json").read_text())["complete"] is False
 
 
 def test_an_exported_model_is_measured_without_torch(exported: Path, photos: Photos) -> None:

@@ -210,7 +210,7 @@ def test_command_with_a_checkpoint_an_unreadable_image_and_pictures(
             "--pictures", tmp_path / "sheet.png",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
-        assert "1 images could not be read" in outcome.out.replace("\n", " ")
+        assert "1 images could not be read" in outcome.err
         summary = json.loads((tmp_path / "o.json").read_text())
         assert summary["images"] == 5 and broken.name in summary["unreadable"][0]
     assert (tmp_path / "sheet.png").stat().st_size > 1000
