@@ -95,7 +95,9 @@ def benchmark(
     if missing:  # known before seconds of loading
         raise D2ZeroError(f"no such file: {join_truncated(missing)}")
     if html_file:
-        require_plots("--html")
+        require_packages("--html", "jinja2", "matplotlib")
+    if annotations:
+        require_packages("--annotations", "pycocotools")
     plan = Plan(
         models=tuple(models),
         variants=_names(variant),
@@ -166,14 +168,15 @@ def show(report: "Report", json_file: Path | None = None, html_file: Path | None
         print(f"report: {html_file}", file=sys.stderr)
 
 
-def require_plots(what: str) -> None:
+def require_packages(what: str, *names: str) -> None:
     """Refuse before any work.
 
     Raises:
-        D2ZeroError: What draws reports is not installed.
+        D2ZeroError: A package is not installed; names the extra that installs it.
     """
-    if not (find_spec("jinja2") and find_spec("matplotlib")):
-        raise D2ZeroError(f"{what} needs jinja2 and matplotlib; install them with: pip install 'd2zero[bench]'")
+    missing = [name for name in names if not find_spec(name)]
+    if missing:
+        raise D2ZeroError(f"{what} needs {' and '.join(missing)}; run: pip install 'd2zero[bench]'")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -25,7 +25,7 @@ import numpy as np
 from d2zero.cli.terminal import tracked
 from d2zero_bench.candidates import drawn_vocabulary
 from d2zero_bench.cases import Case, Photos, make_cases
-from d2zero_bench.cli import require_plots, run_and_show
+from d2zero_bench.cli import require_packages, run_and_show
 from d2zero_bench.plan import Plan
 from d2zero_runtime import D2ZeroError, Vocabulary
 from studies.study import parser_of, run
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace) -> None:
-    require_plots("make benchmark")
+    require_packages("make benchmark", "jinja2", "matplotlib")
     with TemporaryDirectory() as folder:
         for plan, name in _plans(Path(folder), given.only):
             _run(replace(plan, threads=given.threads, rounds=given.rounds or plan.rounds), given.output / name)

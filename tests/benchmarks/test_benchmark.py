@@ -274,10 +274,14 @@ def test_a_missing_transformers_is_named(command: Command, monkeypatch: pytest.M
     assert outcome.code == 2 and "pip install 'd2zero[bench]'" in outcome.err
 
 
-def test_what_draws_reports_is_named_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("flag", "packages"), [("--html", "jinja2 and matplotlib"), ("--annotations", "pycocotools")])
+def test_missing_packages_are_named_before_any_work(
+    flag: str, packages: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("d2zero_bench.cli.find_spec", lambda name: None)
-    outcome = command("benchmark", packaged_checkpoint(), "--html", "r.html")
-    assert outcome.code == 2 and "--html needs jinja2 and matplotlib" in outcome.err and outcome.err.count("\n") == 1
+    outcome = command("benchmark", packaged_checkpoint(), flag, packaged_checkpoint())
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err == f"error: {flag} needs {packages}; run: pip install 'd2zero[bench]'\n"
 
 
 SAYING_ROUNDS = """
