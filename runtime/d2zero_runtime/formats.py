@@ -1,6 +1,6 @@
 """The kinds of exported models: how each is read, opened, and given another default vocabulary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ class LoadOptions:
     threads: int | None = None
     device: int = 0
     cuda_graphs: bool = True
+    session_options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Format:
         no_providers: Why it takes no providers; empty if it does.
         takes_threads: Whether the number of threads can be chosen.
         takes_device: Whether the GPU is chosen by its number.
+        takes_session_options: Whether the library that runs it takes settings of its own.
     """
 
     suffix: str
@@ -68,6 +70,7 @@ class Format:
     no_providers: str = ""
     takes_threads: bool = True
     takes_device: bool = True
+    takes_session_options: bool = False
 
 
 def format_of(path: Path) -> Format:
@@ -114,16 +117,20 @@ def open_onnx(path: Path, contract: ModelContract, options: LoadOptions) -> Back
         if len(names) > 1:
             raise D2ZeroError(f"openvino cannot be combined with other providers, got {', '.join(names)}")
         if not isinstance(chosen[0], str):
-            raise D2ZeroError(f"{names[0]} takes no options here; threads are an argument of their own")
-        return OpenVinoBackend(path, contract, OPENVINO[names[0]], options.threads)
-    return onnxruntime_backend(path, contract, chosen, options.threads)
+            raise D2ZeroError(f"{names[0]} takes no options here; give session_options and threads to load")
+        return OpenVinoBackend(path, contract, OPENVINO[names[0]], options.threads, options.session_options)
+    return onnxruntime_backend(path, contract, chosen, options.threads, options.session_options)
 
 
 def onnxruntime_backend(
-    path: Path, contract: ModelContract, providers: Sequence[Provider], threads: int | None = None
+    path: Path,
+    contract: ModelContract,
+    providers: Sequence[Provider],
+    threads: int | None = None,
+    session_options: Mapping[str, Any] | None = None,
 ) -> OnnxBackend:
     """ONNX Runtime for a file, with the float32 math of its contract; see `d2zero_runtime.load`."""
-    backend = OnnxBackend(path, providers, threads, contract.tf32)
+    backend = OnnxBackend(path, providers, threads, contract.tf32, session_options)
     if backend.on_gpu:
         backend.precision = contract.precision_on_gpu
     return backend
@@ -182,7 +189,7 @@ def _read_pt2(path: Path) -> Exported:
 FORMATS = {
     entry.suffix: entry
     for entry in (
-        Format(".onnx", _read_onnx, replace_onnx_vocabulary, takes_device=False),
+        Format(".onnx", _read_onnx, replace_onnx_vocabulary, takes_device=False, takes_session_options=True),
         Format(
             ".engine",
             _read_engine,

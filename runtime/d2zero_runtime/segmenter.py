@@ -9,7 +9,7 @@ Letters: B batch, Q queries, K classes, D text width, H and W the padded input's
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +101,7 @@ def load(
     threads: int | None = None,
     device: int = 0,
     cuda_graphs: bool = True,
+    session_options: Mapping[str, Any] | None = None,
 ) -> "Segmenter":
     """Load an exported model.
 
@@ -113,6 +114,10 @@ def load(
         threads: For an `.onnx` or a `.pt2`: threads inside an operator; the library's choice if left out.
         device: For an engine or a `.pt2` for GPUs: CUDA's number of the GPU.
         cuda_graphs: For the same: replay a captured graph from a shape's second run on.
+        session_options: For an `.onnx`: further settings of the library that runs it, which override ours. Of ONNX
+            Runtime, attributes of its `SessionOptions` and its configuration keys:
+            `{"inter_op_num_threads": 1, "session.intra_op.allow_spinning": "0"}`; of OpenVINO, its properties:
+            `{"NUM_STREAMS": 1}`.
 
     Raises:
         D2ZeroError: The file cannot be used, or a provider is not available.
@@ -127,8 +132,10 @@ def load(
         raise D2ZeroError(
             'device is for engines and .pt2 files; for an .onnx give providers=("cuda", {"device_id": N})'
         )
+    if session_options and not kind.takes_session_options:
+        raise D2ZeroError(f"session_options are for .onnx files, got {path.name!r}; leave them out")
     exported = kind.read(path)
-    backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs))
+    backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs, session_options))
     segmenter = Segmenter(backend, exported.contract, exported.vocabulary)
     logger.info("loaded %s: %s", path, segmenter)
     for issue in backend.known_issues:

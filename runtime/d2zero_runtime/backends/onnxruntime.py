@@ -4,7 +4,7 @@ Inputs and outputs are bound to the device that computes: class embeddings are u
 and nothing is copied that does not have to be. What was asked for is what runs, or an error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,20 @@ class OnnxBackend(Backend[Images]):
         tf32: Whether a GPU may round float32 matmuls and convolutions to TF32, as ONNX Runtime's GPU providers do by
             default. An explicit `use_tf32` among the options of `cuda` has precedence. `tensorrt` has no such option:
             for it, `NVIDIA_TF32_OVERRIDE=0` is set in the environment of the process unless the variable is there.
+        session_options: Attributes of `onnxruntime.SessionOptions` and, where the name has a dot, configuration keys.
 
     Raises:
         D2ZeroError: onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
-            the GPU are missing, or the file cannot be run.
+            the GPU are missing, a session option is not ONNX Runtime's, or the file cannot be run.
     """
 
     def __init__(
-        self, path: Path, providers: Sequence[Provider] = ("cpu",), threads: int | None = None, tf32: bool = False
+        self,
+        path: Path,
+        providers: Sequence[Provider] = ("cpu",),
+        threads: int | None = None,
+        tf32: bool = False,
+        session_options: Mapping[str, Any] | None = None,
     ) -> None:
         onnxruntime = _onnxruntime()
         chosen = [_named(entry) for entry in providers]
@@ -53,6 +59,7 @@ class OnnxBackend(Backend[Images]):
         options.enable_mem_pattern = False  # it keeps a plan of memory for every size it has seen
         if threads:
             options.intra_op_num_threads = threads
+        _change(options, session_options or {})
         try:
             # Without `enable_fallback=0` a provider that fails is reported on standard output, and the CPU computes.
             self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
@@ -137,6 +144,20 @@ def _onnxruntime() -> Any:
             " installed; remove both, then install 'd2zero[cpu]' or 'd2zero[gpu]'"
         )
     return onnxruntime
+
+
+def _change(options: Any, changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        try:
+            if "." in name:
+                options.add_session_config_entry(name, str(value))
+            else:
+                setattr(options, name, value)
+        except Exception as error:  # onnxruntime has its own exceptions; others are for an unknown name or type
+            raise D2ZeroError(
+                f"onnxruntime does not take the session option {name}={value!r}; expected an attribute of"
+                " onnxruntime.SessionOptions, or a configuration key such as session.intra_op.allow_spinning"
+            ) from error
 
 
 def _named(provider: Provider) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ model's accuracy is for `d2zero verify` to say.
 """
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class OpenVinoBackend(Backend[Images]):
         contract: The contract inside it.
         precision: `float32`, or `bfloat16` for most of a float32 graph.
         threads: OpenVINO's choice if left out.
+        session_options: OpenVINO's properties, except the precision.
 
     Raises:
         D2ZeroError: openvino is not installed, the processor has no bfloat16, the file is of lower precision
@@ -45,19 +47,27 @@ class OpenVinoBackend(Backend[Images]):
     """
 
     def __init__(
-        self, path: Path, contract: ModelContract, precision: str = "float32", threads: int | None = None
+        self,
+        path: Path,
+        contract: ModelContract,
+        precision: str = "float32",
+        threads: int | None = None,
+        session_options: Mapping[str, Any] | None = None,
     ) -> None:
         openvino = optional("openvino")
         if precision == "bfloat16" and contract.precision != "float32":
             raise D2ZeroError(
                 f"bfloat16 is for float32 files, and {path} is {contract.precision}; use the provider openvino"
             )
+        if "INFERENCE_PRECISION_HINT" in (session_options or {}):
+            raise D2ZeroError("the precision is chosen by the provider: openvino (float32) or openvino-bf16")
         core = openvino.Core()
         if precision == "bfloat16" and not computes_in_bfloat16(core):
             raise D2ZeroError("this processor does not compute in bfloat16; use the provider openvino (float32)")
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
+        settings |= session_options or {}
         try:
             # OpenVINO would make a constant of an input with a default.
             model = core.read_model(without_default_embeddings(path))
