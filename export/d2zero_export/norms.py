@@ -2,7 +2,7 @@
 
 At 800×1216 a group of the mask features has 486 400 elements. Added up one by one in float32, as ONNX Runtime and
 OpenVINO do, their mean is off by up to 1e-3 of their spread where much of the image is padding, and attention masks
-flip bits (docs/notebook). Lines first, then lines of lines, costs no more and is as exact as torch.
+flip bits (docs/decisions/0013). Lines first, then lines of lines, costs no more and is as exact as torch.
 
 Letters: B batch, C channels, G groups, N channels of a group.
 """

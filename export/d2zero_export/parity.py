@@ -2,7 +2,7 @@
 
 The decoder attends where mask logits are not negative. A logit that is nearer to 0 than rounding errors falls to
 either side, and its query then looks at a pixel more or less. At 800×1216 that happens to a few of six million such
-bits in every two versions of a model, the published one in float32 and in float64 among them (docs/notebook): single
+bits in every two versions of a model, the published one in float32 and in float64 among them (docs/decisions/0014): single
 queries differ by some 5e-3 then, the others, who attend to them, by 1e-4. So nine queries in ten are held to the
 limit of single logits, and all of them on average.
 

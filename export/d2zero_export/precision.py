@@ -1,7 +1,7 @@
 """The copy of a model that is exported: batch norms folded into convolutions, and its precision.
 
 A float16 graph is strongly typed: every tensor has its type in the file, and an engine chooses none itself.
-What stays float32 in it was decided by measurement (docs/notebook, "float16 islands").
+What stays float32 in it was decided by measurement (docs/decisions/0009).
 """
 
 import copy

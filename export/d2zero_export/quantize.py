@@ -4,7 +4,7 @@ Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuse
 uint8, ranges from photos; weights int8 per channel, of seven bits: without VNNI, processors add products of uint8
 and int8 in sixteen bits, and those of eight bits would saturate.
 
-Chosen by measurement (docs/notebook, "INT8"): the backbone with its additions, convolutions, the linear layers that run
+Chosen by measurement (docs/decisions/0010): the backbone with its additions, convolutions, the linear layers that run
 over all pixels, and the decoder's feed-forward layers. All else stays float32: where deformable attention looks (its
 offsets may come from eight bits, in pixels; places are added up in float32), attention itself, mask embeddings and
 masks, and the classifier.
