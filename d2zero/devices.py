@@ -9,7 +9,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of that name, or the best there is for `auto`.
 
     Raises:
-        D2ZeroError: there is no such device here.
+        D2ZeroError: There is no such device here.
     """
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

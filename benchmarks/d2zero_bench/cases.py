@@ -44,14 +44,14 @@ class Case:
             D2ZeroError: The model was made for one other size.
         """
         divisor = own.size_divisor
-        canvas = -(-self.height // divisor) * divisor, -(-self.width // divisor) * divisor
-        if own.canvas not in (None, canvas):
+        static_size = -(-self.height // divisor) * divisor, -(-self.width // divisor) * divisor
+        if own.static_size not in (None, static_size):
             raise D2ZeroError(
-                f"the model has one fixed size, {own.canvas[0]}x{own.canvas[1]}, and cannot be measured at"
+                f"the model has one fixed size, {own.static_size[0]}x{own.static_size[1]}, and cannot be measured at"
                 f" {self.height}x{self.width}; leave out --size, or export it without one"
             )
         sides = sorted((self.height, self.width))
-        return replace(own, shortest_edge=sides[0], longest_edge=sides[1], canvas=canvas)
+        return replace(own, shortest_edge=sides[0], longest_edge=sides[1], static_size=static_size)
 
 
 def parse_sizes(text: str) -> list[Size]:

@@ -96,7 +96,7 @@ class Session:
         path = next(spec.path for spec in self.plan.specs if spec.name == self.plan.baseline_name)
         assert path is not None
         own = _preprocessing(path)
-        return own.canvas or own.network_size(PHOTO)
+        return own.static_size or own.network_size(PHOTO)
 
     def _empty(self, cases: Sequence[Case], photos: Photos) -> Report:
         plan = self.plan

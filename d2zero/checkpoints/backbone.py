@@ -18,7 +18,7 @@ def load_backbone(backbone: Backbone, arrays: dict[str, Tensor]) -> int:
     """Copy ImageNet weights into a backbone, every array of it; returns how many.
 
     Raises:
-        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     state = backbone.net.state_dict()
     wanted = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}

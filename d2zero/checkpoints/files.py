@@ -26,9 +26,9 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
     """Write a model as one `.safetensors` file, atomically.
 
     Args:
-        model: what to save.
-        path: ends in `.safetensors`.
-        notes: plain data about how the model came to be, kept in the metadata.
+        model: The model to save.
+        path: Ends in `.safetensors`.
+        notes: Plain data about how the model came to be, kept in the metadata.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -56,7 +56,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     """Load a checkpoint as a model in evaluation mode.
 
     Raises:
-        D2ZeroError: the file is absent, damaged, of a newer version, or no checkpoint of ours.
+        D2ZeroError: The file is absent, damaged, of a newer version, or no checkpoint of ours.
     """
     path = Path(path)
     description, arrays = _read(path)
@@ -85,7 +85,7 @@ def _require_described(config: ModelConfig, vocabulary: Vocabulary, arrays: dict
     """Compare what is described with the arrays before memory is taken for it.
 
     Raises:
-        D2ZeroError: they do not fit.
+        D2ZeroError: They do not fit.
     """
     layers = config.encoder_layers + config.decoder_layers + config.adaptation_layers
     if layers > len(arrays):

@@ -14,13 +14,13 @@ def check_compatible(
     """Refuse arrays that do not fit a state to the last one.
 
     Args:
-        what: begins the error, such as `the checkpoint does not fit the model`.
-        wanted: the state to be filled.
-        arrays: what a file holds, under the state's names.
-        unexpected: names in the file that could not be translated.
+        what: Begins the error, such as `the checkpoint does not fit the model`.
+        wanted: The state to be filled.
+        arrays: What a file holds, under the state's names.
+        unexpected: Names in the file that could not be translated.
 
     Raises:
-        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     misshapen = [
         f"{name} {tuple(array.shape)} instead of {tuple(wanted[name].shape)}"

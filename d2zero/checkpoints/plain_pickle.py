@@ -24,7 +24,7 @@ def read_pickle(path: Path) -> object:
     """The content of a `.pkl`: plain containers, texts, numbers, and NumPy arrays of numbers.
 
     Raises:
-        Exception: of many kinds, where the file is damaged or holds anything else.
+        Exception: The file is damaged or holds anything else; of many kinds.
     """
     content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     return _plain(content)

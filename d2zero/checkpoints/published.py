@@ -76,7 +76,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     """Read the arrays of a `.pth` or `.pkl` file without executing what is pickled in it.
 
     Raises:
-        D2ZeroError: the file is absent, damaged, holds anything but plain data, or holds no arrays.
+        D2ZeroError: The file is absent, damaged, holds anything but plain data, or holds no arrays.
     """
     if not path.is_file():
         raise D2ZeroError(f"checkpoint {path} does not exist")
@@ -126,7 +126,7 @@ def load_published(model: D2Zero, arrays: dict[str, Tensor]) -> None:
     """Copy published arrays into a model of the published architecture, all of them or none.
 
     Raises:
-        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     seen = int(model.vocabulary.seen.sum())
     translated, unexpected = {}, []
@@ -154,7 +154,7 @@ def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str]
     """Load a state that must fit to the last array; the class embeddings come from the vocabulary.
 
     Raises:
-        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     require_exactly(model, arrays, unexpected)
     model.load_state_dict({name: value for name, value in arrays.items() if name != "class_embeddings"}, strict=False)
@@ -164,7 +164,7 @@ def require_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[s
     """Refuse a state that does not fit to the last array, as `load_exactly` does; the model may be on `meta`.
 
     Raises:
-        D2ZeroError: lists each array that is missing, unexpected or misshapen.
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     wanted, given = (
         {name: value for name, value in state.items() if name != "class_embeddings"}

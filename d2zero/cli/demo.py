@@ -30,6 +30,6 @@ def demo(
     check_output(output, folder=True)
     result = run_demo(output, images, tracked, train, settings)
     console().print(results_table(result.rows))
-    figures = output / "results.json"
-    write_text(figures, json.dumps([asdict(row) for row in result.rows], indent=1))
-    print(f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"figures: {figures}", sep="\n")
+    metrics = output / "results.json"
+    write_text(metrics, json.dumps([asdict(row) for row in result.rows], indent=1))
+    print(f"model: {result.checkpoint}", f"pictures: {result.pictures}", f"metrics: {metrics}", sep="\n")

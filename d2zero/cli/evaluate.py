@@ -54,7 +54,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all metrics to this file.")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print one row per class.")] = False,
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,

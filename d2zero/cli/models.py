@@ -30,13 +30,13 @@ def open_segmenter(
 
     Args:
         path: `.safetensors`, or what `d2zero export` writes.
-        providers: of an exported model, as `d2zero_runtime.load` takes them.
+        providers: An exported model's, as `d2zero_runtime.load` takes them.
         device: Where a checkpoint runs (auto, cpu or cuda:N), or the GPU of an engine or a `.pt2` (cuda:N).
         vocabulary: Other classes to use.
         threads: CPU threads of the network; the library's choice if left out.
 
     Raises:
-        D2ZeroError: a file cannot be used, or an option is for the other kind of model.
+        D2ZeroError: A file cannot be used, or an option is for the other kind of model.
     """
     if is_exported(path):
         if device != "auto" and path.suffix == ".onnx":

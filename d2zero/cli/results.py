@@ -27,8 +27,8 @@ class _Rows:
     to what must follow them.
 
     Args:
-        path: of the file.
-        before: what comes before the rows.
+        path: The file's path.
+        before: Text before the rows.
     """
 
     def __init__(self, path: Path, before: str) -> None:
@@ -44,7 +44,7 @@ class _Rows:
         """Add rows, all of them or none.
 
         Raises:
-            D2ZeroError: they cannot be written.
+            D2ZeroError: They cannot be written.
         """
         lines = [json.dumps(row) for row in rows]
         if lines:
@@ -87,8 +87,8 @@ class CocoWriter:
     """Annotations as pycocotools reads them, with scores; image and category ids count from 1.
 
     Args:
-        path: the JSON file to write, which is there when the `with` block ends, however it ends.
-        names: the classes.
+        path: The JSON file to write, which is there when the `with` block ends, however it ends.
+        names: The classes.
     """
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
@@ -124,12 +124,12 @@ class ResultsWriter:
     """A COCO results list with the ids of an annotation file: for `d2zero eval --detections` and `COCO.loadRes`.
 
     Args:
-        path: the JSON file to write, which is there when the `with` block ends, however it ends.
-        annotations: its images are known by their files' names, in whatever folder; its categories by name.
-        sources: the images to come.
+        path: The JSON file to write, which is there when the `with` block ends, however it ends.
+        annotations: Its images are known by their files' names, in whatever folder; its categories by name.
+        sources: The images to come.
 
     Raises:
-        D2ZeroError: the annotation file does not list one of the images, or lists two of one file name.
+        D2ZeroError: The annotation file does not list one of the images, or lists two of one file name.
     """
 
     def __init__(self, path: Path, annotations: "CocoFile", sources: Sequence[Path]) -> None:
@@ -150,7 +150,7 @@ class ResultsWriter:
         """Write the instances of one image that are of listed categories.
 
         Raises:
-            D2ZeroError: the image has another size than the annotation file says, which its masks would not fit.
+            D2ZeroError: The image has another size than the annotation file says, which its masks would not fit.
         """
         number = self._ids[source.name]
         entry, known = self._annotations.images[number], self._annotations.categories

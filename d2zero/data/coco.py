@@ -58,13 +58,13 @@ class CocoFile:
     """An annotation file, checked: ids of a kind are all numbers or all texts, masks fit their images.
 
     Args:
-        path: where it came from.
-        images: image entries by id, in the file's order.
-        annotations: annotation entries by image id; images without any are left out. `iscrowd` is 0 or 1; `bbox` and
+        path: Where it came from.
+        images: Image entries by id, in the file's order.
+        annotations: Annotation entries by image id; images without any are left out. `iscrowd` is 0 or 1; `bbox` and
             `area` are there if they are usable numbers.
-        categories: category ids by name, in the file's order.
-        left_out: annotations that could not be used; none unless they were to be left out.
-        without_pixels: ids of annotations that are kept although their masks have no pixel, as pycocotools keeps them.
+        categories: Category ids by name, in the file's order.
+        left_out: Annotations that could not be used; none unless they were to be left out.
+        without_pixels: Ids of annotations that are kept although their masks have no pixel, as pycocotools keeps them.
     """
 
     path: Path
@@ -84,11 +84,11 @@ def read_coco(path: Path, leave_out: bool = False) -> CocoFile:
     """Read and check a COCO instance annotation file.
 
     Args:
-        path: the file.
-        leave_out: leave out annotations that cannot be used or have no pixel, instead of refusing the file.
+        path: The file.
+        leave_out: Leave out annotations that cannot be used or have no pixel, instead of refusing the file.
 
     Raises:
-        D2ZeroError: it is absent, no JSON, lacks a part, has no images, or ones whose entries are wrong; annotations
+        D2ZeroError: It is absent, no JSON, lacks a part, has no images, or ones whose entries are wrong; annotations
             cannot be used, which are named.
     """
     annotations: dict[Id, list[dict[str, Any]]] = defaultdict(list)
@@ -113,7 +113,7 @@ def open_coco(path: Path) -> Iterator[CocoFile]:
     """As `read_coco`, but annotations stay on disk until an image's are asked for.
 
     Raises:
-        D2ZeroError: as `read_coco`.
+        D2ZeroError: As `read_coco`.
     """
     with open_seekable(path) as stream:
         annotations = EntriesOnDisk(stream, _tidied)
@@ -234,7 +234,7 @@ def find_annotations(data: Path, split: str, part: str) -> Path:
     and as written by `d2zero data`. `split` is a name such as `coco-48-17`.
 
     Raises:
-        D2ZeroError: the folder is absent, or none or several files fit.
+        D2ZeroError: The folder is absent, or none or several files fit.
     """
     if not data.is_dir():
         raise D2ZeroError(f"data folder {data} does not exist")
@@ -256,7 +256,7 @@ def find_image_folder(data: Path, annotations: Path) -> Path:
     """The folder of an annotation file's images: DIR/train2017 for `instances_train2017_seen_48_17.json`.
 
     Raises:
-        D2ZeroError: there is no such folder.
+        D2ZeroError: There is no such folder.
     """
     stem = annotations.stem.removeprefix("instances_")
     folders = sorted((path for path in data.iterdir() if path.is_dir()), key=lambda path: -len(path.name))
@@ -270,7 +270,7 @@ def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDAr
     """An annotation file's image (H, W, 3) uint8 RGB, of the size that the file says.
 
     Raises:
-        D2ZeroError: it cannot be read, or has another size, so that masks would not fit it.
+        D2ZeroError: It cannot be read, or has another size, so that masks would not fit it.
     """
     entry = annotations.images[image_id]
     image = read_image(folder / entry["file_name"])
@@ -284,7 +284,7 @@ def encode_mask(annotation: Mapping[str, Any], height: int, width: int) -> dict[
     """An annotation's mask as compressed RLE, from polygons or either kind of RLE.
 
     Raises:
-        D2ZeroError: the segmentation cannot be read or has another size.
+        D2ZeroError: The segmentation cannot be read or has another size.
     """
     mask, size = annotation.get("segmentation"), (height, width)
     problem = mask_problem(mask, size)
@@ -297,6 +297,6 @@ def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArr
     """An annotation's mask (H, W), from polygons or either kind of RLE.
 
     Raises:
-        D2ZeroError: the segmentation cannot be read or has another size.
+        D2ZeroError: The segmentation cannot be read or has another size.
     """
     return decoded(encode_mask(annotation, height, width), (height, width))

@@ -14,7 +14,7 @@ def checked_images(path: Path, entries: list[Any]) -> dict[Id, dict[str, Any]]:
     """Image entries by id; ids and sizes are made whole numbers where they are written 3.0.
 
     Raises:
-        D2ZeroError: there are none; one lacks something, has a size or name that none can have; two share an id.
+        D2ZeroError: There are none; one lacks something, has a size or name that none can have; two share an id.
     """
     if not entries:
         raise D2ZeroError(f"{path} lists no images")
@@ -38,7 +38,7 @@ def checked_categories(path: Path, entries: list[Any]) -> dict[str, Id]:
     """Category ids by name.
 
     Raises:
-        D2ZeroError: one lacks something or has no text as its name; two share an id or a name.
+        D2ZeroError: One lacks something or has no text as its name; two share an id or a name.
     """
     _require(path, "categories", entries, {"id", "name"})
     found: dict[str, Id] = {}

@@ -132,7 +132,7 @@ class WaitingMasks:
     """Masks whose form is right, to check many together.
 
     Args:
-        report: is told what a mask belongs to and what is wrong with it; `NO_PIXEL` may be no mistake.
+        report: Called with what a mask belongs to and what is wrong with it; `NO_PIXEL` may be no mistake.
     """
 
     def __init__(self, report: Callable[[Any, str], None]) -> None:

@@ -30,7 +30,7 @@ def open_seekable(path: Path) -> Iterator[IO[bytes]]:
     """A file to read more than once; what comes through a pipe is copied to disk first.
 
     Raises:
-        D2ZeroError: it is absent or a folder.
+        D2ZeroError: It is absent or a folder.
     """
     try:
         stream = path.open("rb")
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """Read JSON whole, with an error that a person can act on.
 
     Raises:
-        D2ZeroError: the file is absent or no JSON.
+        D2ZeroError: The file is absent or no JSON.
     """
     with open_seekable(path) as stream:
         try:
@@ -65,8 +65,8 @@ class JsonStream:
     """Reads one JSON text from its beginning to its end.
 
     Args:
-        stream: of bytes, at the beginning.
-        path: for messages.
+        stream: A binary file, at its beginning.
+        path: The file's path, for messages.
     """
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
@@ -99,7 +99,7 @@ class JsonStream:
         """Take a whole value.
 
         Raises:
-            D2ZeroError: there is none, or it is cut short.
+            D2ZeroError: There is none, or it is cut short.
         """
         self.next()
         while True:
@@ -122,7 +122,7 @@ class JsonStream:
         """Take a list: each element with the place where it begins and the place after its end.
 
         Raises:
-            D2ZeroError: it is no list, or cut short.
+            D2ZeroError: It is no list, or cut short.
         """
         for _ in self._separated("[", "]"):
             start = self.position
@@ -132,7 +132,7 @@ class JsonStream:
         """Take an object: each key, whose value has to be taken before the next key is asked for.
 
         Raises:
-            D2ZeroError: it is no object, or cut short.
+            D2ZeroError: It is no object, or cut short.
         """
         for _ in self._separated("{", "}"):
             if self.next() != '"':
@@ -145,7 +145,7 @@ class JsonStream:
         """Nothing but space follows.
 
         Raises:
-            D2ZeroError: something does.
+            D2ZeroError: Something does.
         """
         if self.next():
             raise self._error("Extra data", self.position)
@@ -189,8 +189,8 @@ class EntriesOnDisk(Mapping[Id, Entries]):
     In memory are two numbers for each stretch of entries of one key, which commas part; in whatever order they are.
 
     Args:
-        stream: of the file, open for as long as this is used.
-        prepare: what is made of each entry, which is as the file has it.
+        stream: The file, open for as long as this is used.
+        prepare: What is made of each entry, which is as the file has it.
     """
 
     def __init__(self, stream: IO[bytes], prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:

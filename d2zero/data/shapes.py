@@ -93,9 +93,9 @@ def write_dataset(
     """Draw the dataset into a folder.
 
     Args:
-        directory: made if absent; files of the same names are replaced.
-        config: what to draw.
-        progress: wraps each loop: `progress(iterator, length, label)`.
+        directory: Made if absent; files of the same names are replaced.
+        config: What to draw.
+        progress: Wraps each loop: `progress(iterator, length, label)`.
     """
     sets = (
         ("train", config.train_images, SPLIT.seen, SPLIT.seen, {"seen": SPLIT.seen}),

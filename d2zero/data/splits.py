@@ -44,7 +44,7 @@ class Split:
         """One flag per name.
 
         Raises:
-            D2ZeroError: a name is not of this split.
+            D2ZeroError: A name is not of this split.
         """
         names = list(names)
         unknown = [name for name in names if name not in self.names]
@@ -81,7 +81,7 @@ def find_split(name: str) -> Split:
     """The split of that name; `48_17` and `coco-48-17` are the same.
 
     Raises:
-        D2ZeroError: there is no such split.
+        D2ZeroError: There is no such split.
     """
     key = name.lower().replace("_", "-")
     key = key if key.startswith("coco-") else f"coco-{key}"
@@ -94,7 +94,7 @@ def check_split(vocabulary: Vocabulary, split: str) -> None:
     """Refuse a vocabulary of another split.
 
     Raises:
-        D2ZeroError: its record, or its seen and unseen names, are of another split.
+        D2ZeroError: Its record, or its seen and unseen names, are of another split.
     """
     recorded = vocabulary.source.get("split")
     if recorded and recorded != split:

@@ -66,14 +66,14 @@ class TrainingSet(Dataset[Sample]):
     """Images of an annotation file that hold at least one usable instance of a seen class.
 
     Args:
-        annotations: the training annotations.
-        images: the folder of the images.
-        vocabulary: its seen classes are the labels, in order.
-        augment: how samples are varied.
-        cache: keep decoded images and masks in memory (for small sets).
+        annotations: The training annotations.
+        images: The folder of the images.
+        vocabulary: Its seen classes are the labels, in order.
+        augment: How samples are varied.
+        cache: Keep decoded images and masks in memory (for small sets).
 
     Raises:
-        D2ZeroError: the file holds unseen classes, none of the seen ones, or none of the images is there.
+        D2ZeroError: The file holds unseen classes, none of the seen ones, or none of the images is there.
     """
 
     def __init__(
@@ -164,13 +164,13 @@ class StepSampler(Sampler[list[SampleKey]]):
     """The samples of each step, from `start` to `stop`, for one process of several.
 
     Args:
-        length: images in the data set.
-        batch_size: of all processes together.
-        seed: the run's seed.
-        start: first step.
-        stop: one past the last step.
-        rank: this process.
-        processes: how many share a batch.
+        length: Images in the data set.
+        batch_size: Samples per batch, of all processes together.
+        seed: The run's seed.
+        start: First step.
+        stop: One past the last step.
+        rank: This process.
+        processes: Number of processes that share a batch.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ def write_split(
     """Write `instances_{train}_seen_…`, `instances_{val}_gzsi_…` and `instances_{val}_unseen_…`.
 
     Raises:
-        D2ZeroError: a source lacks categories of the split, a part would be empty, or files exist that may not
+        D2ZeroError: A source lacks categories of the split, a part would be empty, or files exist that may not
             be replaced.
     """
     tail = split.name.removeprefix("coco-").replace("-", "_")

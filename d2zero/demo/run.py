@@ -1,6 +1,6 @@
-"""The demo: draw a zero-shot data set, segment it, and show figures and pictures.
+"""The demo: draw a zero-shot data set, segment it, and show metrics and pictures.
 
-Two controls stand beside the figures, in which each unseen class is given the embedding of another one. If
+Two controls are beside the metrics, in which each unseen class is given the embedding of another one. If
 the model named unseen objects by anything but their text, the controls would not fall.
 """
 
@@ -59,10 +59,10 @@ def run_demo(
     """Draw, perhaps train, evaluate, and make pictures.
 
     Args:
-        output: the folder for all of it.
-        images: validation images of each of the two sets.
-        progress: wraps loops, as `d2zero.cli.terminal.tracked` does.
-        train: train from nothing instead of using the checkpoint that comes with the package.
+        output: The folder for all of it.
+        images: Validation images of each of the two sets.
+        progress: Wraps loops, as `d2zero.cli.terminal.tracked` does.
+        train: Train from nothing instead of using the checkpoint that comes with the package.
         settings: `key=value` changes to the training preset.
     """
     data = output / "data"
@@ -84,7 +84,7 @@ def packaged_checkpoint() -> Path:
     """The small checkpoint that comes with the package.
 
     Raises:
-        D2ZeroError: it is not there.
+        D2ZeroError: It is not there.
     """
     with as_file(files("d2zero.demo") / "shapes.safetensors") as path:
         if not path.is_file():
@@ -106,7 +106,7 @@ def misnamed(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def results_table(rows: list[Row]) -> Table:
-    """The figures for people."""
+    """The results for people."""
     table = Table(title="masks, percent", box=box.SIMPLE)
     table.add_column("")
     metrics = [field.name for field in fields(Row) if field.name in METRICS]
@@ -123,16 +123,16 @@ def _evaluate(model: D2Zero, data: Path, output: Path, identity: str, progress: 
     segmenter = model.segmenter()
     mixed, alone = "instances_val_gzsi_shapes.json", "instances_val_unseen_only_unseen_shapes.json"
 
-    def figures(vocabulary: Vocabulary, name: str, annotations: str, images: str, modes: list[Mode]) -> dict[Mode, Any]:
+    def metrics(vocabulary: Vocabulary, name: str, annotations: str, images: str, modes: list[Mode]) -> dict[Mode, Any]:
         segmenter.set_vocabulary(vocabulary)
         truth = read_coco(data / "annotations" / annotations)
         run = EvaluationRun(segmenter, truth, data / images, output / name, modes, BATCH_SIZE, identity)
         return run.run(lambda items, length, _: progress(items, length, f"evaluating {name}"))
 
-    normal = figures(named, "mixed", mixed, "val", [Mode.GZSIS, Mode.GZSIS_COPY_PASTE, Mode.ZSIS])
-    single = figures(named, "unseen-only", alone, "val_unseen_only", [Mode.ZSIS])
-    control = figures(shuffled, "mixed-shuffled", mixed, "val", [Mode.GZSIS])
-    control_single = figures(shuffled, "unseen-only-shuffled", alone, "val_unseen_only", [Mode.ZSIS])
+    normal = metrics(named, "mixed", mixed, "val", [Mode.GZSIS, Mode.GZSIS_COPY_PASTE, Mode.ZSIS])
+    single = metrics(named, "unseen-only", alone, "val_unseen_only", [Mode.ZSIS])
+    control = metrics(shuffled, "mixed-shuffled", mixed, "val", [Mode.GZSIS])
+    control_single = metrics(shuffled, "unseen-only-shuffled", alone, "val_unseen_only", [Mode.ZSIS])
     return [
         _row("GZSIS, seen and unseen objects", normal[Mode.GZSIS]),
         _row("GZSIS with copy-paste", normal[Mode.GZSIS_COPY_PASTE]),

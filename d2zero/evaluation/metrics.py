@@ -92,10 +92,10 @@ class _ClassRecord:
             ignored = np.frombuffer(self.ignored[kind], np.uint16)[order]
             for place, level in enumerate(LEVELS):
                 counted = (ignored & level) == 0
-                average[place], recall[place] = self._figures((hits & level)[counted] > 0)
+                average[place], recall[place] = self._means((hits & level)[counted] > 0)
         return average, recall
 
-    def _figures(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
+    def _means(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
         """Average precision and final recall of detections, best first."""
         true = np.cumsum(hits, dtype=np.float64)
         precision = true / (np.arange(1.0, len(true) + 1) + np.spacing(1))
@@ -111,8 +111,8 @@ class ZeroShotScores:
     Where scores are equal, what was added first counts as the better; COCO adds images by rising ids.
 
     Args:
-        annotations: the ground truth.
-        seen: names of the seen classes.
+        annotations: The ground truth.
+        seen: Names of the seen classes.
     """
 
     def __init__(self, annotations: CocoFile, seen: Iterable[str]) -> None:
@@ -128,7 +128,7 @@ class ZeroShotScores:
         """Add an image with all its detections (COCO result entries).
 
         Raises:
-            D2ZeroError: a detection is of another image or an unknown category.
+            D2ZeroError: A detection is of another image or an unknown category.
         """
         found = self._by_category(image_id, detections)
         truth: dict[Id, Entries] = defaultdict(list)
@@ -184,17 +184,17 @@ class ZeroShotScores:
         return found
 
     def summary(self, mode: Mode) -> dict[str, Any]:
-        """All figures, in percent: `{"segm": …, "bbox": …, "images": …, "detections": …}`.
+        """All metrics, in percent: `{"segm": …, "bbox": …, "images": …, "detections": …}`.
 
         ZSIS looks only at unseen classes, whether or not the file annotates seen ones too.
         """
-        figures: dict[str, Any] = {kind: self._summary(kind, mode) for kind in IOU_TYPES}
+        metrics: dict[str, Any] = {kind: self._summary(kind, mode) for kind in IOU_TYPES}
         return {
             "mode": str(mode),
             "images": self.images,
             "detections": self.detections,
-            "annotations": sum(row["instances"] for row in figures["segm"]["per_class"].values()),
-            **figures,
+            "annotations": sum(row["instances"] for row in metrics["segm"]["per_class"].values()),
+            **metrics,
         }
 
     def _summary(self, kind: str, mode: Mode) -> dict[str, Any]:
@@ -212,16 +212,16 @@ class ZeroShotScores:
                 **{f"recall{_percent(t)}": 100 * float(recall[_at(t)]) for t in (0.4, 0.5, 0.6)},
             }
         rows = list(per_class.values())
-        figures = {key: _mean(rows, key) for key in ("ap", "ap40", "ap50", "ap60", "recall40", "recall50", "recall60")}
+        metrics = {key: _mean(rows, key) for key in ("ap", "ap40", "ap50", "ap60", "recall40", "recall50", "recall60")}
         unseen = [row for row in rows if not row["seen"]]
         for key in ("ap", "ap50", "recall40", "recall50", "recall60"):
-            figures[f"unseen_{key}"] = _mean(unseen, key)
+            metrics[f"unseen_{key}"] = _mean(unseen, key)
         if mode is not Mode.ZSIS:
             seen = [row for row in rows if row["seen"]]
             for key in ("ap", "ap50", "recall50"):
-                figures[f"seen_{key}"] = _mean(seen, key)
-                figures[f"hm_{key}"] = harmonic_mean(figures[f"seen_{key}"], figures[f"unseen_{key}"])
-        return {**figures, "per_class": per_class}
+                metrics[f"seen_{key}"] = _mean(seen, key)
+                metrics[f"hm_{key}"] = harmonic_mean(metrics[f"seen_{key}"], metrics[f"unseen_{key}"])
+        return {**metrics, "per_class": per_class}
 
 
 def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
@@ -240,7 +240,7 @@ def score(annotations: CocoFile, detections: Mapping[Id, Entries], seen: Iterabl
     """Evaluate COCO result entries by image id; images without any count too.
 
     Raises:
-        D2ZeroError: entries are of categories that the annotation file does not have.
+        D2ZeroError: Entries are of categories that the annotation file does not have.
     """
     scores = ZeroShotScores(annotations, seen)
     for number in in_order(annotations.images):
@@ -252,7 +252,7 @@ def score_detections(annotations: CocoFile, detections: Entries, seen: Iterable[
     """Evaluate a COCO result list, in any order.
 
     Raises:
-        D2ZeroError: entries are malformed, or refer to images or categories that the annotation file does not have.
+        D2ZeroError: Entries are malformed, or refer to images or categories that the annotation file does not have.
     """
     return score(annotations, by_image(detections, annotations), seen, mode)
 

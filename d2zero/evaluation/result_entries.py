@@ -38,7 +38,7 @@ def open_results(path: Path, annotations: CocoFile) -> Iterator[Mapping[Id, Entr
     """Entries of a result file by image id; they stay on disk until an image's are asked for, in any order.
 
     Raises:
-        D2ZeroError: the file is absent, no JSON, cut short or no list; an entry is malformed or of an image or a
+        D2ZeroError: The file is absent, no JSON, cut short or no list; an entry is malformed or of an image or a
             category that the annotation file does not list.
     """
     check = Check(annotations, f"{path}: ")
@@ -60,7 +60,7 @@ def by_image(entries: Iterable[Any], annotations: CocoFile) -> dict[Id, Entries]
     """Entries by image id.
 
     Raises:
-        D2ZeroError: one is malformed, or of an image or a category that the annotation file does not list.
+        D2ZeroError: One is malformed, or of an image or a category that the annotation file does not list.
     """
     found, check = defaultdict(list), Check(annotations)
     for entry, *_ in check((entry, 0, 0) for entry in entries):
@@ -72,8 +72,8 @@ class Check:
     """Checks entries for one annotation file.
 
     Args:
-        annotations: what is detected must be of its images and categories.
-        where: what messages begin with.
+        annotations: The images and categories that detections must refer to.
+        where: The beginning of messages.
     """
 
     def __init__(self, annotations: CocoFile, where: str = "") -> None:
@@ -85,7 +85,7 @@ class Check:
         """Yield entries with their places again. All have been checked when there are no more, not before.
 
         Raises:
-            D2ZeroError: one is malformed, which is named by its number from 0 on.
+            D2ZeroError: One is malformed, which is named by its number from 0 on.
         """
         waiting = WaitingMasks(self._refuse)
         for number, element in enumerate(elements):

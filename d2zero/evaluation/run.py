@@ -1,7 +1,7 @@
 """Evaluating a model over an annotation file's images: resumable, in flat memory.
 
 Detections are appended to one file a mode, a line an image, as they are made. A run that was stopped goes
-on after the last whole line. The figures are then summed up from the files, image by image.
+on after the last whole line. The metrics are then computed from the files, image by image.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def require_images(annotations: CocoFile, folder: Path, limit: int | None = None
     """Refuse a folder that has not all, or none, of the first images of an annotation file.
 
     Raises:
-        D2ZeroError: says how many are missing.
+        D2ZeroError: Says how many are missing.
     """
     names = [entry["file_name"] for entry in annotations.images.values()][: limit or None]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -49,16 +49,16 @@ class EvaluationRun:
 
     Args:
         model: The segmenter, with the vocabulary to use; of a checkpoint, `D2Zero.segmenter()`.
-        annotations: the ground truth; its categories must be classes of the vocabulary.
-        images: the folder of its images.
-        output: where detections are kept, in a folder named after all that they depend on: model, vocabulary, images
+        annotations: The ground truth; its categories must be classes of the vocabulary.
+        images: The folder of its images.
+        output: Where detections are kept, in a folder named after all that they depend on: model, vocabulary, images
             and categories. Masks are not among it: detections outlast their repair. A run of something else never
             touches them.
-        modes: evaluated from the same pass of the network.
-        batch_size: images at a time.
-        identity: what tells this model from others, such as its file's hash and what runs it.
-        limit: evaluate only so many images.
-        require_all: refuse what lacks images, or has some that cannot be read; else they count as without detections.
+        modes: Evaluated from the same pass of the network.
+        batch_size: Images at a time.
+        identity: Distinguishes this model from others, such as its file's hash and its backend's name.
+        limit: Evaluate only so many images.
+        require_all: Refuse what lacks images, or has some that cannot be read; else they count as without detections.
     """
 
     model: Segmenter
@@ -75,9 +75,9 @@ class EvaluationRun:
 
     def __post_init__(self) -> None:
         vocabulary = self.model.vocabulary
-        strangers = [name for name in self.annotations.categories if name not in vocabulary.names]
+        unknown_names = [name for name in self.annotations.categories if name not in vocabulary.names]
         used = {entry["category_id"] for entries in self.annotations.annotations.values() for entry in entries}
-        lost = [name for name in strangers if self.annotations.categories[name] in used]
+        lost = [name for name in unknown_names if self.annotations.categories[name] in used]
         if lost:
             raise D2ZeroError(
                 f"{self.annotations.path.name} has classes that the vocabulary lacks:"
@@ -95,7 +95,7 @@ class EvaluationRun:
         """Evaluate what is left to evaluate and sum up.
 
         Returns:
-            Figures by mode, as of `ZeroShotScores.summary`, with `unreadable` image files added.
+            Metrics by mode, as of `ZeroShotScores.summary`, with `unreadable` image files added.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for mode in self.modes:

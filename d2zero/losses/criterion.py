@@ -41,9 +41,9 @@ class Criterion:
     """Losses of all heads by name: `loss_ce`, `loss_mask`, `loss_dice` (the final head), then `…_0` on.
 
     Args:
-        config: weights and sizes.
-        seen_SD: text embeddings of the seen classes, in the order of the targets' labels.
-        unseen_UD: text embeddings of the unseen classes; needed only for the unseen-constrained loss.
+        config: Weights and sizes.
+        seen_SD: Text embeddings of the seen classes, in the order of the targets' labels.
+        unseen_UD: Text embeddings of the unseen classes; needed only for the unseen-constrained loss.
     """
 
     def __init__(self, config: LossConfig, seen_SD: Tensor, unseen_UD: Tensor | None = None) -> None:
@@ -61,7 +61,7 @@ class Criterion:
         """Weighted losses, whose sum is to be minimised.
 
         Args:
-            heads: of `D2Zero.forward(all_heads=True)`, the final one last. Class logits are
+            heads: Outputs of `D2Zero.forward(all_heads=True)`, the final one last. Class logits are
                 (B, Q, S + 1), or (B, Q, S + U + 1) with the unseen-constrained loss.
             targets: B targets.
             generators: B random generators, or None for torch's global one.

@@ -29,10 +29,10 @@ def matching_costs(
     Args:
         class_logits_BQK: (B, Q, K + 1), the background last.
         mask_logits_BQhw: (B, Q, h, w).
-        labels: of each image's T targets.
+        labels: One tensor per image, the classes of its T targets.
         masks: (T, H, W) float32 of the same, 0 and 1.
-        points_BP2: points (x, y) in 0..1 that all masks of an image share.
-        config: the cost's weights.
+        points_BP2: Points (x, y) in 0..1 that all masks of an image share.
+        config: The cost's weights.
 
     Returns:
         For each image (Q, T), on the logits' device.

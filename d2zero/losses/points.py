@@ -57,8 +57,8 @@ def uncertain_points(mask_logits_Thw: Tensor, candidates_TC2: Tensor, uniform_TR
 
     Args:
         mask_logits_Thw: (T, h, w).
-        candidates_TC2: to choose P - R from.
-        uniform_TR2: taken as they are.
+        candidates_TC2: Points to choose P - R from.
+        uniform_TR2: Taken as they are.
         points: P.
     """
     uncertainty = -sample(mask_logits_Thw, candidates_TC2).abs()

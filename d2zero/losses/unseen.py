@@ -37,9 +37,9 @@ def draw_pseudo_labels(log_similarity_SU: Tensor, labels_M: Tensor, uniform_MU: 
     """One unseen class (M,) for each matched query, by the Gumbel-max trick.
 
     Args:
-        log_similarity_SU: of `log_similarity`.
-        labels_M: seen labels of the matched queries.
-        uniform_MU: of `draw_uniform`.
+        log_similarity_SU: The result of `log_similarity`.
+        labels_M: Seen labels of the matched queries.
+        uniform_MU: The result of `draw_uniform`.
     """
     gumbel_MU = -(-uniform_MU.clamp(min=1e-20).log()).clamp(min=1e-20).log()
     return (log_similarity_SU[labels_M] + gumbel_MU).argmax(-1)

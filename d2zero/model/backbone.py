@@ -50,9 +50,9 @@ class Backbone(nn.Module):
     """res2…res5 of a timm model.
 
     Args:
-        name: a timm model that supports `features_only`.
+        name: A timm model that supports `features_only`.
         options: Further arguments of `timm.create_model`: sizes only (`SIZES`), numbers or lists of them.
-        frozen_norm: replace batch norm by a fixed scale and shift.
+        frozen_norm: Replace batch norm by a fixed scale and shift.
 
     Raises:
         D2ZeroError: timm has no such model, an option is no size, or it lacks features at strides 4, 8, 16 and 32.
@@ -99,7 +99,7 @@ def _require_sizes(options: Mapping[str, Any]) -> None:
     """Refuse options that are not sizes of a backbone.
 
     Raises:
-        D2ZeroError: names the option.
+        D2ZeroError: Names the option.
     """
     for option, value in options.items():
         if option not in SIZES:

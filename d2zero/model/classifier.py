@@ -18,14 +18,14 @@ class SemanticClassifier(nn.Module):
     """Class logits from queries, mask features and class embeddings.
 
     Args:
-        dim: hidden channels C.
-        text_dim: text width D.
+        dim: Hidden channels C.
+        text_dim: Text width D.
         semantic_dim: E.
-        adaptation_layers: transformer decoder layers with text as target and queries as memory; 0 for none.
-        heads: attention heads of the adaptation.
-        ffn_dim: feed-forward width of the adaptation.
-        dropout: dropout of the adaptation, in training only.
-        logit_scale: frozen factor on the cosines.
+        adaptation_layers: Transformer decoder layers with text as target and queries as memory; 0 for none.
+        heads: Attention heads of the adaptation.
+        ffn_dim: Feed-forward width of the adaptation.
+        dropout: Dropout of the adaptation, in training only.
+        logit_scale: Frozen factor on the cosines.
     """
 
     logit_scale: Tensor

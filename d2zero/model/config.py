@@ -5,7 +5,7 @@ from typing import Any
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
-from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.images import Preprocessing, with_new_names
 from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 
 LEVELS = 3  # of the pixel decoder's memory: strides 32, 16, 8
@@ -82,9 +82,10 @@ class ModelConfig:
         """Read what `to_dict` wrote.
 
         Raises:
-            D2ZeroError: a key is unknown (written by a newer version, most likely).
+            D2ZeroError: A key is unknown (written by a newer version, most likely).
         """
         refuse_unknown(cls, values, "model settings")
         if isinstance(values.get("preprocessing"), dict):
+            values = {**values, "preprocessing": with_new_names(values["preprocessing"])}
             refuse_unknown(Preprocessing, values["preprocessing"], "preprocessing")
         return checked(cls, values, "the model's configuration")

@@ -38,13 +38,13 @@ class D2Zero(nn.Module):
     """Zero-shot instance segmentation by class text.
 
     Args:
-        backbone: maps at strides 4, 8, 16, 32.
-        pixel_decoder: mask features and three memory levels.
-        decoder: queries and masks.
-        classifier: class logits.
-        vocabulary: the default classes. Their embeddings live in the state, so that moving, saving and
+        backbone: Maps at strides 4, 8, 16, 32.
+        pixel_decoder: Mask features and three memory levels.
+        decoder: Queries and masks.
+        classifier: Class logits.
+        vocabulary: The default classes. Their embeddings live in the state, so that moving, saving and
             loading carry them.
-        config: what the parts were built from; read for preprocessing and the softmax temperature.
+        config: What the parts were built from; read for preprocessing and the softmax temperature.
     """
 
     class_embeddings: Tensor
@@ -81,7 +81,7 @@ class D2Zero(nn.Module):
         """Replace the default classes.
 
         Raises:
-            D2ZeroError: the embeddings have another width than the model's, or another encoder made them.
+            D2ZeroError: The embeddings have another width than the model's, or another encoder made them.
         """
         check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
         self._vocabulary = vocabulary
@@ -94,9 +94,9 @@ class D2Zero(nn.Module):
 
         Args:
             images_B3HW: (B, 3, H, W) float32, normalised and padded; H and W multiples of 32.
-            class_embeddings_KD: classes to compare with; the vocabulary's by default. Training gives the
+            class_embeddings_KD: Classes to compare with; the vocabulary's by default. Training gives the
                 seen classes only.
-            all_heads: classify at every head (training) or only at the last one (inference).
+            all_heads: Classify at every head (training) or only at the last one (inference).
 
         Returns:
             The heads' predictions in order, the final one last.

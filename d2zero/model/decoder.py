@@ -45,10 +45,10 @@ class DecoderLayer(nn.Module):
         """Update the queries.
 
         Args:
-            queries_BQC: query features.
-            query_positions_QC: added to queries and keys, not to values.
-            memory_BNC: values of one level.
-            keys_BNC: the same with position embeddings added.
+            queries_BQC: Query features.
+            query_positions_QC: Added to queries and keys, not to values.
+            memory_BNC: Values of one level.
+            keys_BNC: The same with position embeddings added.
             blocked: (B·heads, Q, N) bool, True where a query must not attend.
         """
         attended, _ = self.cross_attention(
@@ -66,11 +66,11 @@ class MaskedDecoder(nn.Module):
     """Learned queries, masked-attention layers, and the mask head.
 
     Args:
-        dim: hidden channels C.
+        dim: Hidden channels C.
         num_queries: Q.
-        heads: attention heads.
-        layers: decoder layers, cycling strides 32, 16, 8.
-        ffn_dim: width of the feed-forward layers.
+        heads: Attention heads.
+        layers: Decoder layers, cycling strides 32, 16, 8.
+        ffn_dim: Width of the feed-forward layers.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MaskedDecoder(nn.Module):
 
         Args:
             mask_features_BCHW: (B, C, H/4, W/4).
-            memory: three maps (B, C, h, w) at strides 32, 16, 8.
+            memory: Three maps (B, C, h, w) at strides 32, 16, 8.
 
         Returns:
             For each of the layers + 1 heads: normalised queries (B, Q, C), mask logits (B, Q, H/4, W/4).

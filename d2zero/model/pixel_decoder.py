@@ -44,12 +44,12 @@ class PixelDecoder(nn.Module):
     """Deformable encoder over strides 32, 16, 8 and a one-step feature pyramid down to stride 4.
 
     Args:
-        in_channels: channels of the backbone's features at strides 4, 8, 16, 32.
-        dim: hidden channels C, a multiple of 32.
-        heads: attention heads.
-        layers: encoder layers.
-        points: samples per head, level and query.
-        ffn_dim: width of the feed-forward layers.
+        in_channels: Channels of the backbone's features at strides 4, 8, 16, 32.
+        dim: Hidden channels C, a multiple of 32.
+        heads: Attention heads.
+        layers: Encoder layers.
+        points: Samples per head, level and query.
+        ffn_dim: Width of the feed-forward layers.
         function: How deformable attention is computed; see `DeformableAttention`.
     """
 
@@ -94,10 +94,10 @@ class PixelDecoder(nn.Module):
         """Decode backbone features.
 
         Args:
-            features: maps (B, C_i, H/s, W/s) at strides s = 4, 8, 16, 32.
+            features: Maps (B, C_i, H/s, W/s) at strides s = 4, 8, 16, 32.
 
         Returns:
-            mask features (B, C, H/4, W/4) and memory [(B, C, H/s, W/s)] at strides 32, 16, 8, float32.
+            Mask features (B, C, H/4, W/4) and memory [(B, C, H/s, W/s)] at strides 32, 16, 8, float32.
         """
         with torch.autocast(features[0].device.type, enabled=False):
             return self.decode([feature.float() for feature in features])

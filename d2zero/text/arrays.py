@@ -16,7 +16,7 @@ def read_names(text: str) -> list[str]:
     """Names from a `.txt` file (a line each), a `.json` list, `a, b, c`, or `coco` for COCO's 80.
 
     Raises:
-        D2ZeroError: the file is absent or holds no names.
+        D2ZeroError: The file is absent or holds no names.
     """
     if text == "coco":
         return list(COCO_IDS)
@@ -41,7 +41,7 @@ def read_array(path: Path, names: list[str], split: str | None, encoder: str) ->
     """A vocabulary from a `.npy` file (K, D).
 
     Raises:
-        D2ZeroError: the file is absent or no array, its rows do not match the names, or it lacks classes of
+        D2ZeroError: The file is absent or no array, its rows do not match the names, or it lacks classes of
             the split.
     """
     if not path.is_file():
@@ -62,7 +62,7 @@ def with_split(vocabulary: Vocabulary, split: str | None) -> Vocabulary:
     """Keep a split's classes, in its order, and set which are seen; without a split, as it is.
 
     Raises:
-        D2ZeroError: the vocabulary lacks classes of the split.
+        D2ZeroError: The vocabulary lacks classes of the split.
     """
     if split is None:
         return vocabulary

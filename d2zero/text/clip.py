@@ -29,12 +29,12 @@ def encode_names(names: list[str], model: str, weights: Path) -> Vocabulary:
     """Embed class names with a CLIP model's text encoder.
 
     Args:
-        names: class names; `a|b` are synonyms, the first of which names the class.
-        model: an architecture that open_clip knows.
-        weights: its weights; loaded without executing pickled code.
+        names: Class names; `a|b` are synonyms, the first of which names the class.
+        model: An architecture that open_clip knows.
+        weights: Its weights; loaded without executing pickled code.
 
     Raises:
-        D2ZeroError: the architecture is unknown, or the weights are absent or do not fit.
+        D2ZeroError: The architecture is unknown, or the weights are absent or do not fit.
     """
     import open_clip
 

@@ -19,7 +19,7 @@ def read_word2vec(path: Path, split: Split) -> Vocabulary:
     """Read a published embedding file as the vocabulary of a split.
 
     Raises:
-        D2ZeroError: the file is absent, is no table of numbers, or belongs to another split.
+        D2ZeroError: The file is absent, is no table of numbers, or belongs to another split.
     """
     if not path.is_file():
         raise D2ZeroError(f"embedding file {path} does not exist")

@@ -141,7 +141,7 @@ def find_preset(name: str) -> TrainConfig:
     """The preset of that name.
 
     Raises:
-        D2ZeroError: there is no such preset.
+        D2ZeroError: There is no such preset.
     """
     if name not in PRESETS:
         raise D2ZeroError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -152,7 +152,7 @@ def with_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
     """Change settings given as `key=value`, such as `optim.lr=2e-4` or `model.backbone=convnext_tiny`.
 
     Raises:
-        D2ZeroError: a setting is malformed, unknown, or has a value of the wrong kind.
+        D2ZeroError: A setting is malformed, unknown, or has a value of the wrong kind.
     """
     for setting in settings:
         key, separator, text = setting.partition("=")

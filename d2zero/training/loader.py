@@ -14,7 +14,7 @@ def training_loader(data: TrainingSet, config: TrainConfig, processes: Processes
     """A `Batch` for each step from `start` to the run's last: this process's share of it.
 
     Raises:
-        D2ZeroError: what a worker raised, as it raised it.
+        D2ZeroError: What a worker raised, as it raised it.
     """
     sampler = StepSampler(
         len(data), config.batch_size, config.seed, start, config.steps, processes.rank, processes.count

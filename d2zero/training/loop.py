@@ -121,7 +121,7 @@ class Run:
         """Take up the state of the last checkpoint.
 
         Raises:
-            D2ZeroError: it is absent, damaged, or of a run with other settings.
+            D2ZeroError: It is absent, damaged, or of a run with other settings.
         """
         state = read_state(self.output)
         ours = config_to_dict(self.config)
@@ -171,7 +171,7 @@ def read_state(output: Path) -> dict[str, Any]:
     """The content of a run's last checkpoint.
 
     Raises:
-        D2ZeroError: there is none, or it is damaged.
+        D2ZeroError: There is none, or it is damaged.
     """
     path = output / STATE_FILE
     if not path.is_file():

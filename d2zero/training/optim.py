@@ -78,7 +78,7 @@ class ScaleWatch:
     has fallen since.
 
     Args:
-        scaler: whose scale is watched; one that is not enabled has none.
+        scaler: The scaler whose scale is watched; one that is not enabled has none.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -92,10 +92,10 @@ class ScaleWatch:
         It reads the scale from the device: call it where the device has just been waited for.
 
         Args:
-            step: how many were done.
+            step: How many were done.
 
         Raises:
-            D2ZeroError: the scale has collapsed, or too many steps in a row were skipped.
+            D2ZeroError: The scale has collapsed, or too many steps in a row were skipped.
         """
         if not self.scaler.is_enabled():
             return

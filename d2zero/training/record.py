@@ -20,11 +20,11 @@ class Record:
     """Losses by step, to the screen and to files.
 
     Args:
-        output: the run's folder.
-        steps: steps in all.
-        every: steps between entries. Losses are read off the device only then.
-        active: whether this process writes (one of many does).
-        console: where progress goes; plain lines if it is not a terminal.
+        output: The run's folder.
+        steps: Steps in all.
+        every: Steps between entries. Losses are read off the device only then.
+        active: Whether this process writes (one of many does).
+        console: Where progress goes; plain lines if it is not a terminal.
     """
 
     def __init__(

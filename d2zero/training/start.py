@@ -45,7 +45,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     """Train to the end; returns the finished model's file, or None in all but the main process.
 
     Raises:
-        D2ZeroError: inputs are missing or do not belong together, or the folder holds another run.
+        D2ZeroError: Inputs are missing or do not belong together, or the folder holds another run.
     """
     vocabulary = Vocabulary.load(inputs.vocabulary)
     check_split(vocabulary, config.split)

@@ -31,12 +31,12 @@ class TrainingStep:
     """A model, its optimiser, and how they take a step.
 
     Args:
-        config: precision, memory layout, implementation of deformable attention, compilation, loss, optimiser.
-        model: is moved to the device and trained in place.
-        processes: this one among all, and its device.
+        config: Precision, memory layout, implementation of deformable attention, compilation, loss, optimiser.
+        model: Moved to the device and trained in place.
+        processes: This one among all, and its device.
 
     Raises:
-        D2ZeroError: the device cannot do what the configuration asks for.
+        D2ZeroError: The device cannot do what the configuration asks for.
     """
 
     def __init__(self, config: TrainConfig, model: D2Zero, processes: Processes) -> None:
@@ -79,15 +79,15 @@ class TrainingStep:
         """Take a step.
 
         Args:
-            step: how many were done before; with the configuration's seed it decides all that is random.
-            batch: this process's images and targets.
-            finished: is told each of `PARTS` when it is done; after the backward, gradients are not yet clipped.
+            step: How many were done before; with the configuration's seed it decides all that is random.
+            batch: This process's images and targets.
+            finished: Called with each of `PARTS` when it is done; after the backward, gradients are not yet clipped.
 
         Returns:
             The losses by name, of all processes together, their sum first as `loss`; and the gradient's norm.
 
         Raises:
-            D2ZeroError: the loss or the gradient is not finite; or, one step late, float16's gradients are not
+            D2ZeroError: The loss or the gradient is not finite; or, one step late, float16's gradients are not
                 whatever they are scaled by.
         """
         with self._math():
@@ -183,7 +183,7 @@ def precision_on(name: str, device: torch.device) -> torch.dtype | None:
     """What mixed precision computes in; None for float32 throughout.
 
     Raises:
-        D2ZeroError: the device has no such precision.
+        D2ZeroError: The device has no such precision.
     """
     if name == "auto":
         return torch.float16 if device.type == "cuda" else None

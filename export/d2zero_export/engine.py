@@ -48,11 +48,11 @@ def build_engine(
     """Build an engine from an exported model.
 
     Args:
-        onnx_path: made by `export_onnx`.
-        output: ends in `.engine`; its sidecar, `.engine.json`, is written beside it. Written whole or not at all.
-        options: how; `verify` and `max_logits` are for the caller.
-        stage: told each stage's name as it begins.
-        progress: told a phase of the build, the steps done and their number; called from other threads.
+        onnx_path: Made by `export_onnx`.
+        output: Ends in `.engine`; its sidecar, `.engine.json`, is written beside it. Written whole or not at all.
+        options: How; `verify` and `max_logits` are for the caller.
+        stage: Told each stage's name as it begins.
+        progress: Told a phase of the build, the steps done and their number; called from other threads.
 
     Returns:
         What the sidecar says.

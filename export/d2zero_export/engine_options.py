@@ -21,18 +21,18 @@ class EngineOptions:
     """How an engine is built.
 
     Args:
-        min: smallest shape; from the model's contract if left out.
-        opt: shape that the engine is tuned for; likewise.
-        max: largest shape; likewise.
-        timing_cache: file of measured kernels, read if present and written after the build; later builds are
+        min: Smallest shape; from the model's contract if left out.
+        opt: Shape that the engine is tuned for; likewise.
+        max: Largest shape; likewise.
+        timing_cache: File of measured kernels, read if present and written after the build; later builds are
             faster with it. It belongs to one GPU model and one TensorRT version.
-        workspace_gb: most scratch memory that a layer may use, in GiB; all of the GPU's if left out.
+        workspace_gb: Most scratch memory that a layer may use, in GiB; all of the GPU's if left out.
         optimization_level: 0 (fast to build) to 5 (long search); TensorRT's own choice, 3, if left out.
-        tf32: let float32 matmuls be rounded to ten bits. TensorRT does so by default, here it is off: a
+        tf32: Let float32 matmuls be rounded to ten bits. TensorRT does so by default, here it is off: a
             float32 model stays float32, unless its file allows it.
         device: CUDA's number of the GPU.
-        verify: compare the engine with its checkpoint, or with the ONNX file.
-        max_logits: largest difference of class and mask logits that passes; by precision if left out.
+        verify: Compare the engine with its checkpoint, or with the ONNX file.
+        max_logits: Largest difference of class and mask logits that passes; by precision if left out.
     """
 
     min: Shape | None = None
@@ -57,7 +57,7 @@ def profile_for(options: EngineOptions, contract: ModelContract, inputs: Inputs)
     """The shapes that an engine is built for: those given, the model's fixed sizes, and defaults from its contract.
 
     Raises:
-        D2ZeroError: a given shape differs from a size that the model fixes, or the shapes do not grow.
+        D2ZeroError: A given shape differs from a size that the model fixes, or the shapes do not grow.
     """
     low, best, high = _defaults(contract)
     fixed = _fixed(contract, inputs)

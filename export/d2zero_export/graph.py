@@ -59,7 +59,7 @@ class InferenceGraph(nn.Module):
             class_embeddings: (K, D); the model's own if left out.
 
         Returns:
-            class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
+            Class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
         """
         fused, memory = self._features(images)
         queries, _ = self._decode(fused, memory)

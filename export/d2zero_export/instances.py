@@ -21,11 +21,11 @@ class InstanceAgreement:
     """How far the instances of two models agree.
 
     Args:
-        instances: compared, of the first model.
-        matched: share that the other model finds too, mask IoU at least 0.5, in 0..1.
-        mean_iou: of the matched.
-        same_label: share of the matched that are named alike.
-        score_difference: largest among those.
+        instances: Compared, of the first model.
+        matched: Share that the other model finds too, mask IoU at least 0.5, in 0..1.
+        mean_iou: Mean IoU of the matched instances.
+        same_label: Share of the matched that are named alike.
+        score_difference: Largest among those.
     """
 
     instances: int

@@ -19,7 +19,7 @@ class StagedGroupNorm(nn.Module):
     """`torch.nn.GroupNorm` of maps (B, C, H, W), equal in real arithmetic.
 
     Args:
-        norm: whose weights it has.
+        norm: The norm whose weights it takes.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -51,7 +51,7 @@ def in_stages(module: nn.Module) -> int:
     eight bits and with dynamic shapes, OpenVINO 2026.4 scales twice what several read of a convolution without a bias.
 
     Returns:
-        how many norms there are.
+        How many norms there are.
     """
     pairs = [pair for part in module.modules() if isinstance(part, nn.Sequential) for pair in pairwise(part)]
     for convolution, norm in pairs:

@@ -64,7 +64,7 @@ def export_onnx(
         What verification measured, or None if it was left out.
 
     Raises:
-        D2ZeroError: the exported graph is not what it must be, or differs from the checkpoint.
+        D2ZeroError: The exported graph is not what it must be, or differs from the checkpoint.
     """
     options = options or OnnxOptions()
     if output.suffix != ".onnx":
@@ -205,7 +205,7 @@ def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero) -> None:
 def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, checkpoint_hash: str) -> ModelContract:
     """What the exported file shall say of itself."""
     return model.contract(
-        preprocessing=replace(model.config.preprocessing, canvas=options.size),
+        preprocessing=replace(model.config.preprocessing, static_size=options.size),
         precision=options.precision,
         deform_attn=impl.value,
         batch=options.batch,
@@ -236,7 +236,7 @@ def verified(model: D2Zero, candidate: Path, options: GraphOptions) -> RawParity
     """Compare an exported file with the checkpoint's model.
 
     Raises:
-        D2ZeroError: it is another model.
+        D2ZeroError: It is another model.
     """
     exported = open_exported(candidate)
     parity = raw_parity(model.segmenter(), exported)

@@ -2,9 +2,9 @@
 
 The decoder attends where mask logits are not negative. A logit that is nearer to 0 than rounding errors falls to
 either side, and its query then looks at a pixel more or less. At 800×1216 that happens to a few of six million such
-bits in every two versions of a model, the published one in float32 and in float64 among them (docs/decisions/0014): single
-queries differ by some 5e-3 then, the others, who attend to them, by 1e-4. So nine queries in ten are held to the
-limit of single logits, and all of them on average.
+bits in every two versions of a model, the published one in float32 and in float64 among them: single queries differ
+by some 5e-3 then, the others, who attend to them, by 1e-4. So nine queries in ten are compared with the limit for
+single logits, and all of them on average (docs/decisions/0014).
 
 Letters: B batch, Q queries, K classes.
 """
@@ -66,14 +66,14 @@ class Difference:
     """One comparison of raw outputs.
 
     Args:
-        case: what was compared.
-        class_logits: largest absolute difference.
-        mask_logits: largest absolute difference.
-        class_most: largest of nine queries in ten, in the worst image.
-        mask_most: the same of mask logits.
-        class_relative: mean difference of class logits, as a share of their mean size.
-        mask_relative: the same of mask logits.
-        flipped: share of mask pixels whose sign flips.
+        case: The name of what was compared.
+        class_logits: Largest absolute difference.
+        mask_logits: Largest absolute difference.
+        class_most: Largest of nine queries in ten, in the worst image.
+        mask_most: The same of mask logits.
+        class_relative: Mean difference of class logits, as a share of their mean size.
+        mask_relative: The same of mask logits.
+        flipped: Share of mask pixels whose sign flips.
     """
 
     case: str
@@ -143,7 +143,7 @@ class RawParity:
         """Pass, or refuse.
 
         Raises:
-            D2ZeroError: names the tensor, the value and the limit.
+            D2ZeroError: Names the tensor, the value and the limit.
         """
         failures = self.failures(limits)
         if failures:

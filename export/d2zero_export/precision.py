@@ -33,7 +33,7 @@ def cast_to(model: D2Zero, precision: str, fp32_modules: Iterable[str] = FP32_MO
         fp32_modules: Names of parts that stay float32.
 
     Raises:
-        D2ZeroError: there is no such precision.
+        D2ZeroError: There is no such precision.
     """
     if precision not in PRECISIONS:
         raise D2ZeroError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")

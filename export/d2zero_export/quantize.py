@@ -61,7 +61,7 @@ class Photos:
         """Read at most `count` of a folder's photos, evenly over their sorted names.
 
         Raises:
-            D2ZeroError: there is no such folder, it has no images, or one of them cannot be read.
+            D2ZeroError: There is no such folder, it has no images, or one of them cannot be read.
         """
         if not folder.is_dir():
             raise D2ZeroError(f"--calibration takes a folder of photos, {folder} is none")
@@ -86,8 +86,8 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
 
     Args:
         proto: float32; its class embeddings an input without a default, so that they cannot become a constant.
-        model: whose weights the graph has.
-        photos: to run it on.
+        model: The model whose weights the graph has.
+        photos: Photos to calibrate on.
     """
     with TemporaryDirectory() as folder, _quietly(), reductions_early():
         plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
@@ -141,11 +141,11 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
     """Names of the nodes that are quantized.
 
     Args:
-        proto: with its constants folded.
-        model: whose weights it has.
+        proto: With its constants folded.
+        model: The model whose weights it has.
 
     Raises:
-        D2ZeroError: a linear layer is not in the graph as a matmul of its own, and would stay float32 unnoticed.
+        D2ZeroError: A linear layer is not in the graph as a matmul of its own, and would stay float32 unnoticed.
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     weights = {_content(weight) for weight in _linear_weights(model)}

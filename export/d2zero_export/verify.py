@@ -117,7 +117,7 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     names = [name for node in proto.graph.node for name in node.output if name.startswith(ATTENTION_MASK)]
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
     contract, _ = read_contract(exported)
-    height, width = contract.preprocessing.canvas or (96, 160)
+    height, width = contract.preprocessing.static_size or (96, 160)
     image = _drawn(np.random.default_rng(0), height, width)
     batch = contract.preprocessing.batch([image] * (contract.batch or 1), (height, width))
     options = onnxruntime.SessionOptions()
@@ -163,9 +163,9 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
     """Compare raw output on drawn images: sizes, batches, their rows, and other class counts.
 
     Args:
-        reference: what is right: the checkpoint (`D2Zero.segmenter`), or the file that an engine
+        reference: What to compare with: the checkpoint (`D2Zero.segmenter`), or the file that an engine
             was built from.
-        segmenter: what is compared with it.
+        segmenter: The one that is compared.
     """
     random = np.random.default_rng(0)
     reference, contract = _alike(reference, segmenter), segmenter.contract
@@ -193,8 +193,8 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
 
 def _sizes(segmenter: Segmenter) -> tuple[tuple[int, int], ...]:
     """Heights and widths to compare at; none but the last is the size that was traced."""
-    if segmenter.preprocessing.canvas:
-        height, width = segmenter.preprocessing.canvas
+    if segmenter.preprocessing.static_size:
+        height, width = segmenter.preprocessing.static_size
         return (height, width), (height - height // 3, width - width // 4), (height // 2, width)
     low, high = _range(segmenter)
     return tuple(

@@ -69,7 +69,7 @@ class Detections:
         image_size: (height, width) of the image that boxes and masks refer to.
 
     Raises:
-        D2ZeroError: the fields do not agree.
+        D2ZeroError: The fields do not agree.
     """
 
     boxes: NDArray[np.float32]
@@ -226,8 +226,8 @@ class Detections:
 
         Args:
             entries: COCO results, with or without masks.
-            category_names: names by category id; each a name of the vocabulary.
-            vocabulary: gives class ids and seen flags.
+            category_names: Names by category id; each a name of the vocabulary.
+            vocabulary: Gives class ids and seen flags.
             image_size: (height, width).
         """
         names = tuple(category_names[entry["category_id"]] for entry in entries)

@@ -57,7 +57,7 @@ def overlay(
     Args:
         image: An RGB image, or (H, W, 3) uint8 RGB.
         instances: What to draw, the first on top.
-        shown_at: the longest side, in pixels, that the picture will be shrunk to; labels are drawn larger so
+        shown_at: The longest side, in pixels, that the picture will be shrunk to; labels are drawn larger so
             that they can be read then.
         font: A font file for labels; `d2zero_runtime.fonts` finds one if left out.
     """
@@ -95,10 +95,10 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
     """Pairs of ground truth (left) and prediction (right), with a legend on top.
 
     Args:
-        rows: the images.
-        columns: pairs side by side.
-        title: one line above.
-        cell: longest side of each picture in pixels.
+        rows: The images.
+        columns: Pairs side by side.
+        title: One line above.
+        cell: Longest side of each picture in pixels.
     """
     gap, head = 10, 58
     pair = 2 * cell + 4

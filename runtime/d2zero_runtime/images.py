@@ -27,12 +27,12 @@ class Preprocessing:
     """How images become network input; part of every checkpoint's contract.
 
     Args:
-        shortest_edge: the shorter side is resized to this many pixels ...
+        shortest_edge: The shorter side is resized to this many pixels ...
         longest_edge: ... unless the longer side would exceed this many.
-        mean: per channel, in grey levels, RGB.
-        std: per channel, in grey levels, RGB.
-        size_divisor: sides are padded to a multiple of this.
-        canvas: (height, width) of a model of one fixed size: images are shrunk into it if they are larger and
+        mean: Per channel, in grey levels, RGB.
+        std: Per channel, in grey levels, RGB.
+        size_divisor: Sides are padded to a multiple of this.
+        static_size: (height, width) of a model of static shape: images are shrunk into it if they are larger and
             padded to it. Any size if left out.
     """
 
@@ -41,7 +41,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     size_divisor: int = 32
-    canvas: Size | None = None
+    static_size: Size | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest_edge <= self.longest_edge <= LARGEST_SIDE:
@@ -56,9 +56,10 @@ class Preprocessing:
                 raise D2ZeroError(f"{name} must have three numbers, got {getattr(self, name)}")
             for value in getattr(self, name):
                 require_finite(name, value, above)
-        if self.canvas and any(not 1 <= side <= LARGEST_SIDE or side % self.size_divisor for side in self.canvas):
+        sides = self.static_size or ()
+        if any(not 1 <= side <= LARGEST_SIDE or side % self.size_divisor for side in sides):
             raise D2ZeroError(
-                f"a fixed size must be multiples of {self.size_divisor}, got {self.canvas[0]}x{self.canvas[1]}"
+                f"a static size must be multiples of {self.size_divisor}, got {'x'.join(map(str, sides))}"
             )
 
     @classmethod
@@ -66,10 +67,16 @@ class Preprocessing:
         """Read what `dataclasses.asdict` made, JSON's lists included.
 
         Raises:
-            D2ZeroError: a key is unknown (written by a newer version, most likely).
+            D2ZeroError: A key is unknown (written by a newer version, most likely).
         """
+        values = with_new_names(values)
         refuse_unknown(cls, values, "preprocessing")
         return checked(cls, values, "preprocessing")
+
+    @property
+    def canvas(self) -> Size | None:
+        """`static_size` by its name before 2026-11-28."""
+        return self.static_size
 
     def network_size(self, size: Size) -> Size:
         """The size that an image of `size` (height, width) is resized to."""
@@ -79,8 +86,8 @@ class Preprocessing:
         if max(scaled) > self.longest_edge:
             shrink = self.longest_edge / max(scaled)
             scaled = [side * shrink for side in scaled]
-        if self.canvas:
-            shrink = min(1.0, self.canvas[0] / scaled[0], self.canvas[1] / scaled[1])
+        if self.static_size:
+            shrink = min(1.0, self.static_size[0] / scaled[0], self.static_size[1] / scaled[1])
             scaled = [side * shrink for side in scaled]
         return max(1, int(scaled[0] + 0.5)), max(1, int(scaled[1] + 0.5))
 
@@ -88,15 +95,15 @@ class Preprocessing:
         """`size` (height, width) rounded up to multiples of `size_divisor`, or the fixed size.
 
         Raises:
-            D2ZeroError: the model has a fixed size that `size` does not fit into.
+            D2ZeroError: The model has a fixed size that `size` does not fit into.
         """
-        if self.canvas:
-            if size[0] > self.canvas[0] or size[1] > self.canvas[1]:
+        if self.static_size:
+            if size[0] > self.static_size[0] or size[1] > self.static_size[1]:
                 raise D2ZeroError(
-                    f"the model takes images of up to {self.canvas[0]}x{self.canvas[1]} (height x width), got"
+                    f"the model takes images of up to {self.static_size[0]}x{self.static_size[1]} (height x width), got"
                     f" {size[0]}x{size[1]}; resize them first (`preprocessing.resize`)"
                 )
-            return self.canvas
+            return self.static_size
         divisor = self.size_divisor
         return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
@@ -117,7 +124,7 @@ class Preprocessing:
         """`padded_size` of each image.
 
         Raises:
-            D2ZeroError: an image has the wrong type or shape, or there is none.
+            D2ZeroError: An image has the wrong type or shape, or there is none.
         """
         if not len(images):
             raise D2ZeroError("expected at least one image, got an empty list")
@@ -142,6 +149,11 @@ class Preprocessing:
                 np.subtract(image_HWC[..., channel], mean[channel], out=plane)
                 plane /= std[channel]
         return images_B3HW
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Preprocessing` in a file by the names of today: until 2026-11-28, `static_size` was `canvas`."""
+    return {"static_size" if name == "canvas" else name: value for name, value in values.items()}
 
 
 def size_of(image: NDArray[np.uint8] | Image.Image) -> Size:

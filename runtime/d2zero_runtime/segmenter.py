@@ -226,12 +226,12 @@ class Segmenter:
         """Segment one image, or several.
 
         Args:
-            source: an image (path, PIL image or (H, W, 3) uint8 RGB array), or a list, folder or glob pattern.
+            source: An image (path, PIL image or (H, W, 3) uint8 RGB array), or a list, folder or glob pattern.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
             vocabulary: Classes for this call only.
-            batch_size: at most so many neighbours of one padded size run together; pays on a GPU.
-            score_threshold: instances below it are dropped, and so are those whose mask is empty.
-            max_detections: at most so many an image.
+            batch_size: Maximum number of neighbours of the same padded size that run together; pays on a GPU.
+            score_threshold: Instances below it are dropped, and so are those whose mask is empty.
+            max_detections: Maximum number of instances per image.
             masks: `rle`, `bitmap`, `packed` or `none`.
 
         Returns:
@@ -363,7 +363,7 @@ class Segmenter:
         """Turn raw output into instances.
 
         Args:
-            out: what `predict_raw` returned.
+            out: What `predict_raw` returned.
             input_sizes: (height, width) of each image as given to `predict_raw`.
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.

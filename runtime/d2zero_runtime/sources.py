@@ -78,7 +78,7 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Grey, palette, alpha, CMYK, 16-bit and float files are converted; transparency is dropped.
 
     Raises:
-        D2ZeroError: the file is absent, empty, damaged, too large, or no image of `FORMATS`.
+        D2ZeroError: The file is absent, empty, damaged, too large, or no image of `FORMATS`.
     """
     pixels: NDArray[np.uint8] = np.asarray(open_rgb(path))
     return pixels
@@ -88,7 +88,7 @@ def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """An image file, or an image that Pillow has opened, in RGB and upright.
 
     Raises:
-        D2ZeroError: as of `read_image`.
+        D2ZeroError: As of `read_image`.
     """
     if isinstance(source, Image.Image):
         return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)

@@ -35,13 +35,13 @@ class Vocabulary:
         embeddings: (K, D) float32 text embeddings, one row a name, finite and not all zero.
         seen: (K,) bool, True for classes that training saw. All seen if left out.
         active: (K,) bool, True for classes that may be predicted. All active if left out.
-        source: where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of
+        source: Where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of
             different encoders do not mix.
-        synonyms: other words for a class, `{"couch": "sofa"}`; both are names. The probability of a synonym
+        synonyms: Other words for a class, `{"couch": "sofa"}`; both are names. The probability of a synonym
             counts for its class, and only the class is reported; flags of a synonym are those of its class.
 
     Raises:
-        D2ZeroError: a field has the wrong shape or holds values that cannot be used.
+        D2ZeroError: A field has the wrong shape or holds values that cannot be used.
     """
 
     names: tuple[str, ...]
@@ -109,7 +109,7 @@ class Vocabulary:
         """Count some names as other words for a class: `{"couch": "sofa"}`.
 
         Raises:
-            D2ZeroError: a word or its class is no name of this vocabulary, or the class is a synonym itself.
+            D2ZeroError: A word or its class is no name of this vocabulary, or the class is a synonym itself.
         """
         return replace(self, synonyms=dict(synonyms))
 
@@ -158,7 +158,7 @@ class Vocabulary:
         """Read a `.npz` written by `save`.
 
         Raises:
-            D2ZeroError: the file is absent, is not a vocabulary, or is of a newer version.
+            D2ZeroError: The file is absent, is not a vocabulary, or is of a newer version.
         """
         path = Path(path)
         if not path.is_file():
@@ -203,7 +203,7 @@ def _members(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a vocabulary's file.
 
     Raises:
-        D2ZeroError: it is none, is damaged, or its arrays are larger than any vocabulary's.
+        D2ZeroError: It is none, is damaged, or its arrays are larger than any vocabulary's.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -240,7 +240,7 @@ def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary
     """Refuse a vocabulary that a model cannot use.
 
     Raises:
-        D2ZeroError: its width or its encoder differs from the model's.
+        D2ZeroError: Its width or its encoder differs from the model's.
     """
     if vocabulary.width != text_dim:
         raise D2ZeroError(

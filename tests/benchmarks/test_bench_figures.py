@@ -321,10 +321,10 @@ def test_cases_vary_one_thing_at_a_time_or_all() -> None:
     ]
     assert len(make_cases(sizes, [1, 4], [65, 80], grid=True)) == 8
     own = Case(426, 640).preprocessing(Preprocessing())
-    assert own.canvas == (448, 640) and own.network_size((426, 640)) == (426, 640)
+    assert own.static_size == (448, 640) and own.network_size((426, 640)) == (426, 640)
     assert own.network_size((3000, 2000)) == (448, 299)
     with pytest.raises(D2ZeroError, match="one fixed size, 64x64"):
-        Case(96, 96).preprocessing(Preprocessing(canvas=(64, 64)))
+        Case(96, 96).preprocessing(Preprocessing(static_size=(64, 64)))
 
 
 def test_photos_are_the_same_for_all_and_go_round(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def perfect(content: Content) -> list[Content]:
     return [{**{key: entry[key] for key in keys}, "score": 0.9} for entry in content["annotations"]]
 
 
-def figures(content: Content, results: list[Content], tmp_path: Path) -> Content:
+def metrics(content: Content, results: list[Content], tmp_path: Path) -> Content:
     """From files on disk, and the same from memory."""
     path, found = written(content, tmp_path), written(results, tmp_path, "found.json")
     with open_coco(path) as annotations, open_results(found, annotations) as entries:
@@ -113,7 +113,7 @@ def test_bad_masks(mask: object, message: str, truth: Content, tmp_path: Path) -
     results = perfect(truth)
     results[3]["segmentation"] = mask
     with pytest.raises(D2ZeroError) as caught:
-        figures(truth, results, tmp_path)
+        metrics(truth, results, tmp_path)
     assert "found.json: detection number 3 " in str(caught.value) and message in str(caught.value)
     truth["annotations"][2]["segmentation"] = mask
     name = truth["annotations"][2]["id"]
@@ -147,28 +147,28 @@ def test_masks_with_one_meaning(mask: Any, truth: Content, tmp_path: Path) -> No
         expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(whole, 96, 96))).astype(bool)
     np.testing.assert_array_equal(decode_mask({"segmentation": mask}, 96, 96), expected)
     truth["annotations"][2] = {**truth["annotations"][2], "segmentation": mask, "area": None, "bbox": None}
-    found = figures(truth, perfect(truth), tmp_path)
+    found = metrics(truth, perfect(truth), tmp_path)
     assert found["segm"]["ap50"] == pytest.approx(100) or not expected.any()
 
 
 @pytest.mark.parametrize("value", [None, [], "", "x", {}, [1, 2], [1, 2, 3, None], [1, 2, 3, NAN], [1, 2, 3, 1e300], 5])
 def test_boxes_and_areas_come_from_the_mask(value: object, truth: Content, tmp_path: Path) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     assert expected["bbox"]["ap"] == expected["segm"]["ap"] == pytest.approx(100)
     changed = copy.deepcopy(truth)
     for entry in changed["annotations"]:
         entry["bbox"], entry["area"] = value, -1 if value == 5 else value
-    assert figures(changed, perfect(changed), tmp_path) == expected
+    assert metrics(changed, perfect(changed), tmp_path) == expected
 
 
 @pytest.mark.parametrize("value", [None, "0", 0.0, False, "", "false"])
 def test_flags_of_one_meaning(value: object, truth: Content, tmp_path: Path) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     for entry in truth["annotations"]:
         entry["iscrowd"] = value
-    assert figures(truth, perfect(truth), tmp_path) == expected
+    assert metrics(truth, perfect(truth), tmp_path) == expected
     truth["annotations"][0]["iscrowd"] = "1"
-    assert figures(truth, perfect(truth), tmp_path)["annotations"] == expected["annotations"] - 1
+    assert metrics(truth, perfect(truth), tmp_path)["annotations"] == expected["annotations"] - 1
 
 
 def renumbered(content: Content, part: str, key: str, change: Callable[[int], Any]) -> Content:
@@ -185,9 +185,9 @@ def renumbered(content: Content, part: str, key: str, change: Callable[[int], An
 def test_consistent_ids_of_any_kind(
     part: str, key: str, change: Callable[[int], Any], truth: Content, tmp_path: Path
 ) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     changed = renumbered(truth, part, key, change)
-    assert figures(changed, perfect(changed), tmp_path) == expected
+    assert metrics(changed, perfect(changed), tmp_path) == expected
 
 
 @pytest.mark.parametrize("change", [str, lambda number: -number], ids=["text", "negative"])
@@ -293,7 +293,7 @@ def test_files_that_are_wrong_as_a_whole(
 
 
 def test_encodings(truth: Content, tmp_path: Path) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     path, found = tmp_path / "truth.json", tmp_path / "found.json"
     for file in (path, found):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -305,15 +305,15 @@ def test_encodings(truth: Content, tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_listed_twice_alike_is_one(truth: Content, tmp_path: Path) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     truth["images"].append(dict(truth["images"][0]))
-    assert figures(truth, perfect(truth), tmp_path) == expected
+    assert metrics(truth, perfect(truth), tmp_path) == expected
 
 
 def test_annotations_before_images(truth: Content, tmp_path: Path) -> None:
-    expected = figures(truth, perfect(truth), tmp_path)
+    expected = metrics(truth, perfect(truth), tmp_path)
     turned = {part: truth[part] for part in ("categories", "annotations", "images")}
-    assert figures(turned, perfect(truth), tmp_path) == expected
+    assert metrics(turned, perfect(truth), tmp_path) == expected
     turned["annotations"][0]["segmentation"] = {"size": [5, 5], "counts": "i0"}
     with pytest.raises(D2ZeroError, match=r"a mask of size \[5, 5\], its image has"):
         read_coco(written(turned, tmp_path))
@@ -335,7 +335,7 @@ def test_masks_of_no_pixel_count_as_in_pycocotools(
 ) -> None:
     """COCO's own file has such polygons: training leaves them out, evaluation keeps and names them."""
     assert not decode_mask({"segmentation": mask}, 96, 96).any()
-    whole = figures(truth, perfect(truth), tmp_path)
+    whole = metrics(truth, perfect(truth), tmp_path)
     results = written(perfect(truth), tmp_path, "found.json")
     truth["annotations"][2]["segmentation"] = mask
     name = truth["annotations"][2]["id"]
@@ -412,7 +412,7 @@ def test_results_that_are_refused(change: Content, message: str, truth: Content,
     results = perfect(truth)
     results[1] |= change
     with pytest.raises(D2ZeroError) as caught:
-        figures(truth, results, tmp_path)
+        metrics(truth, results, tmp_path)
     assert "found.json: detection number 1 " in str(caught.value) and message in str(caught.value)
 
 
@@ -420,7 +420,7 @@ def test_results_that_are_refused(change: Content, message: str, truth: Content,
 def test_results_in_every_form_of_coco(box: object, truth: Content, tmp_path: Path) -> None:
     """Without boxes, with uncompressed run lengths, with polygons, with whole numbers as 3.0."""
     results = perfect(truth)
-    expected = figures(truth, results, tmp_path)
+    expected = metrics(truth, results, tmp_path)
     for entry in results:
         flat = rle.decode(entry["segmentation"]).T.ravel()
         changes = np.flatnonzero(np.diff(flat, prepend=False))
@@ -428,15 +428,15 @@ def test_results_in_every_form_of_coco(box: object, truth: Content, tmp_path: Pa
             "size": [96, 96], "counts": np.diff(changes, prepend=0, append=flat.size).tolist()
         }  # fmt: skip
         entry |= {"image_id": float(entry["image_id"]), "bbox": box}
-    assert figures(truth, results, tmp_path) == expected
+    assert metrics(truth, results, tmp_path) == expected
     truth["annotations"][0]["segmentation"] = results[0]["segmentation"] = [[10, 10, 40, 10, 40, 40]]
     truth["annotations"][0]["bbox"] = None
-    assert figures(truth, results, tmp_path)["bbox"]["ap"] == pytest.approx(100)
+    assert metrics(truth, results, tmp_path)["bbox"]["ap"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03", "04", "06", "07", "08"])
 def test_small_inputs_that_failed(number: str, shared: Path, tmp_path: Path, command: Command) -> None:
-    """Every annotation or result file of the shared cases ends in figures or in one line."""
+    """Every annotation or result file of the shared cases ends in metrics or in one line."""
     folder = next((shared / "cases").glob(f"{number}-*"), None)
     if folder is None:
         pytest.skip("needs ../shared/cases")

@@ -1,4 +1,4 @@
-"""Accuracy figures: equal to the published evaluator's and to pycocotools', and resumable."""
+"""Accuracy metrics: equal to the published evaluator's and to pycocotools', and resumable."""
 
 import contextlib
 import io
@@ -45,13 +45,13 @@ def test_command_equals_the_published_evaluator(mode: str, shared: Path, tmp_pat
     recorded = json.loads((folder / "expected_48_17.json").read_text())[part]
     printed = [float(line.rsplit("=", 1)[1]) for line in recorded["stdout"] if line.startswith("Average")]
     for kind, start in (("segm", 0), ("bbox", 6)):
-        figures = found[kind]
+        metrics = found[kind]
         for published, ours in NAMES.items() if mode == "gzsis" else ():
-            assert figures[ours] == pytest.approx(recorded[kind][published], abs=1e-6), ours
-        ours_printed = [figures[key] / 100 for key in ("ap40", "ap50", "ap60", "recall40", "recall50", "recall60")]
+            assert metrics[ours] == pytest.approx(recorded[kind][published], abs=1e-6), ours
+        ours_printed = [metrics[key] / 100 for key in ("ap40", "ap50", "ap60", "recall40", "recall50", "recall60")]
         assert ours_printed == pytest.approx(printed[start : start + 6], abs=5e-4 + 1e-9)
         if mode == "zsis":
-            assert figures["unseen_recall50"] == figures["recall50"] and "seen_ap50" not in figures
+            assert metrics["unseen_recall50"] == metrics["recall50"] and "seen_ap50" not in metrics
     assert "unseen" in outcome.out and "cow" in outcome.out
 
 
@@ -100,14 +100,14 @@ def test_perfect_detections_and_none(shapes_data: Path) -> None:
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
     seen = [name for name in truth.categories if name not in ("red ring", "blue cross")]
     perfect = [{**entry, "score": 0.9} for entries in truth.annotations.values() for entry in entries]
-    figures = score_detections(truth, perfect, seen, Mode.GZSIS)["segm"]
-    assert figures["ap"] == pytest.approx(100) and figures["hm_ap50"] == pytest.approx(100)
-    figures = score_detections(truth, [], seen, Mode.GZSIS)["segm"]
-    assert figures["seen_ap50"] == figures["hm_ap50"] == figures["unseen_recall50"] == 0
+    metrics = score_detections(truth, perfect, seen, Mode.GZSIS)["segm"]
+    assert metrics["ap"] == pytest.approx(100) and metrics["hm_ap50"] == pytest.approx(100)
+    metrics = score_detections(truth, [], seen, Mode.GZSIS)["segm"]
+    assert metrics["seen_ap50"] == metrics["hm_ap50"] == metrics["unseen_recall50"] == 0
 
 
 def test_zsis_looks_at_unseen_classes_alone(shapes_data: Path, small_model: D2Zero) -> None:
-    """The same detections give the same figures against the mixed file and the unseen one."""
+    """The same detections give the same metrics against the mixed file and the unseen one."""
     found = []
     for part in ("gzsi", "unseen"):
         truth = read_coco(shapes_data / f"annotations/instances_val_{part}_shapes.json")
@@ -172,22 +172,22 @@ def test_an_image_that_is_mended_is_read_again(small_model: D2Zero, shapes_data:
     shutil.copytree(shapes_data / "val", images)
     truth = read_coco(shapes_data / "annotations/instances_val_gzsi_shapes.json")
 
-    def figures(output: str = "o") -> dict:
+    def metrics(output: str = "o") -> dict:
         run = EvaluationRun(small_model.segmenter(), truth, images, tmp_path / output, [Mode.GZSIS], limit=6)
         return run.run()[Mode.GZSIS]
 
     broken = images / next(iter(truth.images.values()))["file_name"]
     content = broken.read_bytes()
     broken.write_bytes(b"")
-    first = figures()
+    first = metrics()
     assert len(first["unreadable"]) == 1 and first["images"] == 6
     broken.write_bytes(content)
-    second = figures()
+    second = metrics()
     assert not second["unreadable"] and second["images"] == 6
-    assert second["segm"] == figures("fresh")["segm"]
+    assert second["segm"] == metrics("fresh")["segm"]
 
 
-def test_batches_do_not_change_the_figures(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
+def test_batches_do_not_change_the_metrics(small_model: D2Zero, shapes_data: Path, tmp_path: Path) -> None:
     one = evaluation(small_model, shapes_data, tmp_path / "1", limit=6).run()[Mode.GZSIS]["segm"]
     four = evaluation(small_model, shapes_data, tmp_path / "4", limit=6, batch_size=4).run()[Mode.GZSIS]["segm"]
     assert four["ap50"] == pytest.approx(one["ap50"], abs=1e-3)
@@ -262,8 +262,8 @@ def test_annotations_with_ids_of_any_kind_and_masks_alone(shapes_data: Path, tmp
         for key in ("bbox", "area", "iscrowd"):
             del entry[key]
     (tmp_path / "bare.json").write_text(json.dumps(content))
-    figures = score_detections(read_coco(tmp_path / "bare.json"), perfect, [], Mode.GZSIS)
-    assert figures["segm"]["ap"] == pytest.approx(100) and figures["bbox"]["ap"] == pytest.approx(100)
+    metrics = score_detections(read_coco(tmp_path / "bare.json"), perfect, [], Mode.GZSIS)
+    assert metrics["segm"]["ap"] == pytest.approx(100) and metrics["bbox"]["ap"] == pytest.approx(100)
 
 
 def test_foreign_classes_are_refused(small_model: D2Zero, shared: Path, tmp_path: Path) -> None:

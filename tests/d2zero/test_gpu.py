@@ -44,11 +44,11 @@ def exact_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.mark.parametrize("form", [deformable.grid_sample, deformable.gather, triton_sample])
-def test_published_model_equals_the_recorded_outputs(shared: Path, form: deformable.DeformableFunction) -> None:
+@pytest.mark.parametrize("impl", [deformable.grid_sample, deformable.gather, triton_sample])
+def test_published_model_equals_the_recorded_outputs(shared: Path, impl: deformable.DeformableFunction) -> None:
     recorded = np.load(shared / "reference/reference_48_17.npz")
     model = published_model(published_vocabulary(shared, "48_17")).to("cuda")
-    model.set_deformable(form)
+    model.set_deformable(impl)
     out = model.predict_raw([recorded["image_u8"]]).to_numpy()
     np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
     np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
@@ -179,15 +179,15 @@ def milliseconds(run: Callable[[], object], times: int = 20) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_triton_form_is_five_times_faster(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     values, sizes, locations, weights, _ = case(LEVELS_800x1216, queries=EVERY_PIXEL, **PUBLISHED, dtype=dtype)
-    forms = (deformable.grid_sample, triton_sample)
+    impls = (deformable.grid_sample, triton_sample)
 
-    def train(form: deformable.DeformableFunction) -> None:
+    def train(impl: deformable.DeformableFunction) -> None:
         inputs = [tensor.detach().requires_grad_() for tensor in (values, locations, weights)]
-        form(inputs[0], sizes, inputs[1], inputs[2]).sum().backward()
+        impl(inputs[0], sizes, inputs[1], inputs[2]).sum().backward()
 
     with torch.no_grad():
-        forward = [milliseconds(partial(form, values, sizes, locations, weights)) for form in forms]
-    both = [milliseconds(partial(train, form)) for form in forms]
+        forward = [milliseconds(partial(impl, values, sizes, locations, weights)) for impl in impls]
+    both = [milliseconds(partial(train, impl)) for impl in impls]
     with capsys.disabled():
         print(f"\n800×1216 {dtype}, grid_sample and triton in ms: forward {forward}, with backward {both}")
     assert forward[1] * 5 <= forward[0]

@@ -32,7 +32,7 @@ def test_a_program_that_configures_nothing_hears_nothing(tmp_path: Path) -> None
         "for _ in load(sys.argv[1]).stream([sys.argv[2]], on_error=lambda *_: None): pass"
     )
     (tmp_path / "broken.png").write_bytes(b"broken")
-    words = [sys.executable, "-c", script, write_model(tmp_path / "m.onnx"), tmp_path / "broken.png"]
+    words: list[str | Path] = [sys.executable, "-c", script, write_model(tmp_path / "m.onnx"), tmp_path / "broken.png"]
     ran = subprocess.run(words, capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ("", "")
 

@@ -21,7 +21,7 @@ COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 def test_predict_writes_what_eval_and_pycocotools_read(
     exported: Path, shapes_data: Path, tmp_path: Path, command: Command
 ) -> None:
-    """The same figures from `eval` with the model, from `eval --detections`, and from pycocotools."""
+    """The same metrics from `eval` with the model, from `eval --detections`, and from pycocotools."""
     truth = json.loads((shapes_data / "annotations/instances_val_gzsi_shapes.json").read_text())
     truth["images"] = truth["images"][:4]
     ids = {image["id"] for image in truth["images"]}

@@ -73,8 +73,8 @@ def test_all_tensors_and_detections(shared: Path, split: str) -> None:
     for name in names:
         atol = 1e-3 if name.endswith("fraction") else TOLERANCE  # of 4032 pixels, a few may flip
         np.testing.assert_allclose(found[name], recorded[name], atol=atol, rtol=0, err_msg=name)
-    for form in (deformable.grid_sample, deformable.gather):
-        model.set_deformable(form)
+    for impl in (deformable.grid_sample, deformable.gather):
+        model.set_deformable(impl)
         out = model.predict_raw([image])
         assert out.padded_sizes == (tuple(recorded["padded_hw"]),)
         np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=TOLERANCE, rtol=0)

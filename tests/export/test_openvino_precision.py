@@ -18,7 +18,7 @@ openvino = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 HAS_BFLOAT16 = computes_in_bfloat16(openvino.Core())
 SIZES = [(1, 75), (2, 150), (4, 300)]  # bfloat16 has no whole numbers between 256 and 258
 TOTAL = sum(height * width for height, width in SIZES)
-FORMS = pytest.mark.parametrize("form", [gather, grid_sample])
+FORMS = pytest.mark.parametrize("impl", [gather, grid_sample])
 
 
 @pytest.fixture
@@ -29,11 +29,11 @@ def inputs() -> list[NDArray[np.float32]]:
 
 
 def written(
-    form: DeformableFunction, inputs: list[NDArray[np.float32]], folder: Path
+    impl: DeformableFunction, inputs: list[NDArray[np.float32]], folder: Path
 ) -> tuple[Path, NDArray[np.float32]]:
     """An attention as ONNX, and what it computes."""
     torch.manual_seed(0)
-    model, tensors = TinyAttention(form, SIZES).eval(), tuple(torch.from_numpy(values) for values in inputs)
+    model, tensors = TinyAttention(impl, SIZES).eval(), tuple(torch.from_numpy(values) for values in inputs)
     torch.onnx.export(model, tensors, folder / "m.onnx", dynamo=True, opset_version=18, verbose=False)
     with torch.inference_mode():
         return folder / "m.onnx", model(*tensors).numpy()
@@ -48,15 +48,15 @@ def lowered(path: Path) -> Any:
 
 @pytest.mark.slow
 @FORMS
-def test_types(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
-    network = lowered(written(form, inputs, tmp_path)[0])
+def test_types(impl: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
+    network = lowered(written(impl, inputs, tmp_path)[0])
     by_kind: dict[str, list[list[str]]] = {}
     for node in network.get_ordered_ops():
         types = [value.get_element_type().to_string() for value in node.input_values()]
         by_kind.setdefault(node.get_type_name(), []).append(types)
     assert by_kind["MatMul"] == [["bf16", "bf16"]] * 4
     assert by_kind["Result"] == [["f32"]]
-    if form is gather:
+    if impl is gather:
         assert by_kind["EmbeddingBagPackedSum"] == [["f32", "i32", "f32"]]
         assert by_kind["Floor"] == [["f32"]] * 2
     else:
@@ -65,8 +65,8 @@ def test_types(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16")
 @FORMS
-def test_places_are_not_rounded(form: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
-    path, right = written(form, inputs, tmp_path)
+def test_places_are_not_rounded(impl: DeformableFunction, inputs: list[NDArray[np.float32]], tmp_path: Path) -> None:
+    path, right = written(impl, inputs, tmp_path)
     core = openvino.Core()
 
     def error(network: Any, hint: str) -> float:
@@ -78,5 +78,5 @@ def test_places_are_not_rounded(form: DeformableFunction, inputs: list[NDArray[n
         return float(np.abs(found - right).mean() / np.abs(right).mean())
 
     assert error(lowered(path), "dynamic") < 0.02
-    if form is grid_sample:  # the other form fails as a whole there: rows that no table has
+    if impl is grid_sample:  # the other form fails as a whole there: rows that no table has
         assert error(core.read_model(path), "bf16") > 0.1

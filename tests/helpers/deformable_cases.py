@@ -56,8 +56,8 @@ def assert_equals_float64(function: DeformableFunction, case: Case, ulps: float 
 
     Args:
         function: What to test.
-        case: with values of any precision.
-        ulps: what one rounding to half precision may cost, in units of the last place.
+        case: With values of any precision.
+        ulps: Allowed error of one rounding to half precision, in units of the last place.
     """
     exact = [tensor.double() for tensor in (case.values, case.locations, case.weights, case.grad)]
     expected = outputs(grid_sample, Case(exact[0], case.sizes, *exact[1:]))

@@ -37,11 +37,11 @@ def compiled_for_hopper(kernel: Any, types: Sequence[Any], constants: dict[str, 
     """What Triton compiles for a GPU that is not there, by stage; what the interpreter tolerates need not compile.
 
     Args:
-        kernel: of Triton.
-        types: of the arguments that are no constants, in order.
-        constants: the last arguments.
-        warps: of a program.
-        aligned: attributes by argument, as Triton's `ASTSource` has them; None for none.
+        kernel: A Triton kernel.
+        types: Types of the arguments that are no constants, in order.
+        constants: The last arguments.
+        warps: Warps per program.
+        aligned: Attributes by argument, as Triton's `ASTSource` has them; None for none.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -165,7 +165,7 @@ def test_the_segmenter_runs_an_engine_in_parts_that_it_takes(setting: Setting) -
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
     segmenter.set_vocabulary(segmenter.vocabulary.select(["class 3", "class 1"]))
     assert segmenter.predict_raw(images[:1]).class_logits.shape == (1, QUERIES, 3)
-    assert segmenter.contract.batch is None and segmenter.preprocessing.canvas is None
+    assert segmenter.contract.batch is None and segmenter.preprocessing.static_size is None
     segmenter.close()
     with pytest.raises(D2ZeroError, match="was closed; load the model again"):
         segmenter.predict_raw(images)

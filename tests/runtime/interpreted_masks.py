@@ -46,10 +46,10 @@ def test_equals_torchs_operators(logits: tuple[int, int], sizes: Sizes) -> None:
     assert bits[1].any() and (sizes.output == (1, 1) or not np.unpackbits(bits[1], axis=1, count=sizes.output[1]).all())
 
 
-def test_figures_alone() -> None:
+def test_stats_without_bits() -> None:
     tensor, sizes = drawn(3, 8, 8), Sizes((32, 32), (31, 5), (9, 7))
-    figures, nothing = in_one_kernel(tensor, [1], sizes, packed=False)
-    np.testing.assert_array_equal(figures, in_one_kernel(tensor, [1], sizes, packed=True)[0])
+    stats, nothing = in_one_kernel(tensor, [1], sizes, packed=False)
+    np.testing.assert_array_equal(stats, in_one_kernel(tensor, [1], sizes, packed=True)[0])
     assert nothing is None
 
 

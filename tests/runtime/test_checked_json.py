@@ -48,13 +48,21 @@ def test_what_is_no_contract_is_named(text: str) -> None:
         {"longest_edge": 10**6},
         {"size_divisor": 7},
         {"size_divisor": 10**6},
-        {"canvas": [0, 32]},
+        {"static_size": [0, 32]},
     ],
     ids=str,
 )
 def test_preprocessing_that_cannot_be_used_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(D2ZeroError):
         Preprocessing.from_dict({**asdict(Preprocessing()), **changes})
+
+
+def test_a_static_size_is_read_by_its_earlier_name() -> None:
+    now = contract(preprocessing=Preprocessing(static_size=(64, 96)))
+    assert ModelContract.from_json(now.to_json().replace("static_size", "canvas"), "m.onnx") == now
+    config = ModelConfig(preprocessing=now.preprocessing)
+    earlier = json.loads(json.dumps(config.to_dict()).replace("static_size", "canvas"))
+    assert ModelConfig.from_dict(earlier) == config and config.preprocessing.canvas == (64, 96)
 
 
 @pytest.mark.parametrize(

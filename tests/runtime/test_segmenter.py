@@ -102,12 +102,12 @@ def test_kinds_of_masks_agree() -> None:
 
 
 def test_a_fixed_size_and_batch_are_filled_up() -> None:
-    canvas = Preprocessing(shortest_edge=64, longest_edge=128, canvas=(64, 96))
-    model = segmenter(preprocessing=canvas, batch=4)
+    static = Preprocessing(shortest_edge=64, longest_edge=128, static_size=(64, 96))
+    model = segmenter(preprocessing=static, batch=4)
     found = model(pictures((200, 100), (64, 90), (30, 30)))
     assert set(model.backend.batches) == {(4, 3, 64, 96)}  # type: ignore[attr-defined]
     assert [detections.image_size for detections in found] == [(200, 100), (64, 90), (30, 30)]
-    assert canvas.network_size((200, 100)) == (64, 32) and canvas.network_size((64, 90)) == (64, 90)
+    assert static.network_size((200, 100)) == (64, 32) and static.network_size((64, 90)) == (64, 90)
     raw = model.predict_raw(pictures(*[(64, 96)] * 5))
     assert raw.class_logits.shape[0] == 5 and model.backend.batches[-1][0] == 4  # type: ignore[attr-defined]
     with pytest.raises(D2ZeroError, match=r"up to 64x96 \(height x width\), got 96x64"):

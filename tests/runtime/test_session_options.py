@@ -15,7 +15,8 @@ def test_onnxruntime_takes_attributes_and_configuration_keys(tmp_path: Path) -> 
     pytest.importorskip("onnxruntime")
     key = "session.intra_op.allow_spinning"
     options = {"inter_op_num_threads": 2, "enable_mem_pattern": True, key: 0}
-    found = load(write_model(tmp_path / "m.onnx"), session_options=options).backend.session.get_session_options()
+    backend: Any = load(write_model(tmp_path / "m.onnx"), session_options=options).backend
+    found = backend.session.get_session_options()
     assert (found.inter_op_num_threads, found.enable_mem_pattern) == (2, True)
     assert found.get_session_config_entry(key) == "0"
 

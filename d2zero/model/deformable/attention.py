@@ -22,7 +22,7 @@ class DeformableAttention(nn.Module):
     """Deformable self-attention over the concatenated levels.
 
     Args:
-        dim: channels C.
+        dim: Channels C.
         heads: M.
         levels: L.
         points: P.

@@ -143,7 +143,7 @@ def refuse_determinism() -> None:
     """Speak up where `torch.use_deterministic_algorithms` is on: the order of atomic additions varies.
 
     Raises:
-        D2ZeroError: it is on and does not merely ask for warnings.
+        D2ZeroError: It is on and does not merely ask for warnings.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return
@@ -157,7 +157,7 @@ def check(values: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tens
     """Compare the arguments with each other: a kernel reads whatever memory it is told to.
 
     Raises:
-        D2ZeroError: a type, shape or device is off.
+        D2ZeroError: A type, shape or device is off.
     """
     if values.dtype not in FLOAT_TYPES or locations.dtype != torch.float32 or weights.dtype != torch.float32:
         raise D2ZeroError(

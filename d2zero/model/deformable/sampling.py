@@ -47,10 +47,10 @@ def sample_levels(values_GNS: Tensor, sizes: LevelSizes, grids_LGPR2: Tensor, we
     """Sample and add up with the queries innermost: what follows the sampling runs along memory, not over P = 4.
 
     Args:
-        values_GNS: values of all levels; G = B·M.
+        values_GNS: Values of all levels; G = B·M.
         sizes: (H, W) of each level.
-        grids_LGPR2: x and y in -1..1 of each level's map.
-        weights_LGPR: weights of the samples.
+        grids_LGPR2: X and y in -1..1 of each level's map.
+        weights_LGPR: Weights of the samples.
 
     Returns:
         (G, N, R).
@@ -80,10 +80,10 @@ def embedding_bag(values_BSMN: Tensor, sizes: LevelSizes, locations: Tensor, wei
 
 
 class Corners(NamedTuple):
-    """The four pixels around each sample: rows of a head's (S) values, and their shares, (B, M, R, L·P) each."""
+    """The four pixels around each sample: rows of a head's (S) values, and their weights, (B, M, R, L·P) each."""
 
     rows: tuple[Tensor, ...]  # whole numbers, as floats
-    shares: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  # bilinear times the sample's own
 
 
 class SampleLevels(NamedTuple):
@@ -104,17 +104,17 @@ def corners(levels: SampleLevels, x: Tensor, y: Tensor, weights: Tensor) -> Corn
         weights: The samples' weights, of the same shape.
     """
     first, height, width = levels
-    columns, shares_x = _two_pixels(x, width)
-    lines, shares_y = _two_pixels(y, height)
+    columns, weights_x = _two_pixels(x, width)
+    lines, weights_y = _two_pixels(y, height)
     starts = [line * width + first for line in lines]
     return Corners(
         rows=tuple(start + column for start in starts for column in columns),
-        shares=tuple(share_y * share_x for share_y in (share * weights for share in shares_y) for share_x in shares_x),
+        weights=tuple(along_y * along_x for along_y in (part * weights for part in weights_y) for along_x in weights_x),
     )
 
 
 def _two_pixels(at: Tensor, extent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The pixels before and after a place, kept inside the map, and their shares: 0 for what was outside."""
+    """The pixels before and after a place, kept inside the map, and their bilinear weights: 0 for what was outside."""
     before = at.floor()
     part = at - before
     wanted = before, before + 1
@@ -137,19 +137,20 @@ def _corners_at(sizes: LevelSizes, locations: Tensor, weights: Tensor) -> Corner
     return corners(levels, x * levels.width - 0.5, y * levels.height - 0.5, weights)
 
 
-# Sums of rows of a table (T, N), by rows and shares (X, J) of four corners: (X, N).
+# Sums of rows of a table (T, N), by rows and weights (X, J) of four corners: (X, N).
 
 
-def _gathered(table_TN: Tensor, rows: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+def _gathered(table_TN: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     parts = (
-        share[:, None].to(table_TN.dtype) @ F.embedding(row, table_TN) for row, share in zip(rows, shares, strict=True)
+        weight[:, None].to(table_TN.dtype) @ F.embedding(row, table_TN)
+        for row, weight in zip(rows, weights, strict=True)
     )
     return reduce(torch.add, parts).squeeze(1)
 
 
-def _bagged(table_TN: Tensor, rows: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+def _bagged(table_TN: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     found: Tensor = F.embedding_bag(
-        torch.cat(list(rows), 1), table_TN.float(), mode="sum", per_sample_weights=torch.cat(list(shares), 1)
+        torch.cat(list(rows), 1), table_TN.float(), mode="sum", per_sample_weights=torch.cat(list(weights), 1)
     )
     return found
 
@@ -169,7 +170,7 @@ def sum_rows(
     batch, total, heads, width = values_BSMN.shape
     rows = [_table_rows(row, total).flatten(0, 2) for row in found.rows]
     table_TN = values_BSMN.transpose(1, 2).flatten(0, 2)
-    added = add(table_TN, rows, [share.flatten(0, 2) for share in found.shares])
+    added = add(table_TN, rows, [weight.flatten(0, 2) for weight in found.weights])
     return added.view(batch, heads, -1, width).transpose(1, 2).flatten(2)
 
 

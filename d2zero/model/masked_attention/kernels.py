@@ -125,9 +125,9 @@ def combine_kernel(
         mask=there[:, :, None] & some[None, None, :],
         other=0.0,
     )
-    shares = tl.exp2(tops - tl.max(tops, 0)[None, :])
-    shares = tl.where(there, shares, 0.0)
-    out = tl.sum(shares[:, :, None] * sums, 0) / tl.sum(shares * powers, 0)[:, None]
+    weights = tl.exp2(tops - tl.max(tops, 0)[None, :])
+    weights = tl.where(there, weights, 0.0)
+    out = tl.sum(weights[:, :, None] * sums, 0) / tl.sum(weights * powers, 0)[:, None]
     query, head, image = row % queries, (row // queries) % HEADS, row // (queries * HEADS)
     at = (image * queries + query).to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
     tl.store(

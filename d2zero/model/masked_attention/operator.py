@@ -78,8 +78,8 @@ def split(keys: int, programs: int, processors: int) -> tuple[int, int]:
 
     Args:
         keys: N.
-        programs: that there would be without splitting.
-        processors: of the GPU.
+        programs: Their number without splitting.
+        processors: The GPU's number of multiprocessors.
     """
     tiles = -(-keys // KEYS)
     wanted = max(1, min(MOST_SPLITS, tiles, PROGRAMS_PER_PROCESSOR * processors // programs))
@@ -101,7 +101,7 @@ def check(queries: Tensor, keys: Tensor, values: Tensor, mask_logits: Tensor, he
     """Compare the arguments with each other: a kernel reads whatever memory it is told to.
 
     Raises:
-        D2ZeroError: a type, shape or device is off.
+        D2ZeroError: A type, shape or device is off.
     """
     tensors = (queries, keys, values, mask_logits)
     if any(entry.dim() != 3 or entry.device != queries.device or entry.dtype not in FLOAT_TYPES for entry in tensors):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.images import Preprocessing, with_new_names
 from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
@@ -99,8 +99,9 @@ class ModelContract:
         values = parse_object(text, described)
         refuse_newer(values.get("version", 0), CONTRACT_VERSION, where, "the model contract")
         if isinstance(values.get("preprocessing"), dict):
+            values["preprocessing"] = with_new_names(values["preprocessing"])
             refuse_unknown(Preprocessing, values["preprocessing"], f"preprocessing in {where}:")
-            checked(Preprocessing, values["preprocessing"], f"{described}: preprocessing", ("canvas",), remedy)
+            checked(Preprocessing, values["preprocessing"], f"{described}: preprocessing", ("static_size",), remedy)
         return checked(cls, values, described, _LATER, remedy)
 
     @property

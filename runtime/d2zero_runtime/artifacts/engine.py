@@ -65,7 +65,9 @@ class EngineMetadata(Metadata):
         low, high = self.profile.min, self.profile.max
         contract = self.contract
         if (low.height, low.width) == (high.height, high.width):
-            contract = replace(contract, preprocessing=replace(contract.preprocessing, canvas=(low.height, low.width)))
+            contract = replace(
+                contract, preprocessing=replace(contract.preprocessing, static_size=(low.height, low.width))
+            )
         return replace(contract, batch=low.batch) if low.batch == high.batch else contract
 
     def _own_fields(self) -> dict[str, Any]:

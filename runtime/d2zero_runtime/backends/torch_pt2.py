@@ -67,7 +67,7 @@ class Pt2Backend(Backend[Input]):
         self._lock = threading.Lock()
         with self._ready():
             network = _loaded(path, torch, device if on_gpu else -1)
-        static = bool(self._contract.preprocessing.canvas and self._contract.batch)
+        static = bool(self._contract.preprocessing.static_size and self._contract.batch)
         self._network = GraphedNetwork(network, torch, search=static) if on_gpu and cuda_graphs else network
         where = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
         self.name = (

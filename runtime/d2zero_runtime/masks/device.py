@@ -30,7 +30,7 @@ class DeviceLogits:
     """Mask logits on a device; indexed and sliced like an array, which they become only on request.
 
     Args:
-        tensor: a torch tensor.
+        tensor: A torch tensor.
     """
 
     def __init__(self, tensor: Any) -> None:
@@ -57,7 +57,7 @@ class DeviceLogits:
 
     @property
     def one_kernel(self) -> bool:
-        """Whether masks are made so fast that their figures may be had first and their bits later (`packed`)."""
+        """Whether masks are made so fast that boxes and qualities may come first and their bits later (`packed`)."""
         return bool(self.tensor.is_cuda) and _triton()
 
     def packed(self, queries: Sequence[int], sizes: "Sizes") -> PackedMasks:
@@ -70,16 +70,16 @@ class DeviceLogits:
         """Masks of some queries of one image; `self` is (Q, h, w).
 
         Args:
-            queries: rows of `self`.
-            sizes: of the way to the output.
-            kind: of the masks, as of `postprocess`; `none` for only boxes and qualities.
-            threads: that encode run lengths.
+            queries: Rows of `self`.
+            sizes: Sizes on the way to the output.
+            kind: The kind of masks, as `postprocess` takes it; `none` for only boxes and qualities.
+            threads: Number of threads that encode run lengths.
         """
         if not len(queries):
             return []
         find = in_one_kernel if self.one_kernel else in_steps
-        figures, bits = find(self.tensor, queries, sizes, kind != "none")
-        measured = [(quality, (x1, y1, x2, y2)) for quality, x1, y1, x2, y2 in figures.tolist()]
+        stats, bits = find(self.tensor, queries, sizes, kind != "none")
+        measured = [(quality, (x1, y1, x2, y2)) for quality, x1, y1, x2, y2 in stats.tolist()]
         if bits is None:
             return [Mask(None, box, quality) for quality, box in measured]
         packed = PackedMasks(bits, sizes.output)
@@ -137,9 +137,9 @@ class Sizes:
     """(height, width) on the way from mask logits to masks.
 
     Args:
-        padded: of the network's input.
-        used: of the image in it.
-        output: of the masks.
+        padded: Size of the network's input.
+        used: Size of the image in it.
+        output: Size of the masks.
     """
 
     padded: Size
@@ -164,20 +164,20 @@ def in_one_kernel(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed:
     """By our Triton kernel: what is in memory is logits and bits."""
     import torch
 
-    figures, bits = _launched(logits_Qhw, queries, sizes, packed)
-    area, sigmoids = figures[..., :2].double().sum(1).unbind(1)
-    ends = figures[..., 4:].amax(1)
-    first = torch.where(ends > 0, figures[..., 2:4].amin(1), 0.0)
+    stats, bits = _launched(logits_Qhw, queries, sizes, packed)
+    area, sigmoids = stats[..., :2].double().sum(1).unbind(1)
+    ends = stats[..., 4:].amax(1)
+    first = torch.where(ends > 0, stats[..., 2:4].amin(1), 0.0)
     quality = (sigmoids / (area + 1e-6)).float()
     table = _downloaded(torch.cat([quality[:, None], first, ends], 1))
     return table, _downloaded(bits) if packed else None
 
 
 def _launched(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: bool) -> tuple[Any, Any]:
-    """What the kernel writes, on the device: figures of each mask's tiles, and bits if they are wanted."""
+    """What the kernel writes, on the device: stats of each mask's tiles, and bits if they are wanted."""
     import torch
 
-    from d2zero_runtime.masks.kernel import FIGURES, mask_kernel
+    from d2zero_runtime.masks.kernel import STATS, mask_kernel
 
     if logits_Qhw.stride(2) != 1:
         logits_Qhw = logits_Qhw.contiguous()
@@ -187,15 +187,15 @@ def _launched(logits_Qhw: Any, queries: Sequence[int], sizes: Sizes, packed: boo
     tiles = -(-row_bytes // TILE[1]), -(-out_height // TILE[0])
     chosen = torch.tensor(list(queries), device=logits_Qhw.device)
     bits = chosen.new_empty((len(chosen), out_height, row_bytes) if packed else (1,), dtype=torch.uint8)
-    figures = chosen.new_empty((len(chosen), tiles[0] * tiles[1], FIGURES.value), dtype=torch.float32)
+    stats = chosen.new_empty((len(chosen), tiles[0] * tiles[1], STATS.value), dtype=torch.float32)
     with torch.cuda.device_of(logits_Qhw):
         mask_kernel[(*tiles, len(chosen))](
-            logits_Qhw, chosen, bits, figures, *logits_Qhw.stride()[:2], height, width,
+            logits_Qhw, chosen, bits, stats, *logits_Qhw.stride()[:2], height, width,
             height / sizes.padded[0], width / sizes.padded[1], *sizes.used,
             sizes.used[0] / out_height, sizes.used[1] / out_width, out_height, out_width,
             RESIZED=tuple(sizes.used) != tuple(sizes.output), PACKED=packed, ROWS=TILE[0], BYTES=TILE[1],
         )  # fmt: skip
-    return figures, bits
+    return stats, bits
 
 
 def _downloaded(tensor: Any) -> NDArray[Any]:

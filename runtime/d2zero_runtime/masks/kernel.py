@@ -4,7 +4,7 @@ A pixel of a mask is looked up where it comes from, through both resizes at once
 output size is ever in memory: for 100 masks of 800×1216, 24 MB are read and 12 MB of bits written, where maps, bools,
 sigmoids and their products are 4.6 GB. Both resizes are bilinear with align_corners false, as torch computes them.
 
-A program makes a tile of one mask: its bits, and its share of the mask's figures, which are added up afterwards.
+A program makes a tile of one mask: its bits, and its share of the mask's stats, which are added up afterwards.
 
 Letters: N masks, T tiles, h and w the logits' sides.
 """
@@ -12,7 +12,7 @@ Letters: N masks, T tiles, h and w the logits' sides.
 import triton
 import triton.language as tl
 
-FIGURES = tl.constexpr(6)  # of a tile: pixels, sum of sigmoids, first column and row, end of columns and rows
+STATS = tl.constexpr(6)  # of a tile: pixels, sum of sigmoids, first column and row, end of columns and rows
 FAR = tl.constexpr(1 << 24)  # beyond any column and row
 
 
@@ -54,7 +54,7 @@ def mask_kernel(
     logits_Qhw,
     queries_N,
     packed,
-    figures_NT6,
+    stats_NT6,
     query_stride,
     stride,
     height,
@@ -108,10 +108,10 @@ def mask_kernel(
         row_bytes = (out_width + 7) // 8
         at = (mask.to(tl.int64) * out_height + y) * row_bytes + byte
         tl.store(packed + at, bits.to(tl.uint8), mask=(y < out_height) & (byte < row_bytes))
-    figures = figures_NT6 + (mask * tl.num_programs(0) * tl.num_programs(1) + tile) * FIGURES
-    tl.store(figures, tl.sum(pixels).to(tl.float32))
-    tl.store(figures + 1, tl.sum(sigmoids))
-    tl.store(figures + 2, tl.min(left).to(tl.float32))
-    tl.store(figures + 3, tl.min(tl.where(pixels > 0, y, FAR)).to(tl.float32))
-    tl.store(figures + 4, tl.max(right).to(tl.float32))
-    tl.store(figures + 5, tl.max(tl.where(pixels > 0, y + 1, 0)).to(tl.float32))
+    stats = stats_NT6 + (mask * tl.num_programs(0) * tl.num_programs(1) + tile) * STATS
+    tl.store(stats, tl.sum(pixels).to(tl.float32))
+    tl.store(stats + 1, tl.sum(sigmoids))
+    tl.store(stats + 2, tl.min(left).to(tl.float32))
+    tl.store(stats + 3, tl.min(tl.where(pixels > 0, y, FAR)).to(tl.float32))
+    tl.store(stats + 4, tl.max(right).to(tl.float32))
+    tl.store(stats + 5, tl.max(tl.where(pixels > 0, y + 1, 0)).to(tl.float32))

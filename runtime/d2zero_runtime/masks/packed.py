@@ -24,7 +24,7 @@ class PackedMasks:
         size: (height, width).
 
     Raises:
-        D2ZeroError: the two do not fit.
+        D2ZeroError: The two do not fit.
     """
 
     bits: NDArray[np.uint8]

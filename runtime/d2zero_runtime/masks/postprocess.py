@@ -52,7 +52,7 @@ class Mode(StrEnum):
         """Read a mode by its name.
 
         Raises:
-            D2ZeroError: there is no such mode.
+            D2ZeroError: There is no such mode.
         """
         try:
             return cls(text)
@@ -72,7 +72,7 @@ def selection(vocabulary: Vocabulary, mode: Mode, max_detections: int = MAX_DETE
     """The one mechanism behind all modes.
 
     Raises:
-        D2ZeroError: the mode needs seen or unseen classes that the vocabulary does not have.
+        D2ZeroError: The mode needs seen or unseen classes that the vocabulary does not have.
     """
     seen, active = vocabulary.seen, vocabulary.active
     if mode is not Mode.GZSIS and not (active & ~seen).any():
@@ -96,7 +96,7 @@ def class_probabilities(
     Args:
         class_logits: (Q, K + 1), the background last.
         competing: (K,) bool. Others get probability 0.
-        temperature: factor on the logits before the softmax.
+        temperature: Factor on the logits before the softmax.
 
     Returns:
         (Q, K) float32.
@@ -112,7 +112,7 @@ def top_instances(probabilities: NDArray[np.float32], chosen: Selection) -> tupl
     """The best (query, class) pairs of each group; a query may appear more than once.
 
     Returns:
-        queries and classes, (N,) int64 each, group after group, best first within a group.
+        Queries and classes, (N,) int64 each, group after group, best first within a group.
     """
     queries, classes = [], []
     for members, kept in chosen.groups:
@@ -146,20 +146,20 @@ def postprocess(
     Args:
         class_logits: (Q, K + 1) float32, the background last.
         mask_logits: (Q, h, w) float32, covering the padded input; on a device, masks are made there.
-        vocabulary: the K classes that the logits belong to.
+        vocabulary: The K classes that the logits belong to.
         input_size: (height, width) of the image as given to the network, before padding.
         output_size: (height, width) of the masks and boxes to return.
         padded_size: (height, width) after padding.
-        mode: a `Mode` or its name.
-        temperature: softmax temperature of the class probabilities.
-        max_detections: at most this many instances.
-        score_threshold: instances below this final score are dropped.
+        mode: A `Mode` or its name.
+        temperature: Softmax temperature of the class probabilities.
+        max_detections: At most this many instances.
+        score_threshold: Instances below this final score are dropped.
         masks: `rle` (COCO run lengths), `bitmap` (a (N, H, W) bool array), `packed` (`PackedMasks`: eight pixels a
             byte) or `none` (only boxes and scores).
         threads: Threads that upsample and encode masks; `THREADS` if left out.
 
     Raises:
-        D2ZeroError: logits are not finite, shapes do not fit the vocabulary, the mode does not, or there is no such
+        D2ZeroError: Logits are not finite, shapes do not fit the vocabulary, the mode does not, or there is no such
             kind of masks.
     """
     if masks not in MASK_KINDS:
@@ -217,13 +217,13 @@ def postprocess_all(
         class_logits: (B, Q, K + 1).
         mask_logits: (B, Q, h, w), h and w those of the largest image.
         padded_sizes: (height, width) after padding, one per image.
-        vocabulary: the K classes.
+        vocabulary: The K classes.
         input_sizes: (height, width) of each image before padding.
         output_sizes: (height, width) that each image's masks shall have.
-        options: of `postprocess`.
+        options: Options of `postprocess`.
 
     Raises:
-        D2ZeroError: the counts differ, or the vocabulary does not allow the mode.
+        D2ZeroError: The counts differ, or the vocabulary does not allow the mode.
     """
     if not len(class_logits) == len(input_sizes) == len(output_sizes):
         raise D2ZeroError(
@@ -247,7 +247,7 @@ def postprocess_all(
 
 
 def _with_bits_later(mask_logits: MaskLogits, kind: str) -> DeviceLogits | None:
-    """The logits, if figures come first and bits later, in their final order: the host copies nothing then."""
+    """The logits, if boxes and qualities come first, and bits later in their final order: the host copies nothing."""
     if isinstance(mask_logits, DeviceLogits) and mask_logits.one_kernel and kind in ("packed", "bitmap"):
         return mask_logits
     return None

@@ -81,7 +81,7 @@ def decode(rle: RLE | dict[str, Any]) -> NDArray[np.bool_]:
     """Decode to a (H, W) boolean mask.
 
     Raises:
-        D2ZeroError: the runs do not fill the mask.
+        D2ZeroError: The runs do not fill the mask.
     """
     height, width = rle["size"]
     runs = _runs(rle)
@@ -93,7 +93,7 @@ def area(rle: RLE | dict[str, Any]) -> int:
     """Pixels inside the mask.
 
     Raises:
-        D2ZeroError: the runs do not fill the mask.
+        D2ZeroError: The runs do not fill the mask.
     """
     return int(_runs(rle)[1::2].sum(dtype=np.int64))
 
@@ -179,8 +179,8 @@ def _numbers(codes: NDArray[np.uint8], goes_on: NDArray[np.bool_]) -> NDArray[np
     """Little-endian base-32 numbers; the highest bit of the last digit is the sign.
 
     Args:
-        codes: digits, of which the last one does not go on.
-        goes_on: whether another digit of the same number follows.
+        codes: Digits, of which the last one does not go on.
+        goes_on: Whether another digit of the same number follows.
 
     Returns None if one has more than `MOST_DIGITS`.
     """

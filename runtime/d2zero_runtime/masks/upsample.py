@@ -25,10 +25,10 @@ class Mask:
     """One query's mask at the output size.
 
     Args:
-        rle: run lengths; None if they were not asked for.
+        rle: Run lengths; None if they were not asked for.
         box: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; zeros for an empty mask.
-        quality: mean sigmoid inside the mask.
-        bits: the mask packed (see `packed`), where it was made so.
+        quality: Mean sigmoid inside the mask.
+        bits: The mask packed (see `packed`), where it was made so.
     """
 
     rle: rle.RLE | None
@@ -39,22 +39,22 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One side's resize: output n is the sum over t of `shares[t, n]` times source `sources[t, n]`.
+    """One side's resize: output n is the sum over t of `weights[t, n]` times source `sources[t, n]`.
 
     Args:
         sources: (T, outputs) int64.
-        shares: (T, outputs) float32; an output's shares sum to 1.
-        reached_from: of each source, the first output that reads it.
-        reached_to: and the last one.
+        weights: (T, outputs) float32; an output's weights sum to 1.
+        reached_from: The first output that reads each source.
+        reached_to: The last output that reads each source.
     """
 
     sources: NDArray[np.int64]
-    shares: NDArray[np.float32]
+    weights: NDArray[np.float32]
     reached_from: NDArray[np.int64]
     reached_to: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.shares[0])
+        return len(self.weights[0])
 
     def reach(self, sources: NDArray[np.int64]) -> tuple[int, int]:
         """The range of outputs that read any of the sources."""
@@ -71,16 +71,16 @@ class Axis:
         """Resize the first axis, for the outputs from start to stop.
 
         Args:
-            lines_SN: a line each source.
-            start: the first output.
-            stop: the one after the last.
-            out_WN: filled with a line each output.
-            spare_WN: of the same shape; overwritten.
+            lines_SN: A line each source.
+            start: The first output.
+            stop: The one after the last.
+            out_WN: Filled with a line each output.
+            spare_WN: Scratch memory of the same shape; overwritten.
         """
-        for number, (sources, shares) in enumerate(zip(self.sources, self.shares, strict=True)):
+        for number, (sources, weights) in enumerate(zip(self.sources, self.weights, strict=True)):
             part = spare_WN if number else out_WN
             np.take(lines_SN, sources[start:stop], axis=0, out=part, mode="clip")  # "raise" would copy once more
-            part *= shares[start:stop, None]
+            part *= weights[start:stop, None]
             if number:
                 out_WN += part
 
@@ -98,14 +98,14 @@ def resize_axis(source: int, padded: int, cropped: int, output: int) -> Axis:
     first = np.where(used, read, source).min(axis=0)
     place = np.where(used, read - first, 0)
     outputs = np.broadcast_to(np.arange(output), place.shape)
-    shares = np.zeros((int(place.max()) + 1, output))
-    np.add.at(shares, (place, outputs), parts)
+    weights = np.zeros((int(place.max()) + 1, output))
+    np.add.at(weights, (place, outputs), parts)
     reached_from, reached_to = np.full(source, output), np.zeros(source, np.int64)
     np.minimum.at(reached_from, read[used], outputs[used])
     np.maximum.at(reached_to, read[used], outputs[used])
     reached_from[reached_from == output] = 0  # a source that nothing reads counts for output 0, which does no harm
-    sources = np.minimum(first + np.arange(len(shares))[:, None], source - 1)  # past the end only with a share of 0
-    return Axis(sources, shares.astype(np.float32), reached_from, reached_to)
+    sources = np.minimum(first + np.arange(len(weights))[:, None], source - 1)  # past the end only with a share of 0
+    return Axis(sources, weights.astype(np.float32), reached_from, reached_to)
 
 
 def upsampled_mask(logits_hw: NDArray[np.float32], rows: Axis, columns: Axis, encode: bool = True) -> Mask:
@@ -113,9 +113,9 @@ def upsampled_mask(logits_hw: NDArray[np.float32], rows: Axis, columns: Axis, en
 
     Args:
         logits_hw: (h, w) float32.
-        rows: from h to the output's height.
-        columns: from w to the output's width.
-        encode: whether run lengths are wanted.
+        rows: From h to the output's height.
+        columns: From w to the output's width.
+        encode: Whether run lengths are wanted.
     """
     positive = logits_hw > 0
     used_rows, used_columns = np.flatnonzero(positive.any(axis=1)), np.flatnonzero(positive.any(axis=0))
@@ -170,7 +170,7 @@ def _sum_of_sigmoids(values: NDArray[np.float32]) -> float:
 
 
 def _bilinear(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The two sources that each target reads, and their shares: (2, target) each."""
+    """The two sources that each target reads, and their weights: (2, target) each."""
     position = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
     lower = np.minimum(position.astype(np.int64), source - 1)
     upper = np.minimum(lower + 1, source - 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def join_row_sums(model: Any) -> int:
-    """Rewrite sums of shares (X, 1, J) @ table[rows (X, J)], X known, to EmbeddingBagPackedSum: the same sums.
+    """Rewrite sums of weights (X, 1, J) @ table[rows (X, J)], X known, to EmbeddingBagPackedSum: the same sums.
 
     Returns:
         how many sums were rewritten, those of several products of one table counted once.
@@ -28,7 +28,7 @@ def join_row_sums(model: Any) -> int:
             one, other = (sums.get(value.get_node().get_name()) for value in node.input_values())
             if one and other and one.node.get_name() != other.node.get_name() and one.table == other.table:
                 del sums[one.node.get_name()], sums[other.node.get_name()]
-                sums[node.get_name()] = _RowSum(node, one.table, one.rows + other.rows, one.shares + other.shares)
+                sums[node.get_name()] = _RowSum(node, one.table, one.rows + other.rows, one.weights + other.weights)
     for found in sums.values():
         found.rewrite()
     return len(sums)
@@ -41,21 +41,21 @@ class _RowSum:
     node: Any
     table: Any
     rows: list[Any]
-    shares: list[Any]
+    weights: list[Any]
 
     def rewrite(self) -> None:
         from openvino import opset13 as operators
 
         rows = operators.convert(operators.concat(self.rows, 1), "i32")
-        shares = operators.squeeze(operators.concat(self.shares, 2), operators.constant([1]))
-        summed = operators.embedding_bag_packed_sum(self.table, rows, shares)
+        weights = operators.squeeze(operators.concat(self.weights, 2), operators.constant([1]))
+        summed = operators.embedding_bag_packed_sum(self.table, rows, weights)
         result = operators.unsqueeze(summed, operators.constant([1]))
         for user in self.node.output(0).get_target_inputs():
             user.replace_source_output(result.output(0))
 
 
 def _is_sum_of_rows(product: Any) -> bool:
-    """Whether a node is a MatMul of shares (X, 1, J) and rows gathered from a table (T, N), X and J known."""
+    """Whether a node is a MatMul of weights (X, 1, J) and rows gathered from a table (T, N), X and J known."""
     if not _is_plain_product(product):
         return False
     gathered = product.input_value(1).get_node()
