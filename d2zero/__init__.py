@@ -1,7 +1,7 @@
 """D2Zero: zero-shot instance segmentation in PyTorch.
 
 `load(path)` gives a model; `d2zero.model`, `d2zero.data`, `d2zero.losses`, `d2zero.training`,
-`d2zero.evaluation` and `d2zero.checkpoints` are the rooms. Importing `d2zero` itself imports no torch.
+`d2zero.evaluation` and `d2zero.checkpoints` hold the rest. Importing `d2zero` itself imports no torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The rooms' doors: imports go one way, and what must be light is."""
+"""Imports between packages go one way, and what must be light is."""
 
 import ast
 import subprocess

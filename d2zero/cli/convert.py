@@ -25,9 +25,9 @@ def convert(
     if output.suffix != ".safetensors":
         raise D2ZeroError(f"--output must end in .safetensors, got {output}")
     check_output(output)
-    words = Vocabulary.load(vocabulary)
+    chosen = Vocabulary.load(vocabulary)
     arrays = read_arrays(file)
-    model = build(ModelConfig(text_dim=words.width), words)
+    model = build(ModelConfig(text_dim=chosen.width), chosen)
     if is_backbone_only(arrays):
         count = load_backbone(model.backbone, arrays)
         what = f"{count} backbone arrays; the rest of the model is fresh and must be trained (d2zero train --init)"

@@ -9,7 +9,7 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output
 
-app = typer.Typer(help="Make data sets ready for zero-shot training and tests.", no_args_is_help=True)
+app = typer.Typer(help="Prepare data sets for zero-shot training and evaluation.", no_args_is_help=True)
 
 
 @app.command()
@@ -48,8 +48,8 @@ def shapes(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to draw into.")],
     train_images: Annotated[int, typer.Option("--train-images", help="Training images, seen classes only.")] = 6000,
     val_images: Annotated[int, typer.Option("--val-images", help="Images of each of the two validation sets.")] = 600,
-    size: Annotated[int, typer.Option("--size", help="Pixels a side.")] = 96,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    size: Annotated[int, typer.Option("--size", help="Image side in pixels.")] = 96,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
 ) -> None:
     """Draw a zero-shot data set of coloured shapes, in COCO format, with its vocabulary."""
     from d2zero.cli.terminal import tracked

@@ -15,13 +15,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for data, metrics and pictures.")] = Path(
         "demo-output"
     ),
-    train: Annotated[bool, typer.Option("--train", help="Train the demo's model from nothing first.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Train the demo's model from scratch first.")] = False,
     images: Annotated[int, typer.Option("--images", min=1, help="Validation images of each set.")] = 600,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="With --train: change a setting, such as steps=500.")
     ] = None,
 ) -> None:
-    """Segment a drawn data set whose unseen classes the model was never shown, and look at the result."""
+    """Segment a drawn data set whose unseen classes the model was never shown, with metrics and pictures."""
     from d2zero.cli.terminal import console, tracked
     from d2zero.demo.run import results_table, run_demo
 

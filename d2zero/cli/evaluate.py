@@ -52,7 +52,8 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where detections are kept; goes on there if stopped.")
+        Path | None,
+        typer.Option("--output", "-o", help="The folder for detections; a run that was stopped continues there."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all metrics to this file.")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print one row per class.")] = False,
@@ -66,7 +67,7 @@ def evaluate(
     ] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
+        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
     ] = None,
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
@@ -140,8 +141,8 @@ def _of_detections(
     if len(modes) > 1:
         raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
     if vocabulary is not None:
-        words = Vocabulary.load(vocabulary)
-        chosen = Split(f"of {vocabulary.name}", words.seen_names, words.unseen_names)
+        classes = Vocabulary.load(vocabulary)
+        chosen = Split(f"of {vocabulary.name}", classes.seen_names, classes.unseen_names)
     else:
         chosen = find_split(str(split))
     with open_coco(annotations) as truth:

@@ -36,7 +36,7 @@ app.command("predict")(predict.predict)
 app.command("convert")(convert.convert)
 app.add_typer(vocab.app, name="vocab")
 app.add_typer(data.app, name="data")
-for _entry in entry_points(group="d2zero.commands"):  # commands of the rooms that build on this one
+for _entry in entry_points(group="d2zero.commands"):  # commands of the packages that build on this one
     app.command(_entry.name)(_entry.load())
 
 

@@ -37,26 +37,26 @@ def predict(
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
     score: Annotated[
-        float, typer.Option("--score", min=0, max=1, help="Leave out instances below it.")
+        float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")
     ] = SCORE_THRESHOLD,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image, without duplicates.")
     ] = True,
     font: Annotated[
         str | None,
-        typer.Option("--font", help="A font file for labels in other than Latin, Greek or Cyrillic letters."),
+        typer.Option("--font", help="A font file, for labels in scripts other than Latin, Greek and Cyrillic."),
     ] = None,
     results_for: Annotated[
         Path | None,
         typer.Option(
             "--results-for",
             help="Also write results.json, a COCO results list with the ids of this annotation file: for `d2zero eval"
-            " --detections` and pycocotools. For accuracy, give --score 0, too.",
+            " --detections` and pycocotools. For full accuracy, also give --score 0.",
         ),
     ] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16: what runs an .onnx."),
+        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
     ] = None,
     threads: Annotated[
         int | None,
@@ -65,7 +65,7 @@ def predict(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     batch_size: Annotated[
         int,
-        typer.Option("--batch-size", min=1, help="Neighbours of the same size run together; pays on a GPU."),
+        typer.Option("--batch-size", min=1, help="Images per run, if neighbours have the same size; pays on a GPU."),
     ] = 1,
 ) -> None:
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""

@@ -1,4 +1,4 @@
-"""What a person sees: tables, and progress for what lasts (a bar on a terminal, a line now and then elsewhere)."""
+"""User-facing output: tables, log lines, and progress (a bar on a terminal, a line now and then elsewhere)."""
 
 import logging
 import sys

@@ -18,7 +18,7 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting, such as optim.lr=2e-4; may be repeated.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
     init: Annotated[
         Path | None, typer.Option("--init", help="Start from a checkpoint's weights (.safetensors).")
     ] = None,

@@ -20,7 +20,7 @@ def word2vec(
     output: Output,
     split: Annotated[str, typer.Option("--split", help="coco-48-17 or coco-65-15.")],
 ) -> None:
-    """From a published word2vec file."""
+    """Make a vocabulary from a published word2vec file."""
     from d2zero.data.splits import find_split
     from d2zero.text.word2vec import read_word2vec
 
@@ -36,10 +36,11 @@ def npy(
     ],
     split: SplitName = None,
     encoder: Annotated[
-        str, typer.Option("--encoder", help="What made the embeddings; vocabularies of different encoders do not mix.")
+        str,
+        typer.Option("--encoder", help="Their text encoder; vocabularies of different encoders do not mix."),
     ] = "",
 ) -> None:
-    """From a NumPy array and a list of names. With --split, keeps that split's classes in its order."""
+    """Make a vocabulary from a NumPy array and a list of names; with --split, of its classes in its order."""
     from d2zero.text.arrays import read_array, read_names
 
     _write(read_array(file, read_names(names), split, encoder), output)
@@ -55,7 +56,7 @@ def clip(
     model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",
     split: SplitName = None,
 ) -> None:
-    """From text, with a CLIP text encoder (needs the extra 'clip')."""
+    """Make a vocabulary from text, with a CLIP text encoder (needs the extra 'clip')."""
     from d2zero.text.arrays import read_names, with_split
     from d2zero.text.clip import encode_names
 
@@ -65,9 +66,9 @@ def clip(
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx, .engine, .pt2).")],
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is in a vocabulary, or in the default one of an exported model."""
+    """Show the classes of a vocabulary, or of an exported model's default one."""
     vocabulary = read_exported(file).vocabulary if is_exported(file) else Vocabulary.load(file)
     if as_json:
         flags = zip(vocabulary.names, vocabulary.seen.tolist(), vocabulary.active.tolist(), strict=True)
@@ -85,16 +86,16 @@ def show(
 
 @app.command()
 def synonyms(
-    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) that holds classes and other words for them.")],
+    file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) that holds classes and synonyms for them.")],
     pairs: Annotated[
-        list[str], typer.Argument(help="couch=sofa …: a word and the class that it counts for; or one .json of pairs.")
+        list[str],
+        typer.Argument(help="couch=sofa …: a synonym and the class that it counts for; or one .json of pairs."),
     ],
     output: Output,
 ) -> None:
-    """Let words count for a class: what the model gives to 'couch' is added to 'sofa'."""
+    """Let synonyms count for a class: the score of 'couch' is added to that of 'sofa'."""
     given = _pairs(pairs)
-    words = Vocabulary.load(file).with_synonyms(given)
-    _write(words, output)
+    _write(Vocabulary.load(file).with_synonyms(given), output)
     print(f"{len(given)} synonyms")
 
 
@@ -106,13 +107,13 @@ def set_default(
     vocabulary: Annotated[Path, typer.Argument(help="The new default vocabulary (.npz).")],
 ) -> None:
     """Replace the default vocabulary inside an exported model, without exporting again."""
-    words = Vocabulary.load(vocabulary)
+    classes = Vocabulary.load(vocabulary)
     if model.suffix == ".safetensors":
         raise D2ZeroError(
             f"{model} is a checkpoint; export it first, or give --vocabulary to `d2zero predict` and `eval`"
         )
-    format_of(model).replace_vocabulary(model, words)
-    print(f"{model}: now {len(words)} classes ({len(words.unseen_names)} unseen)")
+    format_of(model).replace_vocabulary(model, classes)
+    print(f"{model}: now {len(classes)} classes ({len(classes.unseen_names)} unseen)")
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

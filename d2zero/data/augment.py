@@ -86,7 +86,7 @@ class JitterOnto(v2.Transform):
         return transforms.pad(inpt, padding, fill=self.pad_value)
 
     def _placed(self, masks_THW: Tensor, params: dict[str, Any]) -> Tensor:
-        """Masks resized, cropped and padded at once: only pixels that stay are looked up, each along one side.
+        """Masks resized, cropped and padded in one step: only pixels that stay are looked up, each along one side.
 
         The same pixels as torchvision's resize, crop and pad give, at a tenth of their time.
         """

@@ -49,7 +49,7 @@ def open_seekable(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON whole, with an error that a person can act on.
+    """Read JSON whole, with an error that the user can act on.
 
     Raises:
         D2ZeroError: The file is absent or no JSON.
@@ -186,7 +186,7 @@ class JsonStream:
 class EntriesOnDisk(Mapping[Id, Entries]):
     """Entries of a JSON file by a key, parsed again each time they are asked for.
 
-    In memory are two numbers for each stretch of entries of one key, which commas part; in whatever order they are.
+    Memory holds two integers for each stretch of entries of one key, which commas part; in whatever order they are.
 
     Args:
         stream: The file, open for as long as this is used.

@@ -18,7 +18,7 @@ class Measures(NamedTuple):
 
     Args:
         outline: (N,) float64, steps from pixel to pixel, straight or diagonal.
-        broad: (N,) bool, whether a polygon lies inside its image and encloses too much for no pixel's centre to be
+        broad: (N,) bool, whether a polygon is inside its image and encloses too much for no pixel's centre to be
             in it.
     """
 

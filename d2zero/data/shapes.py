@@ -44,7 +44,7 @@ SPLIT = Split("shapes", seen=tuple(name for name in ALL_NAMES if name not in _UN
 class ShapesConfig:
     """What is drawn."""
 
-    size: int = 96  # pixels a side
+    size: int = 96  # pixels per side
     train_images: int = 6000
     val_images: int = 600  # of each validation set
     max_objects: int = 4

@@ -201,7 +201,7 @@ class StepSampler(Sampler[list[SampleKey]]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size."""
+    """Stack samples of the same size."""
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         targets=[sample.targets for sample in samples],

@@ -106,7 +106,7 @@ def misnamed(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def results_table(rows: list[Row]) -> Table:
-    """The results for people."""
+    """The results as a table."""
     table = Table(title="masks, percent", box=box.SIMPLE)
     table.add_column("")
     metrics = [field.name for field in fields(Row) if field.name in METRICS]

@@ -1,7 +1,7 @@
 """Evaluating a model over an annotation file's images: resumable, in flat memory.
 
-Detections are appended to one file a mode, a line an image, as they are made. A run that was stopped goes
-on after the last whole line. The metrics are then computed from the files, image by image.
+Detections are appended to one file per mode, one line per image, as they are made. A run that was stopped continues
+after the last whole line. The metrics are then computed from the files, image by image.
 """
 
 import hashlib

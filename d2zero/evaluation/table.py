@@ -1,4 +1,4 @@
-"""Figures as tables for people."""
+"""Metrics as tables for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -147,7 +147,7 @@ class Criterion:
     ) -> tuple[Tensor, Tensor]:
         queries_M = torch.cat([queries for queries, _ in pairs])
         images_M = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
-        # One look-up for the batch: of one an image, each would fill a gradient of the whole batch's size.
+        # One look-up for the batch: with one per image, each would fill a gradient of the whole batch's size.
         predicted_Mhw = mask_logits_BQhw[images_M, queries_M]
         if not len(predicted_Mhw):
             nothing = 0 * mask_logits_BQhw.sum()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Generators = Sequence[torch.Generator] | None  # one an image; None is torch's global generator
+Generators = Sequence[torch.Generator] | None  # one per image; None is torch's global generator
 
 
 def draw_points(counts: Sequence[int], points: int, device: torch.device, generators: Generators) -> Tensor:

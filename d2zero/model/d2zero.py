@@ -122,13 +122,13 @@ class D2Zero(nn.Module):
         Args:
             fields: Fields of the contract to add or replace.
         """
-        words = self.vocabulary
+        vocabulary = self.vocabulary
         known: dict[str, Any] = {
-            "class_names": words.names,
-            "seen": tuple(words.seen.tolist()),
-            "active": tuple(words.active.tolist()),
-            "vocabulary_source": words.source,
-            "synonyms": words.synonyms,
+            "class_names": vocabulary.names,
+            "seen": tuple(vocabulary.seen.tolist()),
+            "active": tuple(vocabulary.active.tolist()),
+            "vocabulary_source": vocabulary.source,
+            "synonyms": vocabulary.synonyms,
             "text_dim": self.config.text_dim,
             "num_queries": self.config.num_queries,
             "preprocessing": self.config.preprocessing,

@@ -1,6 +1,6 @@
 """The masked-attention transformer decoder (Mask2Former).
 
-Learned queries read the memory levels in turn. Before the first layer and after each, the queries predict
+Learned queries read one memory level after another. Before the first layer and after each, the queries predict
 masks; the next layer attends only inside them.
 
 Letters: B batch, Q queries, C hidden channels, N pixels of one memory level.

@@ -1,7 +1,7 @@
 """The training run.
 
 A step is a function of the run's configuration, its seed and the step's number, so that a run killed at any
-moment goes on from its last checkpoint with the same losses as an uninterrupted one.
+moment continues from its last checkpoint with the same losses as an uninterrupted one.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ class Run:
             reason = str(error).splitlines()[0]
             raise D2ZeroError(
                 f"step {self.step} cannot be saved to {path} ({reason}); is the disk full? The checkpoint before it is"
-                " as it was: make room, then go on with --resume"
+                " as it was: make room, then continue with --resume"
             ) from error
 
     def resume(self) -> None:

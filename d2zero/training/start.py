@@ -1,4 +1,4 @@
-"""From what a person gave to a training run: inputs checked and put together."""
+"""From the user's inputs to a training run: checks them and puts them together."""
 
 import logging
 import sys
@@ -55,7 +55,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     if (output / STATE_FILE).exists() and not resume:
-        raise D2ZeroError(f"{output} already holds a run; go on with --resume, or choose another folder")
+        raise D2ZeroError(f"{output} already holds a run; continue it with --resume, or choose another folder")
     path = inputs.annotations or find_annotations(inputs.data, config.split, "seen")
     images = inputs.images or find_image_folder(inputs.data, path)
     data = TrainingSet(read_coco(path, leave_out=True), images, vocabulary, config.augment, config.cache)

@@ -80,7 +80,7 @@ class FusedAttention(nn.Module):
     def project_level(
         self, level: int, value_BCN: Tensor, position_CN: Tensor
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values, (B, N, C), of each attention that reads a level; rows lie C times their number apart."""
+        """Keys and values, (B, N, C), of each attention that reads a level; rows are C times their number apart."""
         count = self._counts[level]
         if not count:
             return [], []

@@ -13,6 +13,7 @@ import typer
 from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.profile import Shape
+from d2zero_runtime.errors import optional
 from d2zero_runtime.files import check_output, write_text
 from d2zero_runtime.images import Size
 from d2zero_runtime.sources import expand
@@ -37,7 +38,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx; tensorrt: an engine for this machine's GPU; pt2: compiled by torch, for where torch is.",
+            help="onnx; tensorrt: an engine for this machine's GPU; pt2: compiled by torch, for machines with torch.",
         ),
     ] = "onnx",
     precision: Annotated[
@@ -45,24 +46,28 @@ def export(
     ] = "float32",
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", help="int8: a folder of photos such as the model will see (no annotations)."),
+        typer.Option(
+            "--calibration", help="int8: a folder of photos like those that the model will see (no annotations)."
+        ),
     ] = None,
     calibration_images: Annotated[
-        int, typer.Option("--calibration-images", min=1, help="int8: at most so many of them.")
+        int, typer.Option("--calibration-images", min=1, help="int8: maximum number of photos.")
     ] = 32,
     deform_attn: Annotated[
         str | None,
         typer.Option(
             "--deform-attn",
-            help="gridsample (default for ONNX), gather (default for engines: no operator that they get wrong) or"
-            " plugin (TensorRT's own, which nothing else runs).",
+            help="gridsample (default for ONNX), gather (default for engines: common operators only) or plugin"
+            " (TensorRT's own operator; nothing else runs it).",
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Fix the size, as 800x1216 (height x width, multiples of 32).")
+        str | None, typer.Option("--size", help="Static height x width, such as 800x1216; multiples of 32.")
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Fix the number of images per run.")] = None,
-    bake: Annotated[bool, typer.Option("--bake", help="Make the classes constants: they cannot be changed.")] = False,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Static number of images per run.")] = None,
+    bake: Annotated[
+        bool, typer.Option("--bake", help="Make the class embeddings constants; the vocabulary cannot be changed then.")
+    ] = False,
     tf32: Annotated[
         bool,
         typer.Option("--tf32", help="float32 on GPUs: allow TF32 (faster, rounded to ten bits); recorded in the file."),
@@ -173,6 +178,7 @@ def _refuse_int8(model: Path, precision: str) -> None:
 
 
 def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None:
+    optional("onnxscript")  # asks for the extra that brings torch, too, where neither is installed
     from d2zero.checkpoints.files import file_hash, load_model
     from d2zero_export.onnx_export import export_onnx
 
@@ -239,27 +245,31 @@ def verify(
         Path | None, typer.Option("--annotations", help="COCO JSON of those photos: compare accuracy, in all modes.")
     ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Compare instances on so many photos at most; accuracy takes all.")
+        int,
+        typer.Option("--limit", min=1, help="Maximum number of photos to compare instances on; accuracy takes all."),
     ] = 50,
     provider: Annotated[
-        list[str] | None, typer.Option("--provider", help="cpu, cuda, tensorrt, openvino, openvino-bf16.")
+        list[str] | None,
+        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
     ] = None,
     max_logits: Annotated[
         float | None, typer.Option("--max-logits", help="Largest difference of logits that passes.")
     ] = None,
     max_relative: Annotated[
         float | None,
-        typer.Option("--max-relative", help="Largest mean difference of logits, as a share of their size."),
+        typer.Option(
+            "--max-relative", help="Largest mean difference of logits that passes, relative to their mean size."
+        ),
     ] = None,
     min_matched: Annotated[
-        float | None, typer.Option("--min-matched", help="Least share of instances that agree.")
+        float | None, typer.Option("--min-matched", help="Minimum share of instances that agree.")
     ] = None,
     max_points: Annotated[
-        float | None, typer.Option("--max-points", help="Largest difference of AP and recall, in points.")
+        float | None, typer.Option("--max-points", help="Largest difference of AP and recall that passes, in points.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the full result to this file.")] = None,
 ) -> None:
-    """Is this file the same model? Exits with 1, naming what differs, if it is not.
+    """Compare an exported model with its checkpoint; exit with 1, naming what differs, if it is another model.
 
     Limits that are left out are those of the file's precision.
     """

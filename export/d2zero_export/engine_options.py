@@ -79,7 +79,7 @@ def dimensions(shape: Shape, text_dim: int, inputs: Inputs) -> dict[str, tuple[i
 
 
 def _defaults(contract: ModelContract) -> tuple[Shape, Shape, Shape]:
-    """A photo of 3:2 at best; any that the preprocessing can give, up to four at once, at most."""
+    """A photo of 3:2 at best; any that the preprocessing can give, up to four per batch, at most."""
     sizes, classes = contract.preprocessing, len(contract.class_names)
     wide = min(sizes.longest_edge, sizes.shortest_edge * 3 // 2)
     most = max(MANY_CLASSES, classes)

@@ -101,7 +101,7 @@ class InferenceGraph(nn.Module):
         """The mean mask feature of what no query claims, (B, C) float32, not normalised."""
         pixels_BN = background(mask_logits).flatten(1)
         share_B1 = pixels_BN.float().mean(dim=1, keepdim=True)
-        if self.fused:  # read and added up in one pass, where ONNX's runtimes would write the products first
+        if self.fused:  # read and added up in one pass, where ONNX's runtimes would write the weighted rows first
             total_BC = (fused.flatten(2) * pixels_BN[:, None]).sum(dim=2, dtype=torch.float32)
         else:
             total_BC = (fused.float().flatten(2) @ pixels_BN.float()[:, :, None]).squeeze(2)

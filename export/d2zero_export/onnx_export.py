@@ -170,7 +170,7 @@ def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
 
 
 def _rewritten(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Names for people, and no traces of the machine that made the file."""
+    """Readable names, and no traces of the machine that made the file."""
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""

@@ -232,14 +232,14 @@ def _batch_against_single(segmenter: Segmenter, one: NDArray[np.uint8], other: N
 
 
 def _with_classes(
-    reference: Segmenter, segmenter: Segmenter, words: Vocabulary, image: NDArray[np.uint8]
+    reference: Segmenter, segmenter: Segmenter, classes: Vocabulary, image: NDArray[np.uint8]
 ) -> Difference:
     both = (reference, segmenter)
     before = [candidate.vocabulary for candidate in both]
     try:
         for candidate in both:
-            candidate.set_vocabulary(replace(words, source=candidate.vocabulary.source))
-        return _difference(f"{len(words)} other classes", *(candidate.predict_raw([image]) for candidate in both))
+            candidate.set_vocabulary(replace(classes, source=candidate.vocabulary.source))
+        return _difference(f"{len(classes)} other classes", *(candidate.predict_raw([image]) for candidate in both))
     finally:
         for candidate, vocabulary in zip(both, before, strict=True):
             candidate.set_vocabulary(vocabulary)

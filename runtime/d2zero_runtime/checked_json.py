@@ -48,7 +48,7 @@ def checked(
         values: What JSON made.
         where: The file, for error messages.
         optional: Fields that may be absent; those with defaults if left out.
-        remedy: What a person can do about it.
+        remedy: What the user can do about it.
 
     Raises:
         D2ZeroError: A field is absent, of another type, or refused by the dataclass.

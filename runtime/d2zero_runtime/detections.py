@@ -257,7 +257,7 @@ class Detections:
         )
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """A row an instance: name, score, seen, x1, y1, x2, y2, area in pixels (needs `viz`)."""
+        """One row per instance: name, score, seen, x1, y1, x2, y2, area in pixels (needs `viz`)."""
         table: pandas.DataFrame = optional("pandas").DataFrame(
             {"name": list(self.names), "score": self.scores, "seen": self.seen}
         )

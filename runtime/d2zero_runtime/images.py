@@ -53,7 +53,7 @@ class Preprocessing:
             raise D2ZeroError(f"size_divisor must be a multiple of 32, at most {LARGEST_SIDE}, got {self.size_divisor}")
         for name, above in (("mean", -math.inf), ("std", 0.0)):
             if len(getattr(self, name)) != 3:
-                raise D2ZeroError(f"{name} must have three numbers, got {getattr(self, name)}")
+                raise D2ZeroError(f"{name} must have three values, got {getattr(self, name)}")
             for value in getattr(self, name):
                 require_finite(name, value, above)
         sides = self.static_size or ()

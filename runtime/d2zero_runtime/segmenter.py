@@ -297,11 +297,11 @@ class Segmenter:
         options: dict[str, Any],
     ) -> "Iterator[tuple[_Prepared, Detections]]":
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
-        words = vocabulary or self._vocabulary
-        self.contract.check_compatible(words, self._default)
-        selection(words, mode)  # refuses a mode that the vocabulary does not allow, before any work
+        chosen = vocabulary or self._vocabulary
+        self.contract.check_compatible(chosen, self._default)
+        selection(chosen, mode)  # refuses a mode that the vocabulary does not allow, before any work
         _check_options(batch_size, options)
-        settings = {"score_threshold": SCORE_THRESHOLD, "vocabulary": words, "mode": mode, **options}
+        settings = {"score_threshold": SCORE_THRESHOLD, "vocabulary": chosen, "mode": mode, **options}
 
         def prepare(source: ImageLike) -> _Prepared:
             return self._prepared(source, keep_images)
@@ -310,7 +310,7 @@ class Segmenter:
             finishing: list[Future[list[tuple[_Prepared, Detections]]]] = []
             read = _read(iter(sources), prepare, readers, max(batch_size, READERS), on_error)
             for batch in _grouped(read, batch_size):
-                raw = self._run(joined([entry.pixels for entry in batch]), words)
+                raw = self._run(joined([entry.pixels for entry in batch]), chosen)
                 finishing.append(finisher.submit(self._finished, batch, raw, settings))
                 if len(finishing) > 1:
                     yield from finishing.pop(0).result()

@@ -313,5 +313,5 @@ def _flags(what: str, flags: NDArray[np.bool_], count: int) -> NDArray[np.bool_]
     if flags.size == 0:
         return np.ones(count, bool)
     if flags.shape != (count,):
-        raise D2ZeroError(f"{what} must have shape ({count},), one flag a class, got {flags.shape}")
+        raise D2ZeroError(f"{what} must have shape ({count},), one flag per class, got {flags.shape}")
     return flags

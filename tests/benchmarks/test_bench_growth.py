@@ -60,7 +60,7 @@ def test_one_amount_of_work_has_no_exponent() -> None:
         (lambda work: 7.0, False),
         (lambda work: work**1.05, False),
         (lambda work: work**1.3, True),
-        (lambda work: 20 + 8e-6 * work**2, True),  # the fit alone would pass it: nearly all of it is constant
+        (lambda work: 20 + 8e-6 * work**2, True),  # the fit by itself would pass it: nearly all of it is constant
     ],
 )
 def test_verdicts_of_times(cost: Callable[[float], float], worse: bool) -> None:

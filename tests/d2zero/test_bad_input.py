@@ -1,4 +1,4 @@
-"""What a person reads after a mistake: one line that says what to do, and exit code 2."""
+"""User-facing error messages: one line that says what to do, and exit code 2."""
 
 import json
 import shutil

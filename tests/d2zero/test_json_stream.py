@@ -1,4 +1,4 @@
-"""JSON read entry by entry equals JSON read at once, wherever a block ends; errors say where."""
+"""JSON read entry by entry equals JSON read whole, wherever a block ends; errors say where."""
 
 import io
 import json

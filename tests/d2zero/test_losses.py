@@ -190,7 +190,7 @@ def test_background_weighs_a_tenth() -> None:
 
 
 def rows(counts: Sequence[int], *shape: int, generators: Generators) -> list[Tensor]:
-    """Each image's random numbers, from its own generator or out of one draw of the global one."""
+    """Each image's random draws, from its own generator or out of one draw of the global one."""
     if generators is None:
         return list(torch.rand(sum(counts), *shape).split(list(counts)))
     return [torch.rand(count, *shape, generator=g) for count, g in zip(counts, generators, strict=True)]

@@ -1,4 +1,4 @@
-"""What a model promises beside its numbers: independence of the batch, masks, vocabularies, backbones."""
+"""What a model promises besides its outputs: independence of the batch, masks, vocabularies, backbones."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Group norm in stages: torch's numbers, in torch and where a runtime adds up half a million numbers one by one."""
+"""Group norm in stages: equal to torch, in torch and where a runtime adds up half a million elements one by one."""
 
 from copy import deepcopy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""bfloat16 in OpenVINO: products compute in it, and what says where to look does not."""
+"""bfloat16 in OpenVINO: matmuls compute in it, sampling locations do not."""
 
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ def test_places_are_not_rounded(impl: DeformableFunction, inputs: list[NDArray[n
     def error(network: Any, hint: str) -> float:
         compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": hint})
         running = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
-        products = [info for info in running if info["layerType"].astype(str) == "FullyConnected"]
-        assert {info["runtimePrecision"].astype(str) for info in products} == {"bf16"}
+        matmuls = [info for info in running if info["layerType"].astype(str) == "FullyConnected"]
+        assert {info["runtimePrecision"].astype(str) for info in matmuls} == {"bf16"}
         (found,) = compiled(inputs).values()
         return float(np.abs(found - right).mean() / np.abs(right).mean())
 

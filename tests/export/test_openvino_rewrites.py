@@ -44,19 +44,19 @@ def test_sums_of_rows_are_joined_where_sizes_are_known(tmp_path: Path) -> None:
 
 
 def test_other_products_stay() -> None:
-    """A gather along columns, more than one row of shares, and a product that is not of a gather."""
+    """A gather along columns, more than one row of weights, and a matmul that is not of a gather."""
     operators = pytest.importorskip("openvino.opset13")
     table = operators.parameter([6, 4], np.float32)
     rows = operators.constant(np.array([[0, 1], [2, 3], [1, 3]]))
     several = operators.constant(np.ones((3, 5, 2), np.float32))
     one = operators.constant(np.ones((6, 1, 3), np.float32))
     by_columns = operators.gather(table, rows, operators.constant(1))
-    products = [
+    matmuls = [
         operators.matmul(several, operators.gather(table, rows, operators.constant(0)), False, False),
         operators.matmul(one, by_columns, False, False),
         operators.matmul(table, table, False, True),
     ]
-    assert join_row_sums(openvino.Model(products, [table])) == 0
+    assert join_row_sums(openvino.Model(matmuls, [table])) == 0
 
 
 class FeedForward(nn.Module):
@@ -94,7 +94,7 @@ def test_linear_layers_in_eight_bits_are_convolutions(tmp_path: Path) -> None:
 
 
 def _quantize(plain: Path, eight_bits: Path, values: NDArray[np.float32]) -> None:
-    """All products by constants, as `d2zero_export.quantize` has them."""
+    """All matmuls with constants, as `d2zero_export.quantize` has them."""
 
     class Once(CalibrationDataReader):
         batches = iter([{"source": values}])

@@ -1,4 +1,4 @@
-"""What passes as the same model: all queries but a few within the limit, all of them on average, numbers throughout."""
+"""What passes as the same model: all queries but a few within the limit, all of them on average, all values finite."""
 
 import math
 

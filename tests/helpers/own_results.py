@@ -14,7 +14,7 @@ def assert_own_results(backend: Backend, width: int, size: tuple[int, int] = (64
     """Run different images with different vocabularies in threads; results must equal those of one thread.
 
     Args:
-        backend: Takes float arrays; called at once by several threads.
+        backend: Takes float arrays; called by several threads simultaneously.
         width: Of its class embeddings.
         size: (height, width) of the images.
     """

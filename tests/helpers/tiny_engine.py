@@ -1,4 +1,4 @@
-"""A plan that is none, with its sidecar, and the function that stands for the engine."""
+"""A plan that is none, with its metadata, and the function that replaces the engine."""
 
 import hashlib
 from pathlib import Path

@@ -75,7 +75,7 @@ def test_embeddings_are_uploaded_when_they_change(setting: Setting) -> None:
     images, words = inputs(1, 32, 64, 5)
     copies = []
     for change in (0, 0, 1, 0):
-        words += change  # in place: the same object, other numbers
+        words += change  # in place: the same object, other elements
         before = setting.cuda.count("cudaMemcpyAsync")
         found = backend.run(images, words)
         np.testing.assert_array_equal(found[0], expected(images, words)[0])

@@ -1,4 +1,4 @@
-"""OpenVINO runs the same file: the same numbers in float32, close ones in bfloat16, or a clear refusal."""
+"""OpenVINO runs the same file: the same outputs in float32, close ones in bfloat16, or a clear refusal."""
 
 import sys
 from pathlib import Path

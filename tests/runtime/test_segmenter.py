@@ -1,4 +1,4 @@
-"""The segmenter's own work, with a backend that answers by rule: batches, order, fixed sizes, kinds of masks."""
+"""The segmenter's own work, with a backend that answers by rule: batches, order, static shapes, kinds of masks."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +20,7 @@ WORDS = Vocabulary(("cat", "dog", "cow"), np.eye(3, WIDTH, dtype=np.float32) + 0
 
 
 class Bright(Backend):
-    """Query q covers the pixels that are brighter than q/Q of all; classes are the embeddings' first numbers."""
+    """Query q covers the pixels that are brighter than q/Q of all; classes are the embeddings' first elements."""
 
     name = "by rule"
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def corner(x, y, height, width, start, real, ROW: tl.constexpr):
-    """Where pixel (x, y), whole numbers in float32, lies in memory, and whether it is on the map.
+    """The address of pixel (x, y), whole numbers in float32, and whether it is on the map.
 
     Compared as floats: a coordinate that no integer holds is off the map, not somewhere on it.
     """

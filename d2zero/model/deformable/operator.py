@@ -119,7 +119,7 @@ def out_shape(values: Tensor, locations: Tensor) -> tuple[int, int, int]:
 def constants(values: Tensor, locations: Tensor, warps: int, element_size: int) -> dict[str, int]:
     """What a kernel is compiled for: a model's sizes, none of an image's, and the tile of a program.
 
-    The tile has as many queries as make each thread move `BYTES_PER_THREAD` of a pixel's channels at once.
+    The tile has as many queries as make each thread move `BYTES_PER_THREAD` of a pixel's channels in one access.
     """
     _, _, heads, width = values.shape
     channels = next_power_of_two(width)

@@ -1,7 +1,7 @@
 """The implementations of deformable attention by torch's operators; all compute the same sums.
 
 - `grid_sample`: torch's own operator, level by level. Good with autograd, and what ONNX knows as GridSample.
-- `gather`: four row gathers from the channels-last values of all levels at once. Compiles well, and uses
+- `gather`: four row gathers from the channels-last values of all levels together. Compiles well, and uses
   no operator that an inference engine might get wrong.
 - `embedding_bag`: the same rows, read and summed by one operator that writes nothing but the sums. A third of
   grid_sample's time on a CPU, forward; not faster with a backward.
@@ -59,7 +59,7 @@ def sample_levels(values_GNS: Tensor, sizes: LevelSizes, grids_LGPR2: Tensor, we
     out: Tensor | None = None
     # Weighted level by level: joined first, the samples of all levels would be written once more.
     for level, size, grid, weight in zip(maps, sizes, grids_LGPR2, weights_LGPR, strict=True):
-        # `reshape` copies: a level's maps lie S apart, and grid_sample wants them whole.
+        # `reshape` copies: a level's maps are S apart, and grid_sample wants them contiguous.
         sampled = F.grid_sample(
             level.reshape(*level.shape[:2], *size), grid, mode="bilinear", padding_mode="zeros", align_corners=False
         )

@@ -3,7 +3,7 @@
 A hundred queries attend to up to 15 200 keys in eight heads: few programs if each had all keys of a head. So the keys
 are split. A program has a block of queries of one head and one split of the keys, which it reads in tiles as flash
 attention does (online softmax), and writes its unnormalised sum with the largest score and the sum of powers. A second
-kernel combines the splits; the result is that of all keys at once (log-sum-exp), not an approximation.
+kernel combines the splits; the result is that of all keys together (log-sum-exp), not an approximation.
 
 A key is blocked for a query where the query's mask logit is negative, which the first kernel looks up itself: no mask
 is ever in memory. Scores, powers and sums are float32 whatever the inputs are.
@@ -112,7 +112,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """ROWS of the B·H·Q rows: the splits' sums, each by its share of all powers. SPLITS is a power of two."""
+    """ROWS of the B·H·Q rows: the splits' sums, each weighted by its part of all powers. SPLITS is a power of two."""
     row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPLITS)
     channel = tl.arange(0, CHANNELS)
     real, some = row < rows, channel < WIDTH

@@ -28,7 +28,7 @@ def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_logits:
 
     Args:
         queries: (B, Q, C) projected queries, float32, bfloat16 or float16.
-        keys: (B, N, C) projected keys of the same type; rows may lie apart, channels may not.
+        keys: (B, N, C) projected keys of the same type; rows may be strided, channels may not.
         values: (B, N, C), likewise.
         mask_logits: (B, Q, N) of any of the types.
         heads: H; head h is channels W·h to W·(h + 1).

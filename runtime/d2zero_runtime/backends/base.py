@@ -26,7 +26,7 @@ class Backend(ABC, Generic[InputT]):
     """
 
     name: str
-    """What it is and where it runs, for people."""
+    """The library, its version and where it runs, for users."""
 
     precision: str | None = None
     """What it computes in, where that is not what the model's file says."""

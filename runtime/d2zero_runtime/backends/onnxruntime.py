@@ -1,6 +1,6 @@
 """Running an exported `.onnx` with ONNX Runtime: CPU, CUDA or TensorRT execution provider.
 
-Inputs and outputs are bound to the device that computes: class embeddings are uploaded once a vocabulary,
+Inputs and outputs are bound to the device that computes: class embeddings are uploaded once per vocabulary,
 and nothing is copied that does not have to be. What was asked for is what runs, or an error.
 """
 

@@ -24,7 +24,7 @@ def float32_math(torch: Any, tf32: bool) -> Iterator[None]:
 
     Args:
         torch: The module.
-        tf32: Whether products may be rounded to TF32's 10 bits of mantissa.
+        tf32: Whether factors may be rounded to TF32's 10 bits of mantissa.
     """
     with _TURN:
         backends = torch.backends

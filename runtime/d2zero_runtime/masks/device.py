@@ -245,7 +245,7 @@ def _box(inside_NHW: Any) -> list[Any]:
 
 
 def _stacked(columns: Sequence[Any]) -> NDArray[np.float32]:
-    """Columns of numbers as one array on the host: one copy, one wait."""
+    """Columns as one array on the host: one copy, one wait."""
     first = columns[0]
     table = first.new_empty((len(first), len(columns)))
     for place, column in enumerate(columns):

@@ -1,10 +1,10 @@
 """The Triton kernel that makes masks of mask logits; `masks.device` launches it. Imports Triton: import it when needed.
 
-A pixel of a mask is looked up where it comes from, through both resizes at once, so that no map of the padded or the
+A pixel of a mask is looked up where it comes from, through both resizes, so that no map of the padded or the
 output size is ever in memory: for 100 masks of 800×1216, 24 MB are read and 12 MB of bits written, where maps, bools,
 sigmoids and their products are 4.6 GB. Both resizes are bilinear with align_corners false, as torch computes them.
 
-A program makes a tile of one mask: its bits, and its share of the mask's stats, which are added up afterwards.
+A program makes a tile of one mask: its bits, and its part of the mask's stats, which are added up afterwards.
 
 Letters: N masks, T tiles, h and w the logits' sides.
 """
@@ -18,7 +18,7 @@ FAR = tl.constexpr(1 << 24)  # beyond any column and row
 
 @triton.jit
 def neighbours(place, scale, length):
-    """The two pixels around where `place`, a pixel of the resized side, lies, and the second one's share."""
+    """The two pixels around `place`, a pixel of the resized side, and the second one's weight."""
     source = tl.maximum((place + 0.5) * scale - 0.5, 0.0)
     first = source.to(tl.int32)
     return first, tl.minimum(first + 1, length - 1), source - first

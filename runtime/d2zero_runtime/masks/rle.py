@@ -1,8 +1,8 @@
 """COCO run-length encoding of masks, in NumPy.
 
-The format is pycocotools': pixels in column-major order, runs of zeros and ones in turn, each length
+The format is pycocotools': pixels in column-major order, alternating runs of zeros and ones, each length
 written as a little-endian base-32 number, from the third on as the difference to the length two before.
-pycocotools itself is no dependency of the runtime; the tests hold this module equal to it. Its C code reads past
+pycocotools itself is no dependency of the runtime; the tests compare this module with it. Its C code reads past
 the end of run lengths that are cut short and loops forever on some that do not fill the mask: `problems` comes first.
 """
 
@@ -194,16 +194,16 @@ def _numbers(codes: NDArray[np.uint8], goes_on: NDArray[np.bool_]) -> NDArray[np
             return numbers
         at = at - 1
         numbers[place] = numbers[place] << 5 | (codes[at] & 0x1F)
-        more = goes_on[at - 1]  # before the first digit stands the last one of all
+        more = goes_on[at - 1]  # before the first digit is the last one of all
         place, at = place[more], at[more]
     return None
 
 
 def _add_differences(numbers: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
-    """Turn numbers of masks that lie one after the other into run lengths, in place.
+    """Turn the numbers of consecutive masks into run lengths, in place.
 
     A length is that two before it plus a number: running sums of every other number, less what the sum was where the
-    mask began. A mask's first length stands for itself: the third does not build on it. Sums wrap as pycocotools' do.
+    mask began. A mask's first length is absolute: the third does not build on it. Sums wrap as pycocotools' do.
     """
     first = numbers[starts]
     numbers[starts] = 0

@@ -15,12 +15,12 @@ _TYPED = ("Convert", "EmbeddingBagPackedSum", "Result")  # give the type that th
 def lower_to_bfloat16(model: Any) -> int:
     """Let a float32 graph compute in bfloat16, except for what is little work and must be exact:
 
-    - what comes from no product: sizes, reference points, position embeddings;
-    - what lies between products and samples: places, rows of tables, shares; and sums of rows with shares;
-    - what lies between products and outputs.
+    - what comes from no matmul: sizes, reference points, position embeddings;
+    - what is between matmuls and samples: locations, rows of tables, weights; and weighted sums of rows;
+    - what is between matmuls and outputs.
 
     Returns:
-        how many of its products there are; they all read bfloat16.
+        The number of matmuls and convolutions; they all read bfloat16.
     """
     nodes = model.get_ordered_ops()
     kept = _without_products(nodes) | _back_from(nodes, _says_where) | _back_from(nodes, _leaves)
@@ -70,7 +70,7 @@ def _without_products(nodes: Sequence[Any]) -> set[str]:
 
 
 def _back_from(nodes: Iterable[Any], ends: Callable[[Any], list[Any]]) -> set[str]:
-    """Names of the nodes between some inputs and the products, or softmax, before them."""
+    """Names of the nodes between some inputs and the matmuls, or softmax, before them."""
     found: set[str] = set()
     waiting = [value for node in nodes for value in ends(node)]
     while waiting:

@@ -1,9 +1,9 @@
 """What OpenVINO's CPU plugin computes faster in another form, rewritten between reading a graph and compiling it.
 
-- Weighted sums of gathered rows, as `--deform-attn gather` has them, to the one operator for that. It takes no open
-  sizes, so this is for files of static shape.
+- Weighted sums of gathered rows, as `--deform-attn gather` has them, to the one operator for that. It takes no dynamic
+  shapes, so this is for files of static shape.
 - Linear layers in eight bits to 1×1 convolutions: without VNNI, OpenVINO multiplies matrices of bytes slower than
-  matrices of floats, and convolves them twice as fast.
+  matrices of floats, but convolves them twice as fast.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ def join_row_sums(model: Any) -> int:
     """Rewrite sums of weights (X, 1, J) @ table[rows (X, J)], X known, to EmbeddingBagPackedSum: the same sums.
 
     Returns:
-        how many sums were rewritten, those of several products of one table counted once.
+        The number of sums rewritten; those of several matmuls with one table count once.
     """
     sums: dict[str, _RowSum] = {}  # by the name of the node that has it
     for node in model.get_ordered_ops():
@@ -84,13 +84,13 @@ class _Linear(NamedTuple):
 
 
 def convolve_linear_layers(model: Any) -> int:
-    """Rewrite products of (B, T, C) by constants (C, N), both in eight bits, to 1×1 convolutions of (B, C, T, 1).
+    """Rewrite matmuls of (B, T, C) with constants (C, N), both in eight bits, to 1×1 convolutions of (B, C, T, 1).
 
-    Their biases and what lies between two of them, value by value, go along, so that all of it becomes one operator.
+    Their biases and elementwise operators between two of them move along, so that all of it becomes one operator.
     Channels stay innermost in memory: turning the tensors over costs nothing.
 
     Returns:
-        how many products were rewritten.
+        The number of matmuls rewritten.
     """
     from openvino import opset13 as operators
 
