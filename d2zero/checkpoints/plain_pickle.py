@@ -1,7 +1,7 @@
 """Unpickling dicts of NumPy arrays without NumPy's own classes, which trust what a pickle says.
 
 NumPy's `_reconstruct`, `dtype` and `scalar` set sizes, types and pointers as a pickle asks: a hostile one corrupts
-memory. Here each is a stand-in that keeps what it is given; arrays are made from bytes once type, shape and length
+memory. Here each is a placeholder that keeps what it is given; arrays are made from bytes once type, shape and length
 fit together. Nothing else can be named, and nothing is executed. Python's own unpickler is used, not the one in C,
 which takes memory as a damaged file asks.
 """
@@ -141,7 +141,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def _plain(content: object) -> object:
-    """Arrays in place of their stand-ins, in dicts within dicts, which is all that is looked at."""
+    """Arrays in place of their placeholders, in dicts within dicts, which is all that is looked at."""
     if isinstance(content, dict):
         return {name: _plain(value) if value is not content else None for name, value in content.items()}
     return getattr(content, "array", None) if isinstance(content, _Array) else content
