@@ -59,7 +59,7 @@ def evaluate(
     per_class: Annotated[bool, typer.Option("--per-class", help="Print one row per class.")] = False,
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many images.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate at most this many images.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     threads: Annotated[
         int | None,

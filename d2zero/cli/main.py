@@ -51,9 +51,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say on standard error what is opened, and which library runs it.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what is loaded, and which library runs it.")] = False,
 ) -> None:
     """Zero-shot instance segmentation: train, evaluate, and look at objects of classes never seen in training."""
     if verbose:
