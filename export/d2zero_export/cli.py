@@ -57,8 +57,7 @@ def export(
         str | None,
         typer.Option(
             "--deform-attn",
-            help="gridsample (default for ONNX), gather (default for engines: common operators only) or plugin"
-            " (TensorRT's own operator; nothing else runs it).",
+            help="gridsample (default for ONNX) or gather (default for engines: common operators only).",
         ),
     ] = None,
     size: Annotated[
@@ -217,7 +216,8 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
         _show_parity(None)
         return
     from d2zero_export.parity import limits_for
-    from d2zero_export.verify import open_exported, raw_parity
+    from d2zero_export.verify import raw_parity
+    from d2zero_runtime import load
 
     _stage("verify")
     if checkpoint:
@@ -225,8 +225,8 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
 
         reference = load_model(checkpoint).segmenter()
     else:
-        reference = open_exported(onnx_file)
-    built = open_exported(output)
+        reference = load(onnx_file)
+    built = load(output)
     parity = raw_parity(reference, built)
     _show_parity(parity)
     failures = parity.failures(limits_for(built.precision, options.max_logits))

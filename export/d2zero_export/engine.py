@@ -6,7 +6,6 @@ engine computes what the checkpoint does is for `verify` to say.
 """
 
 import hashlib
-import shlex
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2zero_export.engine_options import EngineOptions, Inputs, dimensions, profile_for
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile, Shape
@@ -30,7 +29,6 @@ __all__ = [
     "build_engine",
     "profile_for",
     "require_tensorrt",
-    "trtexec_command",
 ]
 
 GIB = 1 << 30
@@ -73,8 +71,6 @@ def build_engine(
     content = without_default_embeddings(onnx_path)
     stage("parse")
     work = _Work(environment, collector(environment.tensorrt), onnx_path)
-    if contract.deform_attn == "plugin":
-        environment.tensorrt.init_libnvinfer_plugins(work.messages, "")
     work.parse(content, inputs)
     stage("profile")
     settings = work.settings(options, profile, inputs, contract)
@@ -100,38 +96,6 @@ def build_engine(
         partial.write_bytes(plan)
     sidecar.write(output)
     return sidecar
-
-
-def trtexec_command(onnx_path: Path, output: Path, options: EngineOptions | None = None) -> str:
-    """The command line that builds the same plan with NVIDIA's `trtexec`; it writes no sidecar.
-
-    `trtexec` makes a constant of the embeddings' default like every user of TensorRT's parser, so the line
-    begins by writing a copy without it, unless the vocabulary is baked.
-    """
-    options = options or EngineOptions()
-    contract, _ = read_contract(onnx_path)
-    options = replace(options, tf32=options.tf32 or contract.tf32)
-    inputs = graph_inputs(onnx_path)
-    profile = profile_for(options, contract, inputs)
-    source, first = onnx_path, ""
-    if EMBEDDINGS_INPUT in inputs:
-        source = onnx_path.with_suffix(".trtexec.onnx")
-        code = (
-            "import sys; from pathlib import Path;"
-            " from d2zero_runtime.artifacts.onnx import without_default_embeddings;"
-            " Path(sys.argv[2]).write_bytes(without_default_embeddings(Path(sys.argv[1])))"
-        )
-        first = f"python -c {shlex.quote(code)} {shlex.quote(str(onnx_path))} {shlex.quote(str(source))} && "
-    words = ["trtexec", f"--onnx={source}", "--stronglyTyped", *([] if options.tf32 else ["--noTF32"])]
-    for name, shape in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
-        dims = dimensions(shape, contract.text_dim, inputs)
-        shapes = ",".join(f"{key}:{'x'.join(map(str, sides))}" for key, sides in dims.items())
-        words.append(f"--{name}Shapes={shapes}")
-    words += [f"--timingCacheFile={options.timing_cache}"] if options.timing_cache else []
-    words += [f"--memPoolSize=workspace:{options.workspace_gb * 1024:.0f}"] if options.workspace_gb else []
-    if options.optimization_level is not None:
-        words.append(f"--builderOptimizationLevel={options.optimization_level}")
-    return first + shlex.join([*words, "--skipInference", f"--saveEngine={output}"])
 
 
 class _Work:

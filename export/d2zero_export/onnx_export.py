@@ -28,11 +28,10 @@ from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.norms import in_stages
 from d2zero_export.options import GraphOptions, OnnxOptions
 from d2zero_export.parity import RawParity, limits_for
-from d2zero_export.plugin import plugin
 from d2zero_export.precision import PRECISIONS, cast_to
 from d2zero_export.quantize import Photos, quantized
-from d2zero_export.verify import open_exported, raw_parity
-from d2zero_runtime import D2ZeroError
+from d2zero_export.verify import raw_parity
+from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 
 OPSET = 18  # below 20: there GridSample silently becomes nearest in TensorRT (NVIDIA/TensorRT#4646)
@@ -105,7 +104,7 @@ def graph_of(model: D2Zero, options: OnnxOptions, stage: Callable[[str], None] =
 
 def _prepared(model: D2Zero, options: OnnxOptions) -> D2Zero:
     prepared = cast_to(model, options.precision)
-    prepared.set_deformable(plugin if options.impl == DeformableImpl.PLUGIN else FUNCTIONS[options.impl])
+    prepared.set_deformable(FUNCTIONS[options.impl])
     if PRECISIONS[options.precision] == torch.float32:  # squares of float16 may overflow
         in_stages(prepared)
     return prepared
@@ -238,7 +237,7 @@ def verified(model: D2Zero, candidate: Path, options: GraphOptions) -> RawParity
     Raises:
         D2ZeroError: It is another model.
     """
-    exported = open_exported(candidate)
+    exported = load(candidate)
     parity = raw_parity(model.segmenter(), exported)
     parity.require(limits_for(exported.precision, options.max_logits))
     return parity

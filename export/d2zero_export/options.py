@@ -14,7 +14,7 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Size
 
 PT2_DEVICES = ("cpu", "cuda")
-ONNX_IMPLS = (DeformableImpl.GRID_SAMPLE, DeformableImpl.GATHER, DeformableImpl.PLUGIN)
+ONNX_IMPLS = (DeformableImpl.GRID_SAMPLE, DeformableImpl.GATHER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,7 @@ class OnnxOptions(GraphOptions):
     """How an `.onnx` is made: in float32, float16 or int8.
 
     Args:
-        deform_attn: `gridsample` (fast in ONNX Runtime), `gather` (no operator that an engine gets wrong) or
-            `plugin` (TensorRT's own operator; nothing else runs it).
+        deform_attn: `gridsample` (fast in ONNX Runtime) or `gather` (no operator that an engine gets wrong).
         calibration: For int8: a folder of photos such as the model will see, for the ranges of activations.
         calibration_images: For int8: at most this many of them.
     """
@@ -66,7 +65,7 @@ class OnnxOptions(GraphOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        impl = DeformableImpl.parse(self.deform_attn, ONNX_IMPLS, "deform-attn must be one of")
+        DeformableImpl.parse(self.deform_attn, ONNX_IMPLS, "deform-attn must be one of")
         if self.precision == "bfloat16":
             raise D2ZeroError(
                 "an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16"
@@ -79,11 +78,6 @@ class OnnxOptions(GraphOptions):
             raise D2ZeroError("--precision int8 needs photos to calibrate on; give their folder with --calibration")
         if self.calibration_images < 1:
             raise D2ZeroError(f"calibration-images must be at least 1, got {self.calibration_images}")
-        if impl == DeformableImpl.PLUGIN:
-            raise D2ZeroError(
-                "--precision int8 is for ONNX Runtime and OpenVINO, which do not run --deform-attn plugin; use"
-                " gridsample or gather"
-            )
 
     @property
     def impl(self) -> DeformableImpl:

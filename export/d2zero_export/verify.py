@@ -20,11 +20,9 @@ from d2zero.model import D2Zero
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference
-from d2zero_export.plugin import with_body
 from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
-from d2zero_runtime.formats import onnxruntime_backend
 from d2zero_runtime.segmenter import RawOutput
 
 
@@ -67,7 +65,7 @@ def verify(
     """
     if annotations and image_folder:
         require_images(annotations, image_folder)  # before minutes are spent
-    segmenter = open_exported(exported, providers)
+    segmenter = load(exported, providers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(model.segmenter(), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
@@ -92,19 +90,6 @@ def verify(
     return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
 
 
-def open_exported(path: Path, providers: Sequence[str] | None = None) -> Segmenter:
-    """Load an exported model to compare it; one with TensorRT's operator gets a body for it, to run anywhere."""
-    if path.suffix != ".onnx" or read_contract(path)[0].deform_attn != "plugin" or "tensorrt" in (providers or ()):
-        return load(path, providers)
-    import onnx
-
-    with TemporaryDirectory() as folder:
-        runnable = Path(folder) / path.name
-        onnx.save(with_body(onnx.load(path)), runnable)
-        contract, vocabulary = read_contract(path)
-        return Segmenter(onnxruntime_backend(runnable, contract, providers or ("cpu",)), contract, vocabulary)
-
-
 def attention_flipped(model: D2Zero, exported: Path) -> float:
     """Share of attention-mask bits that differ, over all decoder layers, on one drawn image.
 
@@ -113,7 +98,7 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     import onnx
     import onnxruntime
 
-    proto = with_body(onnx.load(exported))
+    proto = onnx.load(exported)
     names = [name for node in proto.graph.node for name in node.output if name.startswith(ATTENTION_MASK)]
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
     contract, _ = read_contract(exported)

@@ -108,29 +108,13 @@ def open_onnx(path: Path, contract: ModelContract, options: LoadOptions) -> Back
     """
     chosen = _listed(options.providers)
     names = [entry if isinstance(entry, str) else entry[0] for entry in chosen]
-    if contract.deform_attn == "plugin" and not {"tensorrt", "TensorrtExecutionProvider"} & set(names):
-        raise D2ZeroError(
-            f"{path} holds an operator that only TensorRT has (it was exported with --deform-attn plugin); run it with"
-            " the provider tensorrt, or export with --deform-attn gridsample"
-        )
     if any(name in OPENVINO for name in names):
         if len(names) > 1:
             raise D2ZeroError(f"openvino cannot be combined with other providers, got {', '.join(names)}")
         if not isinstance(chosen[0], str):
             raise D2ZeroError(f"{names[0]} takes no options here; give session_options and threads to load")
         return OpenVinoBackend(path, contract, OPENVINO[names[0]], options.threads, options.session_options)
-    return onnxruntime_backend(path, contract, chosen, options.threads, options.session_options)
-
-
-def onnxruntime_backend(
-    path: Path,
-    contract: ModelContract,
-    providers: Sequence[Provider],
-    threads: int | None = None,
-    session_options: Mapping[str, Any] | None = None,
-) -> OnnxBackend:
-    """ONNX Runtime for a file, with the float32 math of its contract; see `d2zero_runtime.load`."""
-    backend = OnnxBackend(path, providers, threads, contract.tf32, session_options)
+    backend = OnnxBackend(path, chosen, options.threads, contract.tf32, options.session_options)
     if backend.on_gpu:
         backend.precision = contract.precision_on_gpu
     return backend

@@ -8,7 +8,7 @@ import pytest
 from tensorrt_surface import VERSIONS, run_inside
 from tiny_model import CLASSES, WIDTH, contract, write_model
 
-from d2zero_export.engine import EngineOptions, Shape, build_engine, profile_for, trtexec_command
+from d2zero_export.engine import EngineOptions, Shape, build_engine, profile_for
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.onnx import graph_inputs, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile
@@ -108,27 +108,6 @@ def test_an_exported_model_is_understood(exported: Path) -> None:
     onnx.checker.check_model(reduced)
     assert "class_embeddings" not in {tensor.name for tensor in reduced.graph.initializer}
     assert len(reduced.graph.initializer) == len(onnx.load(exported).graph.initializer) - 1
-
-
-def test_trtexec_command(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "my model.onnx")
-    config = EngineOptions(
-        max=Shape(2, 640, 640, 9), timing_cache=Path("t.cache"), workspace_gb=4, optimization_level=4
-    )
-    first, _, line = trtexec_command(model, Path("m.engine"), config).partition(" && ")
-    assert first.startswith("python -c ") and "without_default_embeddings" in first
-    for word in (
-        "--stronglyTyped --noTF32",
-        "--minShapes=images:1x3x64x64,class_embeddings:1x8",
-        "--optShapes=images:1x3x640x640,class_embeddings:5x8",
-        "--maxShapes=images:2x3x640x640,class_embeddings:9x8",
-        "--timingCacheFile=t.cache --memPoolSize=workspace:4096 --builderOptimizationLevel=4",
-        "--skipInference --saveEngine=m.engine",
-        f"'--onnx={tmp_path}/my model.trtexec.onnx'",
-    ):
-        assert word in line
-    baked = trtexec_command(write_model(tmp_path / "b.onnx", baked=True), Path("b.engine"), EngineOptions(tf32=True))
-    assert baked.startswith(f"trtexec --onnx={tmp_path}/b.onnx --stronglyTyped --minShapes=images:1x3x64x64 ")
 
 
 def test_known_issues_and_wrong_settings() -> None:

@@ -24,7 +24,6 @@ from d2zero_export import onnx_export
 from d2zero_export.graph import InferenceGraph
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions
-from d2zero_export.plugin import OPERATOR
 from d2zero_export.precision import cast_to, fold_batch_norms
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
@@ -131,20 +130,6 @@ def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
     assert not any(hasattr(module, "running_var") for module in backbone.modules())
     for ours, theirs in zip(after, before, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_tensorrts_operator_is_verified_through_a_body_of_standard_ones(tmp_path: Path) -> None:
-    path, model = tmp_path / "plugin.onnx", tiny()
-    parity = export_onnx(model, path, OnnxOptions(deform_attn="plugin"))
-    assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
-    proto = onnx.load(path)
-    nodes = [node for node in proto.graph.node if node.op_type == OPERATOR]
-    assert len(nodes) == model.config.encoder_layers and not proto.functions
-    assert {a.name: a.s for a in nodes[0].attribute} == {"plugin_version": b"2", "plugin_namespace": b""}
-    assert "GridSample" not in {node.op_type for node in proto.graph.node}
-    with pytest.raises(D2ZeroError, match="an operator that only TensorRT has"):
-        load(path)
 
 
 @pytest.mark.slow
@@ -385,7 +370,7 @@ def test_a_file_that_differs_is_not_written(
         (["m.safetensors", "-o", "m.onnx", "--precision", "int4"], "float32, float16, bfloat16, int8, got 'int4'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "big"], "HEIGHTxWIDTH such as 800x1216, got 'big'"),
         (["m.safetensors", "-o", "m.onnx", "--size", "800x1210"], "size must be multiples of 32, got 800x1210"),
-        (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, plugin, got 'magic'"),
+        (["m.safetensors", "-o", "m.onnx", "--deform-attn", "magic"], "gridsample, gather, got 'magic'"),
     ],
 )
 def test_wrong_export_commands(arguments: list[str], message: str, command: Command) -> None:

@@ -227,7 +227,6 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
     for changes, message in (
         ({"calibration": None}, "give their folder with --calibration"),
         ({"precision": "float16"}, "--calibration is for --precision int8, got precision float16"),
-        ({"deform_attn": "plugin"}, "use gridsample or gather"),
         ({"calibration_images": 0}, "at least 1, got 0"),
     ):
         with pytest.raises(D2ZeroError, match=message):

@@ -23,7 +23,6 @@ class DeformableImpl(StrEnum):
     GATHER = "gather"
     EMBEDDING_BAG = "embedding_bag"
     TRITON = "triton"
-    PLUGIN = "plugin"  # TensorRT's own operator: only in exported graphs (`d2zero_export.plugin`)
 
     @classmethod
     def _missing_(cls, value: object) -> "DeformableImpl | None":

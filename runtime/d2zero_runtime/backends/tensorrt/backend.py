@@ -279,8 +279,6 @@ def _deserialized(path: Path, metadata: EngineMetadata, environment: Environment
     plan = metadata.require_plan(path)
     runtime = engine = None
     try:
-        if metadata.contract.deform_attn == "plugin":
-            environment.tensorrt.init_libnvinfer_plugins(messages, "")
         runtime = environment.tensorrt.Runtime(messages)
         engine = runtime.deserialize_cuda_engine(plan)
     except TypeError as error:  # what the bindings raise where the library gives them no runtime
