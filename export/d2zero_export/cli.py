@@ -13,6 +13,7 @@ import typer
 from d2zero.cli.terminal import BuildProgress, console, tracked
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.profile import Shape
+from d2zero_runtime.backends.tensorrt.environment import SDKS, require_tensorrt
 from d2zero_runtime.errors import optional
 from d2zero_runtime.files import check_output, write_text
 from d2zero_runtime.images import Size
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("d2zero")
 
-SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "pt2": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "tensorrt-rtx": ".engine", "pt2": ".pt2"}
 
 
 def export(
@@ -38,7 +39,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx; tensorrt: an engine for this machine's GPU; pt2: compiled by torch, for machines with torch.",
+            help="onnx; tensorrt: an engine for this machine's GPU; tensorrt-rtx: an engine for RTX GPUs, built on any"
+            " machine; pt2: compiled by torch, for machines with torch.",
         ),
     ] = "onnx",
     precision: Annotated[
@@ -88,6 +90,13 @@ def export(
         typer.Option("--timing-cache", help="Engine: measured kernels, read and written; later builds are faster."),
     ] = None,
     device: Annotated[int, typer.Option("--device", min=0, help="Engine: CUDA's number of the GPU.")] = 0,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compute-capability",
+            help="tensorrt-rtx: build for GPUs of it, such as 8.9 (repeatable); Ampere and later if left out.",
+        ),
+    ] = None,
     compile_for: Annotated[
         str | None, typer.Option("--for", help="pt2: cpu, or cuda (where there is a GPU, the default).")
     ] = None,
@@ -96,8 +105,8 @@ def export(
     _check_target(output, target)
     exported = model.suffix == ".onnx"
     engine = None
-    if target == "tensorrt":
-        from d2zero_export.engine import EngineOptions, require_tensorrt
+    if target in SDKS:
+        from d2zero_export.engine import EngineOptions, require_builder
 
         _refuse_int8(model, precision)
         engine = EngineOptions(
@@ -107,18 +116,25 @@ def export(
             timing_cache=timing_cache,
             tf32=tf32,
             device=device,
+            sdk=target,
+            compute_capabilities=tuple(compute_capability or ()),
             verify=verify,
             max_logits=max_logits,
         )
-        require_tensorrt(device)  # known before minutes of work
-    elif any((smallest, best, largest, timing_cache, device)):
-        raise D2ZeroError("--min, --opt, --max, --timing-cache and --device are for --format tensorrt")
+        require_builder(engine)  # known before minutes of work
+    elif any((smallest, best, largest, timing_cache, device, compute_capability)):
+        raise D2ZeroError(
+            "--min, --opt, --max, --timing-cache, --device and --compute-capability are for --format tensorrt and"
+            " tensorrt-rtx"
+        )
     if compile_for and target != "pt2":
         raise D2ZeroError("--for is for --format pt2")
     if target == "pt2" and (exported or deform_attn):
         raise D2ZeroError("--format pt2 takes a checkpoint (.safetensors), and chooses --deform-attn by its device")
     if exported and engine is None:
-        raise D2ZeroError(f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt")
+        raise D2ZeroError(
+            f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt or tensorrt-rtx"
+        )
     if exported and (deform_attn or size or batch or bake or calibration or precision != "float32"):
         raise D2ZeroError(
             "--precision, --calibration, --deform-attn, --size, --batch and --bake are choices of the ONNX file;"
@@ -207,14 +223,22 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
     from d2zero_export.engine import build_engine
     from d2zero_runtime.backends.tensorrt.issues import known_issues
 
+    sdk = SDKS[options.sdk]
     with BuildProgress() as progress:
         metadata = build_engine(onnx_file, output, options, _stage, progress)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, shapes {metadata.profile.min} to {metadata.profile.max}")
-    for issue in known_issues(metadata.contract, metadata.tensorrt):
+    for issue in known_issues(metadata.contract, sdk, metadata.tensorrt):
         logger.warning("%s", issue)
     if not options.verify:
         _show_parity(None)
         return
+    if sdk.portable:
+        try:
+            require_tensorrt(options.device, sdk)
+        except D2ZeroError as error:
+            reason = str(error).partition(";")[0]
+            print(f"not verified: {reason}; verify it with `d2zero verify` where it runs")
+            return
     from d2zero_export.parity import limits_for
     from d2zero_export.verify import raw_parity
     from d2zero_runtime import load

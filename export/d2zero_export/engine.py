@@ -1,6 +1,7 @@
-"""ONNX → TensorRT engine, in named stages: read, parse, profile, build, contract.
+"""ONNX → engine of TensorRT or TensorRT-RTX, in named stages: read, parse, profile, build, contract.
 
-An engine belongs to the GPU and the TensorRT version that built it, so it is built where it runs. Precision is
+An engine of TensorRT belongs to the GPU and the version that built it, so it is built where it runs. One of
+TensorRT-RTX is built on any machine, for all RTX GPUs from Ampere on or for those that are asked for. Precision is
 what the ONNX file says: the network is strongly typed, and no flag lowers it. No torch is needed. Whether the
 engine computes what the checkpoint does is for `verify` to say.
 """
@@ -18,7 +19,14 @@ from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile, Shape
-from d2zero_runtime.backends.tensorrt.environment import Environment, collector, require_tensorrt
+from d2zero_runtime.backends.tensorrt.environment import (
+    SDKS,
+    Environment,
+    Library,
+    collector,
+    require_library,
+    require_tensorrt,
+)
 from d2zero_runtime.errors import D2ZeroError, join_truncated
 from d2zero_runtime.files import atomic_write
 
@@ -28,12 +36,23 @@ __all__ = [
     "Shape",
     "build_engine",
     "profile_for",
-    "require_tensorrt",
+    "require_builder",
 ]
 
 GIB = 1 << 30
+RTX_DEFAULT = "8.0, 8.6, 8.9, 12.0 and later"  # NVIDIA's documentation of engines built without capabilities
 WAKE_UP = 0.2  # seconds
 Progress = Callable[[str, int, int], None]
+
+
+def require_builder(options: EngineOptions) -> Library | Environment:
+    """What builds the engine: a library only, or one with the GPU that it builds for.
+
+    Raises:
+        D2ZeroError: Says what is missing.
+    """
+    sdk = SDKS[options.sdk]
+    return require_library(sdk) if sdk.portable else require_tensorrt(options.device, sdk)
 
 
 def build_engine(
@@ -47,13 +66,13 @@ def build_engine(
 
     Args:
         onnx_path: Made by `export_onnx`.
-        output: Ends in `.engine`; its sidecar, `.engine.json`, is written beside it. Written whole or not at all.
+        output: Ends in `.engine`; its description, `.engine.json`, is written beside it. Written whole or not at all.
         options: How; `verify` and `max_logits` are for the caller.
         stage: Told each stage's name as it begins.
         progress: Told a phase of the build, the steps done and their number; called from other threads.
 
     Returns:
-        What the sidecar says.
+        What the description says.
 
     Raises:
         D2ZeroError: TensorRT or a GPU is absent, a shape does not fit, or TensorRT refuses the model.
@@ -62,7 +81,7 @@ def build_engine(
     options = options or EngineOptions()
     if output.suffix != ".engine":
         raise D2ZeroError(f"an engine must end in .engine, got {output.name!r}")
-    environment = require_tensorrt(options.device)
+    builder = require_builder(options)
     stage("read")
     contract, vocabulary = read_contract(onnx_path)
     inputs = graph_inputs(onnx_path)
@@ -70,7 +89,7 @@ def build_engine(
     profile = profile_for(options, contract, inputs)
     content = without_default_embeddings(onnx_path)
     stage("parse")
-    work = _Work(environment, collector(environment.tensorrt), onnx_path)
+    work = _Work(builder, onnx_path)
     work.parse(content, inputs)
     stage("profile")
     settings = work.settings(options, profile, inputs, contract)
@@ -80,13 +99,15 @@ def build_engine(
         with atomic_write(options.timing_cache) as partial:
             partial.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     stage("contract")
-    sidecar = EngineMetadata(
+    gpu = work.environment.gpu if work.environment else None
+    metadata = EngineMetadata(
         contract=contract,
         embeddings=vocabulary.embeddings,
         profile=profile,
-        gpu=environment.gpu.name,
-        compute_capability=environment.gpu.compute_capability,
-        tensorrt=environment.version,
+        sdk=work.library.sdk.name,
+        gpu=gpu.name if gpu else "",
+        compute_capability=gpu.compute_capability if gpu else ", ".join(options.compute_capabilities) or RTX_DEFAULT,
+        tensorrt=work.library.version,
         onnx_sha256=hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=plan.nbytes,
@@ -94,20 +115,22 @@ def build_engine(
     )
     with atomic_write(output) as partial:
         partial.write_bytes(plan)
-    sidecar.write(output)
-    return sidecar
+    metadata.write(output)
+    return metadata
 
 
 class _Work:
-    """One build: TensorRT's objects, which must outlive it, and its messages."""
+    """One build: the library's objects, which must outlive it, and its messages."""
 
-    def __init__(self, environment: Environment, messages: Any, onnx_path: Path) -> None:
-        self.environment, self.messages, self.onnx_path = environment, messages, onnx_path
-        self.tensorrt = environment.tensorrt
+    def __init__(self, builder: Library | Environment, onnx_path: Path) -> None:
+        self.environment = builder if isinstance(builder, Environment) else None
+        self.library = builder.library if isinstance(builder, Environment) else builder
+        self.tensorrt, self.onnx_path = self.library.tensorrt, onnx_path
+        self.messages = messages = collector(self.tensorrt)
         try:
             self.builder = self.tensorrt.Builder(messages)
         except TypeError as error:  # what the bindings raise where the library gives them no builder
-            raise D2ZeroError(self._failure("TensorRT cannot start here", [str(error)])) from error
+            raise D2ZeroError(self._failure(f"{self.library} cannot start here", [str(error)])) from error
         # On 11 every network is strongly typed and the flag changes nothing; on 10 it must be asked for.
         strongly_typed = 1 << int(self.tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network = self.builder.create_network(strongly_typed)
@@ -119,13 +142,13 @@ class _Work:
             errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
             lines = [f"{error.node_name() or error.node_operator()}: {error.desc()}" for error in errors]
             shown = lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"]
-            what = f"TensorRT {self.environment.version} cannot read {self.onnx_path}"
+            what = f"{self.library} cannot read {self.onnx_path}"
             raise D2ZeroError(self._failure(what, shown))
         names = [self.network.get_input(index).name for index in range(self.network.num_inputs)]
         missing = sorted(set(inputs) - set(names))
         if missing:
             raise D2ZeroError(
-                f"TensorRT made a constant of {join_truncated(missing)} in {self.onnx_path}; a defect of d2zero"
+                f"{self.library} made a constant of {join_truncated(missing)} in {self.onnx_path}; a defect of d2zero"
             )
 
     def settings(self, options: EngineOptions, profile: Profile, inputs: Inputs, contract: ModelContract) -> Any:
@@ -138,6 +161,7 @@ class _Work:
             settings.set_memory_pool_limit(pool, int(options.workspace_gb * GIB))
         if options.optimization_level is not None:
             settings.builder_optimization_level = options.optimization_level
+        self._choose_gpus(settings, options.compute_capabilities)
         shapes = self.builder.create_optimization_profile()
         low, best, high = (
             dimensions(shape, contract.text_dim, inputs) for shape in (profile.min, profile.opt, profile.max)
@@ -145,7 +169,7 @@ class _Work:
         for name in low:
             shapes.set_shape(name, low[name], best[name], high[name])
         if settings.add_optimization_profile(shapes) < 0:
-            raise D2ZeroError(self._failure(f"TensorRT refuses the shapes {profile.min} to {profile.max}"))
+            raise D2ZeroError(self._failure(f"{self.library} refuses the shapes {profile.min} to {profile.max}"))
         if options.timing_cache:
             self._use_timing_cache(settings, options.timing_cache)
         return settings
@@ -166,12 +190,27 @@ class _Work:
         if monitor.failure:
             raise monitor.failure
         if plan is None:
-            raise D2ZeroError(self._failure(f"TensorRT {self.environment.version} cannot build {self.onnx_path}"))
+            raise D2ZeroError(self._failure(f"{self.library} cannot build {self.onnx_path}"))
         return memoryview(plan)
 
     def _build(self, settings: Any) -> Any:
-        self.environment.select()
+        if self.environment:
+            self.environment.select()
         return self.builder.build_serialized_network(self.network, settings)
+
+    def _choose_gpus(self, settings: Any, capabilities: Sequence[str]) -> None:
+        """Build for these compute capabilities; without any, for those that TensorRT-RTX has by default."""
+        if not capabilities:
+            return
+        known = self.tensorrt.ComputeCapability.__members__
+        names = [f"SM{text.replace('.', '')}" for text in capabilities]
+        if wrong := [text for text, name in zip(capabilities, names, strict=True) if name not in known]:
+            numbers = [name[2:] for name in known if name.startswith("SM")]
+            choices = ", ".join(f"{digits[:-1]}.{digits[-1]}" for digits in numbers)
+            raise D2ZeroError(f"{self.library} builds for the compute capabilities {choices}, got {wrong[0]!r}")
+        settings.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            settings.set_compute_capability(known[name], index)
 
     def _use_timing_cache(self, settings: Any, path: Path) -> None:
         content = path.read_bytes() if path.is_file() else b""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.profile import STEP, Profile, Shape
+from d2zero_runtime.backends.tensorrt.environment import SDKS, TENSORRT
 from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 IMAGES_INPUT = "images"
@@ -31,6 +32,9 @@ class EngineOptions:
         tf32: Let float32 matmuls be rounded to ten bits. TensorRT does so by default, here it is off: a
             float32 model stays float32, unless its file allows it.
         device: CUDA's number of the GPU.
+        sdk: `tensorrt`, built on the GPU that it shall run on, or `tensorrt-rtx`, built on any machine.
+        compute_capabilities: For `tensorrt-rtx`: of the GPUs to build for, such as `8.9`; its default, Ampere and
+            later, if left out. Turing, `7.5`, is not among those.
         verify: Compare the engine with its checkpoint, or with the ONNX file.
         max_logits: Largest difference of class and mask logits that passes; by precision if left out.
     """
@@ -43,10 +47,23 @@ class EngineOptions:
     optimization_level: int | None = None
     tf32: bool = False
     device: int = 0
+    sdk: str = TENSORRT.name
+    compute_capabilities: tuple[str, ...] = ()
     verify: bool = True
     max_logits: float | None = None
 
     def __post_init__(self) -> None:
+        if self.sdk not in SDKS:
+            raise D2ZeroError(f"sdk must be one of {', '.join(SDKS)}, got {self.sdk!r}")
+        if SDKS[self.sdk].portable and (self.timing_cache or self.device):
+            raise D2ZeroError(
+                "--timing-cache and --device are for --format tensorrt: TensorRT-RTX measures nothing while it builds,"
+                " and needs no GPU"
+            )
+        if self.compute_capabilities and not SDKS[self.sdk].portable:
+            raise D2ZeroError(
+                "--compute-capability is for --format tensorrt-rtx; TensorRT builds for this machine's GPU"
+            )
         if self.workspace_gb is not None and self.workspace_gb <= 0:
             raise D2ZeroError(f"workspace_gb must be above 0, got {self.workspace_gb}")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:

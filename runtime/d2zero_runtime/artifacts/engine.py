@@ -8,7 +8,7 @@ what the plan was built from, with and for.
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.metadata import Metadata
@@ -30,6 +30,7 @@ class _Fields:
     plan_bytes: int
     tf32: bool
     profile: dict[str, str]
+    sdk: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt"  # descriptions from before lack it
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +39,14 @@ class EngineMetadata(Metadata):
 
     Args:
         profile: The shapes that the plan runs.
-        gpu: The name of the GPU that it was built on.
-        compute_capability: That GPU's, such as `9.0`; the plan runs on no other.
+        gpu: The name of the GPU that it was built on; of TensorRT-RTX empty, as it needs none.
+        compute_capability: Of the GPUs that the plan runs on: that GPU's, such as `9.0`, or several, `8.6, 8.9`.
         tensorrt: The version that built it; no other reads it.
         onnx_sha256: The hash of the ONNX file that it was built from.
         plan_sha256: The hash of the plan.
         plan_bytes: The size of the plan.
         tf32: Whether factors of float32 matmuls and convolutions may have been rounded to ten bits.
+        sdk: What built it and runs it, `tensorrt` or `tensorrt-rtx`.
     """
 
     profile: Profile
@@ -55,6 +57,7 @@ class EngineMetadata(Metadata):
     plan_sha256: str
     plan_bytes: int
     tf32: bool = False
+    sdk: str = "tensorrt"
 
     FIELDS: ClassVar[type[Any]] = _Fields
     REMEDY: ClassVar[str] = "build the engine again"

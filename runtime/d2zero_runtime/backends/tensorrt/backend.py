@@ -1,8 +1,8 @@
-"""Running an engine without torch: NumPy in, NumPy out.
+"""Running an engine of TensorRT or TensorRT-RTX without torch: NumPy in, NumPy out.
 
 Memory grows to the largest shape seen and is used again. Every shape has an execution context of its own and,
-from its second run on, a CUDA graph: NVIDIA's advice is one context a captured graph, all sharing the memory
-for activations. The first run at a shape is the warm-up that capturing needs.
+from its second run on, a CUDA graph: NVIDIA's advice is one context per captured graph, all sharing the memory
+for activations. The first run at a shape is the warm-up that capturing needs. TensorRT-RTX captures by itself.
 
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
@@ -23,9 +23,10 @@ from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.backends.base import Backend, Images
-from d2zero_runtime.backends.tensorrt.environment import Environment, collector, numbers, require_tensorrt
+from d2zero_runtime.backends.tensorrt.environment import SDKS, Environment, collector, numbers, require_tensorrt
 from d2zero_runtime.backends.tensorrt.issues import known_issues
 from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
+from d2zero_runtime.backends.tensorrt.rtx import KernelCache, runtime_config, why_invalid
 from d2zero_runtime.errors import D2ZeroError
 
 IMAGES = "images"
@@ -50,15 +51,20 @@ class TensorrtBackend(Backend[Images]):
     on_gpu = True
 
     def __init__(self, path: Path, metadata: EngineMetadata, device: int = 0, cuda_graphs: bool = True) -> None:
-        self._environment = require_tensorrt(device)
-        self._metadata, self._graphs_wanted = metadata, cuda_graphs
+        self._environment = require_tensorrt(device, SDKS[metadata.sdk])
+        library = self._environment.library
+        self._metadata, self._capture = metadata, cuda_graphs and not library.sdk.portable
         self.profile = metadata.profile
-        self.known_issues = known_issues(metadata.contract, metadata.tensorrt)
+        self.known_issues = known_issues(metadata.contract, library.sdk, metadata.tensorrt)
         _check_compatible(path, metadata, self._environment)
-        self._messages = collector(self._environment.tensorrt)
+        self._messages = collector(library.tensorrt)
         self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
         self._inputs = (IMAGES,) if metadata.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
-        _check_tensors(path, self._engine, self._environment.tensorrt, self._inputs)
+        _check_tensors(path, self._engine, library.tensorrt, self._inputs)
+        self._config = self._kernels = None  # TensorRT-RTX's
+        if library.sdk.portable:
+            self._config = runtime_config(library.tensorrt, self._engine, cuda_graphs)
+            self._kernels = KernelCache(self._config, path.with_name(f"{path.name}.kernels"))
         self._cuda = self._environment.cuda
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking)
         self._tensors = {name: Tensor(self._cuda) for name in (*self._inputs, *OUTPUTS)}
@@ -66,9 +72,9 @@ class TensorrtBackend(Backend[Images]):
         self._prepared: OrderedDict[Shape, _Prepared] = OrderedDict()
         self._uploaded: NDArray[np.float32] | None = None  # the embeddings that the GPU holds
         self._lock = threading.Lock()
-        version = ".".join(str(number) for number in numbers(self._environment.version)[:2])
+        version = ".".join(str(number) for number in numbers(library.version)[:2])
         self.precision = replace(metadata.contract, tf32=metadata.tf32).precision_on_gpu
-        self.name = f"tensorrt {version} on {self._environment.gpu.name}"
+        self.name = f"{library.sdk.name} {version} on {self._environment.gpu.name}"
 
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -120,10 +126,12 @@ class TensorrtBackend(Backend[Images]):
             if self._engine is None:
                 return
             self._environment.select()
+            if self._kernels:
+                self._kernels.save()
             self._forget()
             for memory in (self._activations, *(part for t in self._tensors.values() for part in (t.host, t.device))):
                 memory.free()
-            self._engine = self._runtime = None
+            self._engine = self._runtime = self._config = self._kernels = None
             self._call("cudaStreamDestroy", self._stream)
 
     def _call(self, function: str, *arguments: Any) -> Any:
@@ -169,8 +177,8 @@ class TensorrtBackend(Backend[Images]):
         return self._prepared[shape]
 
     def _context(self, shape: Shape) -> tuple[Any, dict[str, tuple[int, ...]]]:
-        strategy = self._environment.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        strategy = self._environment.library.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(self._config or strategy)
         self._require(context is not None, "make an execution context")
         shapes: dict[str, tuple[int, ...]] = {IMAGES: (shape.batch, 3, shape.height, shape.width)}
         if not self._metadata.contract.baked:
@@ -203,12 +211,14 @@ class TensorrtBackend(Backend[Images]):
         return tensor.view(shape)
 
     def _launch(self, prepared: "_Prepared") -> None:
-        if prepared.warm and prepared.graph is None and self._graphs_wanted:
+        if prepared.warm and prepared.graph is None and self._capture:
             prepared.graph = self._captured(prepared)
         if prepared.graph is not None:
             self._call("cudaGraphLaunch", prepared.graph, self._stream)
         else:
             self._require(prepared.context.execute_async_v3(int(self._stream)), "run")
+        if self._kernels and not prepared.warm:
+            self._kernels.save()  # should the process never close this
         prepared.warm = True
 
     def _captured(self, prepared: "_Prepared") -> Any:
@@ -263,29 +273,38 @@ class _Prepared:
 
 
 def _check_compatible(path: Path, metadata: EngineMetadata, environment: Environment) -> None:
-    for what, built, here in (
-        ("TensorRT", numbers(metadata.tensorrt)[:_VERSION_NUMBERS], numbers(environment.version)[:_VERSION_NUMBERS]),
-        ("compute capability", numbers(metadata.compute_capability), numbers(environment.gpu.compute_capability)),
-    ):
-        if built != here:
-            raise D2ZeroError(
-                f"{path} was built for {what} {_dotted(built)} ({metadata.gpu}), here is {_dotted(here)}"
-                f" ({environment.gpu.name}); build it here: `d2zero export model.onnx --format tensorrt -o {path.name}`"
-            )
+    library = environment.library
+    built, here = (numbers(version)[:_VERSION_NUMBERS] for version in (metadata.tensorrt, library.version))
+    again = f"`d2zero export model.onnx --format {library.sdk.name} -o {path.name}`"
+    if built != here:
+        raise D2ZeroError(
+            f"{path} was built by {library.sdk.label} {_dotted(built)}, here is {_dotted(here)};"
+            f" build it again: {again}"
+        )
+    # For which GPUs an engine of TensorRT-RTX is good, the library says by itself (`why_invalid`).
+    if not library.sdk.portable and metadata.compute_capability != environment.gpu.compute_capability:
+        raise D2ZeroError(
+            f"{path} was built for compute capability {metadata.compute_capability} ({metadata.gpu}), here is"
+            f" {environment.gpu.compute_capability} ({environment.gpu.name}); build it here: {again}"
+        )
 
 
 def _deserialized(path: Path, metadata: EngineMetadata, environment: Environment, messages: Any) -> tuple[Any, Any]:
     """The runtime, which must outlive the engine, and the engine."""
-    plan = metadata.require_plan(path)
+    plan, library = metadata.require_plan(path), environment.library
     runtime = engine = None
     try:
-        runtime = environment.tensorrt.Runtime(messages)
+        runtime = library.tensorrt.Runtime(messages)
+        if library.sdk.portable and (reason := why_invalid(library.tensorrt, runtime, plan)):
+            raise D2ZeroError(
+                f"{library} cannot run {path} on {environment.gpu.name}: {reason}; build the engine again"
+            )
         engine = runtime.deserialize_cuda_engine(plan)
     except TypeError as error:  # what the bindings raise where the library gives them no runtime
         messages.errors.append(str(error))
     if engine is None:
-        reasons = "; ".join(messages.errors[:3]) or "TensorRT gave no reason"
-        raise D2ZeroError(f"TensorRT {environment.version} cannot load {path}: {reasons}; build the engine again")
+        reasons = "; ".join(messages.errors[:3]) or f"{library.sdk.label} gave no reason"
+        raise D2ZeroError(f"{library} cannot load {path}: {reasons}; build the engine again")
     return runtime, engine
 
 

@@ -1,22 +1,66 @@
-"""The doors to TensorRT and CUDA: imported when asked for, with one clear refusal where they are absent.
+"""TensorRT, TensorRT-RTX and CUDA: imported when asked for, with one clear refusal where they are absent.
 
-Neither is a dependency. Both may be installed without the libraries or the driver that they need, which
+None is a dependency. All may be installed without the libraries or the driver that they need, which
 shows only when they are imported or called.
 """
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from d2zero_runtime.errors import D2ZeroError
 
-OLDEST = (10, 14)  # the oldest TensorRT that this code was checked against
-_EVERYWHERE = "an engine is built on the GPU where it runs, while the .onnx file runs everywhere"
-_INSTALL = f"install it with `pip install 'd2zero[tensorrt]'` beside an NVIDIA driver; {_EVERYWHERE}"
+_EVERYWHERE = "an engine runs on NVIDIA GPUs only, while the .onnx file runs everywhere"
 _DRIVER = f"an NVIDIA driver of this machine's GPU is needed (`nvidia-smi` shows it); {_EVERYWHERE}"
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """One of NVIDIA's two libraries that run engines, and what differs between them.
+
+    Args:
+        name: In flags and descriptions; also of the extra that installs it.
+        label: In messages.
+        modules: Where its Python bindings may be: the package's, and the one that NVIDIA's archive brings.
+        oldest: The oldest version that this code was checked against.
+        portable: Whether engines are built without a GPU, for many GPUs. Others run only where they were built.
+    """
+
+    name: str
+    label: str
+    modules: tuple[str, ...]
+    oldest: tuple[int, int]
+    portable: bool
+
+
+TENSORRT = Sdk("tensorrt", "TensorRT", ("tensorrt",), (10, 14), portable=False)
+TENSORRT_RTX = Sdk("tensorrt-rtx", "TensorRT-RTX", ("tensorrt_rtx_bindings", "tensorrt_rtx"), (1, 7), portable=True)
+SDKS = {sdk.name: sdk for sdk in (TENSORRT, TENSORRT_RTX)}
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """An SDK, imported.
+
+    Args:
+        sdk: Which.
+        tensorrt: The module.
+    """
+
+    sdk: Sdk
+    tensorrt: Any
+
+    @property
+    def version(self) -> str:
+        """The library's version."""
+        return str(self.tensorrt.__version__)
+
+    def __str__(self) -> str:
+        return f"{self.sdk.label} {self.version}"
 
 
 class Cuda:
@@ -63,45 +107,51 @@ class Gpu:
 
 @dataclass(frozen=True, eq=False)
 class Environment:
-    """TensorRT, CUDA and the GPU to use.
+    """What an engine needs to run.
 
     Args:
-        tensorrt: the module.
-        cuda: calls the CUDA runtime.
-        gpu: the current device of the calling thread.
+        library: TensorRT or TensorRT-RTX.
+        cuda: Calls the CUDA runtime.
+        gpu: The current device of the calling thread.
     """
 
-    tensorrt: Any
+    library: Library
     cuda: Cuda
     gpu: Gpu
-
-    @property
-    def version(self) -> str:
-        """TensorRT's version."""
-        return str(self.tensorrt.__version__)
 
     def select(self) -> None:
         """Make the GPU the calling thread's current device: CUDA keeps one for every thread."""
         self.cuda(self.cuda.runtime.cudaSetDevice, self.gpu.index)
 
 
-def require_tensorrt(device: int = 0) -> Environment:
-    """TensorRT, CUDA and a GPU, or one line that says what is missing.
+def require_library(sdk: Sdk) -> Library:
+    """TensorRT or TensorRT-RTX, which is all that building an engine of the latter needs.
+
+    Raises:
+        D2ZeroError: It is absent, too old or without its libraries.
+    """
+    library = Library(sdk, _imported(sdk.modules, sdk.label, sdk))
+    if numbers(library.version)[:2] < sdk.oldest:
+        raise D2ZeroError(
+            f"{sdk.label} {'.'.join(map(str, sdk.oldest))} or newer is needed, {library.version} is installed;"
+            f" upgrade it with `pip install -U 'd2zero[{sdk.name}]'`"
+        )
+    return library
+
+
+def require_tensorrt(device: int = 0, sdk: Sdk = TENSORRT) -> Environment:
+    """The library, CUDA and a GPU, or one line that says what is missing.
 
     Args:
         device: CUDA's number of the GPU.
+        sdk: TensorRT or TensorRT-RTX.
 
     Raises:
-        D2ZeroError: TensorRT or cuda-bindings is absent, too old or without its libraries, or there is no such GPU.
+        D2ZeroError: The library or cuda-bindings is absent, too old or without its libraries, or there is no such GPU.
     """
-    tensorrt = _imported("tensorrt", "TensorRT")
-    if numbers(str(tensorrt.__version__))[:2] < OLDEST:
-        raise D2ZeroError(
-            f"TensorRT {'.'.join(map(str, OLDEST))} or newer is needed, {tensorrt.__version__} is installed;"
-            " upgrade it with `pip install -U 'd2zero[tensorrt]'`"
-        )
-    runtime = _imported("cuda.bindings.runtime", "cuda-bindings")
-    environment = Environment(tensorrt, Cuda(runtime), _gpu(runtime, device))
+    library = require_library(sdk)
+    runtime = _imported(("cuda.bindings.runtime",), "cuda-bindings", sdk)
+    environment = Environment(library, Cuda(runtime), _gpu(runtime, device))
     environment.select()
     return environment
 
@@ -140,7 +190,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def collector(tensorrt: Any) -> Any:
-    """A logger for TensorRT that prints nothing and keeps errors, in `errors`, for a message of ours."""
+    """A logger for an SDK's module that prints nothing and keeps errors, in `errors`, for a message of ours."""
 
     class Collector(tensorrt.ILogger):
         def __init__(self) -> None:
@@ -154,12 +204,25 @@ def collector(tensorrt: Any) -> Any:
     return Collector()
 
 
-def _imported(module: str, name: str) -> Any:
+def _imported(modules: Sequence[str], name: str, sdk: Sdk) -> Any:
+    """The first of the modules that is installed."""
+    module = next((module for module in modules if _is_installed(module)), modules[0])
     try:
         return import_module(module)
     except Exception as error:  # absent, or its libraries are: ImportError, OSError, RuntimeError, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise D2ZeroError(f"{name} cannot be used here ({reason}); {_INSTALL}") from error
+        beside = "" if sdk.portable else " beside an NVIDIA driver"
+        raise D2ZeroError(
+            f"{name} cannot be used here ({reason}); install it with `pip install 'd2zero[{sdk.name}]'`{beside};"
+            f" {_EVERYWHERE}"
+        ) from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return module in sys.modules or find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is absent
+        return False
 
 
 def _gpu(runtime: Any, device: int) -> Gpu:
