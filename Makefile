@@ -19,9 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	touch $@
 
-# TensorRT's names and signatures, for the tests of engines: Python bindings without the libraries. Two versions
-# cannot share an environment, so each has a folder. Where they cannot be had, those tests skip.
-bindings: $(VENV)/tensorrt-10.14/.installed $(VENV)/tensorrt-11.4/.installed
+# For the tests of engines: TensorRT-RTX, which builds them without a GPU, and TensorRT's names and signatures, which are
+# Python bindings without the libraries. Two versions of those cannot share an environment, so each has a folder. Where
+# they cannot be had, those tests skip.
+bindings: $(VENV)/.tensorrt-rtx $(VENV)/tensorrt-10.14/.installed $(VENV)/tensorrt-11.4/.installed
+
+$(VENV)/.tensorrt-rtx: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[tensorrt-rtx]' \
+	  && touch $@ || echo 'no TensorRT-RTX for this machine: its tests are skipped'
 
 $(VENV)/tensorrt-%/.installed: $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) --no-deps 'tensorrt-cu13-bindings==$*.*' \

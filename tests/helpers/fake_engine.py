@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from tensorrt_surface import Recorder, as_tensorrt, constructor
+from tensorrt_surface import Recorder, as_tensorrt, as_tensorrt_rtx, constructor
 from tiny_engine import expected, write_engine
 from tiny_model import CLASSES, QUERIES
 
@@ -27,8 +27,11 @@ OUTPUTS = ("class_logits", "mask_logits")
 class Setting:
     """A GPU, a TensorRT with one engine, and the files of it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, baked: bool = False) -> None:
-        self.tensorrt, self.cuda = as_tensorrt(monkeypatch), FakeCuda()
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, baked: bool = False, sdk: str = "tensorrt"
+    ) -> None:
+        self.tensorrt = as_tensorrt(monkeypatch) if sdk == "tensorrt" else as_tensorrt_rtx(monkeypatch)
+        self.cuda = FakeCuda()
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", self.cuda)
         self.calls: list[tuple[Any, ...]] = []
         self.inputs = INPUTS[:1] if baked else INPUTS
@@ -49,7 +52,7 @@ class Setting:
         }
         make = constructor(self.tensorrt.Runtime, self.answers, self.calls)
         monkeypatch.setattr(self.tensorrt, "Runtime", make)
-        self.path = write_engine(folder / "m.engine", self.tensorrt.__version__, baked)
+        self.path = write_engine(folder / "m.engine", self.tensorrt.__version__, baked, sdk)
         self.baked = baked
 
     def load(self, **options: Any) -> TensorrtBackend:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("10.14", "11.4")
+BINDINGS = "D2ZERO_TEST_BINDINGS"  # whose classes recorders have, if not TensorRT's
+RTX = "tensorrt_rtx_bindings"
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
@@ -134,7 +137,7 @@ class Recorder:
         if key in self.answers:
             answer = self.answers[key]
             return answer(self, *arguments, **named) if callable(answer) else answer
-        returned = re.search(r"-> ([\w.]+)", member.__doc__)
+        returned = re.search(r"-> ([\w.:]+)", member.__doc__)
         kind = returned[1] if returned else "None"
         if kind in ("None", "bool"):
             return {"None": None, "bool": True}[kind]
@@ -187,10 +190,8 @@ def _is_a(value: Any, kind: str) -> bool:
 
 
 def _real(kind: str) -> type:
-    import tensorrt_bindings
-
-    name = {"nvonnxparser::IParserError": "ParserError"}.get(kind, kind.rsplit(".", 1)[-1])
-    real = getattr(tensorrt_bindings, name)
+    name = {"nvonnxparser::IParserError": "ParserError"}.get(kind, re.split(r"\.|::", kind)[-1])
+    real = getattr(import_module(os.environ.get(BINDINGS, "tensorrt_bindings")), name)
     assert inspect.isclass(real), kind
     return real
 
@@ -200,6 +201,14 @@ def _member(real: type, name: str) -> Any:
         return inspect.getattr_static(real, name)
     except AttributeError:
         raise AssertionError(f"{real.__name__} has no {name} in these bindings") from None
+
+
+def as_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """TensorRT-RTX with its real libraries, and recorders of its classes; the test skips without it."""
+    reason = "needs TensorRT-RTX: `make bindings`, on Linux or Windows on x86-64"
+    library: ModuleType = pytest.importorskip(RTX, reason=reason)
+    monkeypatch.setenv(BINDINGS, RTX)
+    return library
 
 
 def as_tensorrt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -12,7 +12,7 @@ from d2zero_runtime.artifacts.profile import Profile, Shape
 PLAN = b"a plan"
 
 
-def sidecar(version: str = "11.4.0.106", baked: bool = False) -> EngineMetadata:
+def sidecar(version: str = "11.4.0.106", baked: bool = False, sdk: str = "tensorrt") -> EngineMetadata:
     least, most = (CLASSES, CLASSES) if baked else (1, 40)
     return EngineMetadata(
         contract=contract(baked=baked),
@@ -24,12 +24,13 @@ def sidecar(version: str = "11.4.0.106", baked: bool = False) -> EngineMetadata:
         onnx_sha256="1" * 64,
         plan_sha256=hashlib.sha256(PLAN).hexdigest(),
         plan_bytes=len(PLAN),
+        sdk=sdk,
     )
 
 
-def write_engine(path: Path, version: str = "11.4.0.106", baked: bool = False) -> Path:
+def write_engine(path: Path, version: str = "11.4.0.106", baked: bool = False, sdk: str = "tensorrt") -> Path:
     path.write_bytes(PLAN)
-    sidecar(version, baked).write(path)
+    sidecar(version, baked, sdk).write(path)
     return path
 
 

@@ -215,7 +215,7 @@ def test_engines_that_do_not_belong_here(setting: Setting, monkeypatch: pytest.M
     for changes, message in (
         (
             {"tensorrt": "10.13.0.1"},
-            r"was built for TensorRT 10\.13\.0\.1 \(NVIDIA H200\), here is 1\d\..* build it here",
+            r"was built by TensorRT 10\.13\.0\.1, here is 1\d\..* build it again: .* --format tensorrt -o m\.engine",
         ),
         ({"compute_capability": "8.9"}, r"was built for compute capability 8\.9 .*, here is 9\.0"),
         ({"plan_bytes": 3}, r"is not the plan that m\.engine\.json describes \(3 bytes\)"),

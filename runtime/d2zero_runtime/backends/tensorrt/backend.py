@@ -227,7 +227,7 @@ class TensorrtBackend(Backend[Images]):
             return self._graph(prepared)
         except D2ZeroError as error:
             self._cuda.runtime.cudaGetLastError()  # what failed must not be reported by the next call
-            self._graphs_wanted = False
+            self._capture = False
             warnings.warn(f"no CUDA graph could be captured, running without: {error}", RuntimeWarning, stacklevel=5)
             return None
 
