@@ -237,7 +237,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
             require_tensorrt(options.device, sdk)
         except D2ZeroError as error:
             reason = str(error).partition(";")[0]
-            print(f"not verified: {reason}; verify it with `d2zero verify` where it runs")
+            print(f"not verified: {reason}; verify it with `d2zero verify` where it runs", file=sys.stderr)
             return
     from d2zero_export.parity import limits_for
     from d2zero_export.verify import raw_parity

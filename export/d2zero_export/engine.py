@@ -36,6 +36,7 @@ __all__ = [
     "Shape",
     "build_engine",
     "profile_for",
+    "read_network",
     "require_builder",
 ]
 
@@ -87,10 +88,8 @@ def build_engine(
     inputs = graph_inputs(onnx_path)
     options = replace(options, tf32=options.tf32 or contract.tf32)
     profile = profile_for(options, contract, inputs)
-    content = without_default_embeddings(onnx_path)
     stage("parse")
-    work = _Work(builder, onnx_path)
-    work.parse(content, inputs)
+    work = read_network(builder, onnx_path)
     stage("profile")
     settings = work.settings(options, profile, inputs, contract)
     stage("build")
@@ -119,7 +118,18 @@ def build_engine(
     return metadata
 
 
-class _Work:
+def read_network(builder: Library | Environment, onnx_path: Path) -> "Build":
+    """An exported model as the library's network, which is what its parser makes of it.
+
+    Raises:
+        D2ZeroError: The file cannot be read, or the library refuses it.
+    """
+    build = Build(builder, onnx_path)
+    build.parse(without_default_embeddings(onnx_path), graph_inputs(onnx_path))
+    return build
+
+
+class Build:
     """One build: the library's objects, which must outlive it, and its messages."""
 
     def __init__(self, builder: Library | Environment, onnx_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_compiled_kernels_are_kept_beside_the_engine(setting: Setting, caplog: p
     assert called(setting, "IRuntimeCache.deserialize") == [(KERNELS * 2,)]
     setting.answers["IRuntimeCache.deserialize"] = False  # another GPU's
     setting.answers["IRuntimeCache.serialize"] = b"of this one"
-    with caplog.at_level("INFO", "d2zero_runtime"):
+    with caplog.at_level("INFO", "d2zero"):
         setting.load().close()
     assert "is for another GPU, driver or version" in caplog.text and kernels.read_bytes() == b"of this one"
 

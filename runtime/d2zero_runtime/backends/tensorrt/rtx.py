@@ -20,7 +20,7 @@ _INVALID = {  # by the names of EngineInvalidityDiagnostics
     "MALFORMED_ENGINE": "it is damaged, or no engine of TensorRT-RTX",
     "CUDA_ERROR": "CUDA failed",
 }
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("d2zero")
 
 
 def why_invalid(tensorrt: Any, runtime: Any, plan: bytes) -> str:
@@ -33,7 +33,7 @@ def why_invalid(tensorrt: Any, runtime: Any, plan: bytes) -> str:
     """
     validity, flags = runtime.get_engine_validity(plan)
     if validity == tensorrt.EngineValidity.SUBOPTIMAL:
-        _log.warning("this engine was built for other GPUs and is slower here than one built for this GPU")
+        logger.warning("this engine was built for other GPUs and is slower here than one built for this GPU")
     if validity != tensorrt.EngineValidity.INVALID:
         return ""
     found = [
@@ -54,7 +54,7 @@ class KernelCache:
         self._path, self._cache = path, config.create_runtime_cache()
         content = path.read_bytes() if path.is_file() else b""
         if content and not self._cache.deserialize(content):
-            _log.info("%s is for another GPU, driver or version of TensorRT-RTX; kernels are compiled again", path)
+            logger.info("%s is for another GPU, driver or version of TensorRT-RTX; kernels are compiled again", path)
         config.set_runtime_cache(self._cache)
         self._bytes = len(content)
 
@@ -68,7 +68,7 @@ class KernelCache:
                 partial.write_bytes(content)
             self._bytes = content.nbytes
         except (OSError, D2ZeroError) as error:
-            _log.warning(
+            logger.warning(
                 "compiled kernels cannot be kept in %s (%s); every start compiles them again", self._path, error
             )
 
