@@ -36,9 +36,9 @@ demo: setup
 	$(BIN)/d2zero demo
 
 # All tests, the slow ones too, two at a time with a thread each; whoever is done takes from the other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m ''
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: setup bindings
-	$(PYTEST)
+	$(PYTEST) -m ''
 
 # Damaged and hostile files, many more of them than `test` tries.
 fuzz: setup
@@ -51,12 +51,12 @@ test-lowest: setup
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist worksteal -m ''
 
-check: setup
+# Before a commit: lint, types, and the quick tests with a floor for their coverage.
+check: setup bindings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests
-	$(MAKE) bindings
 	$(PYTEST) --cov --cov-report=term
 
 # A table for this machine in minutes; RESULTS=benchmarks/results writes what the tables of docs/benchmarks.md are made from.
