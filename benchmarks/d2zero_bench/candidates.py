@@ -80,6 +80,7 @@ class Candidate:
             spec.path.stat().st_size / 1e6,
             self.segmenter.contract.num_queries,
             len(self._own),
+            self.segmenter.contract.decoder_layers,
         )
 
     def prepare(self, case: Case) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from d2zero_bench.candidates import Logits
 from d2zero_bench.cases import Case, Photos
 from d2zero_bench.plan import Plan
-from d2zero_bench.report import Equality, Report, Result, Sample
+from d2zero_bench.report import CandidateInfo, Equality, Report, Result, Sample
 from d2zero_bench.rounds import Progress, Rounds
 from d2zero_bench.worker import Worker, evaluate, prepare, read_memory, run
 from d2zero_export.parity import LIMITS, difference
@@ -86,9 +86,8 @@ class Measurement:
                 with self._rounds.noting_failure(name):
                     ours = self._logits(name, case) if name != baseline else None
                     if ours is not None and theirs is not None:
-                        info = self.workers[name].info
-                        precision = lower_precision(info.precision, self.workers[baseline].info.precision)
-                        self.report.equality.append(compare(name, case, theirs, ours, precision))
+                        infos = self.workers[name].info, self.workers[baseline].info
+                        self.report.equality.append(compare(infos, case, theirs, ours))
 
     def _logits(self, name: str, case: Case) -> Logits | None:
         """Logits of the first batches together; None where there are none to compare."""
@@ -115,22 +114,25 @@ class Measurement:
                 result.host_mb, result.gpu_mb = self.workers[name].ask(read_memory)
 
 
-def compare(name: str, case: Case, theirs: Logits, ours: Logits, precision: str) -> Equality:
+def compare(infos: tuple[CandidateInfo, CandidateInfo], case: Case, theirs: Logits, ours: Logits) -> Equality:
     """Whether a candidate is the same model as the baseline, as `d2zero verify` judges it.
 
     Args:
-        name: The candidate's name.
+        infos: The candidate and the baseline; limits are those of the lower precision.
         case: Where they ran.
         theirs: The baseline's class and mask logits.
         ours: The candidate's.
-        precision: The lower one of the two, whose limits count.
     """
+    name, layers = infos[0].name, [info.decoder_layers for info in infos]
+    if all(layers) and layers[0] != layers[1]:
+        failure = f"another model: it has {layers[0]} decoder layers, the baseline {layers[1]}"
+        return Equality(name, case, None, None, (failure,))
     for tensor, left, right in zip(("class logits", "mask logits"), theirs, ours, strict=True):
         if left.shape != right.shape:
             failure = f"another model: {tensor} have shape {right.shape}, the baseline's {left.shape}"
             return Equality(name, case, None, None, (failure,))
     found = difference(str(case), theirs, ours)
-    failures = tuple(found.failures(LIMITS[precision]))
+    failures = tuple(found.failures(LIMITS[lower_precision(infos[0].precision, infos[1].precision)]))
     return Equality(name, case, found.class_logits, found.mask_logits, failures, found.class_most, found.mask_most)
 
 

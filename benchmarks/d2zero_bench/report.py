@@ -72,6 +72,7 @@ class CandidateInfo:
         megabytes: The size of its file; None without one.
         queries: The model's queries.
         classes: Classes of its own vocabulary.
+        decoder_layers: The model's decoder layers; 0 where that is not known.
     """
 
     name: str
@@ -81,6 +82,7 @@ class CandidateInfo:
     megabytes: float | None = None
     queries: int = 0
     classes: int = 0
+    decoder_layers: int = 0
 
 
 @dataclass

@@ -3,8 +3,10 @@
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
 from d2zero.model.inference import TorchBackend
 from d2zero.model.pixel_decoder import PixelDecoder
-from d2zero_runtime import Detections, Mode, Preprocessing, Segmenter, Vocabulary
+from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks.postprocess import ModeName
@@ -116,6 +118,26 @@ class D2Zero(nn.Module):
         """
         return Segmenter(TorchBackend(self), self.contract(), self.vocabulary)
 
+    def with_decoder_layers(self, count: int) -> "D2Zero":
+        """The model that stops after some of its decoder layers: each was trained with a head of its own.
+
+        Args:
+            count: How many of the first layers it keeps. Its output equals this model's head of that number.
+
+        Raises:
+            D2ZeroError: There are not so many.
+        """
+        layers = self.config.decoder_layers
+        if not 1 <= count <= layers:
+            raise D2ZeroError(f"decoder_layers must be 1 to {layers}, which the model has, got {count}")
+        if count == layers:
+            return self
+        decoder = copy.deepcopy(self.decoder)
+        decoder.layers = decoder.layers[:count]
+        config = replace(self.config, decoder_layers=count)
+        shorter = D2Zero(self.backbone, self.pixel_decoder, decoder, self.classifier, self.vocabulary, config)
+        return shorter.to(self.class_embeddings.device).train(self.training)
+
     def contract(self, **fields: Any) -> ModelContract:
         """What inference needs to know of the model.
 
@@ -131,6 +153,7 @@ class D2Zero(nn.Module):
             "synonyms": vocabulary.synonyms,
             "text_dim": self.config.text_dim,
             "num_queries": self.config.num_queries,
+            "decoder_layers": self.config.decoder_layers,
             "preprocessing": self.config.preprocessing,
             "softmax_temperature": self.config.softmax_temperature,
         }

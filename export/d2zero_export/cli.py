@@ -44,7 +44,7 @@ def export(
         ),
     ] = "onnx",
     precision: Annotated[
-        str, typer.Option("--precision", help="float32; float16 for GPUs; bfloat16 for --format pt2; int8 for CPUs.")
+        str, typer.Option("--precision", help="float32; float16 for GPUs; bfloat16 for --format pt2; int8.")
     ] = "float32",
     calibration: Annotated[
         Path | None,
@@ -55,6 +55,10 @@ def export(
     calibration_images: Annotated[
         int, typer.Option("--calibration-images", min=1, help="int8: maximum number of photos.")
     ] = 32,
+    quantize_for: Annotated[
+        str | None,
+        typer.Option("--quantize-for", help="int8: cpu, or tensorrt (symmetric; the default for engines)."),
+    ] = None,
     deform_attn: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +73,10 @@ def export(
     bake: Annotated[
         bool, typer.Option("--bake", help="Make the class embeddings constants; the vocabulary cannot be changed then.")
     ] = False,
+    decoder_layers: Annotated[
+        int | None,
+        typer.Option("--decoder-layers", min=1, help="Stop after so many decoder layers: faster, less accurate."),
+    ] = None,
     tf32: Annotated[
         bool,
         typer.Option("--tf32", help="float32 on GPUs: allow TF32 (faster, rounded to ten bits); recorded in the file."),
@@ -108,7 +116,6 @@ def export(
     if target in SDKS:
         from d2zero_export.engine import EngineOptions, require_builder
 
-        _refuse_int8(model, precision)
         engine = EngineOptions(
             min=_shape(smallest),
             opt=_shape(best),
@@ -135,10 +142,12 @@ def export(
         raise D2ZeroError(
             f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt or tensorrt-rtx"
         )
-    if exported and (deform_attn or size or batch or bake or calibration or precision != "float32"):
+    if exported and (
+        deform_attn or size or batch or bake or calibration or quantize_for or precision != "float32" or decoder_layers
+    ):
         raise D2ZeroError(
-            "--precision, --calibration, --deform-attn, --size, --batch and --bake are choices of the ONNX file;"
-            " export it again"
+            "--precision, --calibration, --quantize-for, --deform-attn, --decoder-layers, --size, --batch and --bake"
+            " are choices of the ONNX file; export it again"
         )
     if exported and engine:
         _build(model, output, engine)
@@ -150,15 +159,17 @@ def export(
         "size": _size(size),
         "batch": batch,
         "bake": bake,
+        "decoder_layers": decoder_layers,
         "verify": verify,
         "tf32": tf32,
         "max_logits": max_logits,
     }
     if target == "pt2":
-        if calibration:
-            raise D2ZeroError("--calibration is for --precision int8 of --format onnx")
+        if calibration or quantize_for:
+            raise D2ZeroError("--calibration and --quantize-for are for --precision int8 of an .onnx or an engine")
         _export_pt2(model, output, Pt2Options(device=compile_for or local_device(), **graph))
         return
+    graph["quantize_for"] = quantize_for or ("tensorrt" if engine and precision == "int8" else "cpu")
     options = OnnxOptions(
         deform_attn=deform_attn or ("gather" if engine else "gridsample"),
         calibration=calibration,
@@ -179,17 +190,6 @@ def _check_target(output: Path, target: str) -> None:
         hint = f"; for that, give --format {other}" if other else ""
         raise D2ZeroError(f"--output must end in {SUFFIXES[target]} for --format {target}, got {output}{hint}")
     check_output(output)
-
-
-def _refuse_int8(model: Path, precision: str) -> None:
-    """TensorRT takes only signed, symmetric activations; ours are for CPUs."""
-    from d2zero_runtime.artifacts.onnx import read_contract
-
-    if precision == "int8" or (model.suffix == ".onnx" and read_contract(model)[0].precision == "int8"):
-        raise D2ZeroError(
-            "--precision int8 is for --format onnx, run by ONNX Runtime or OpenVINO on a CPU; an engine takes float32"
-            " or float16"
-        )
 
 
 def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None:
@@ -247,7 +247,10 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
     if checkpoint:
         from d2zero.checkpoints.files import load_model
 
-        reference = load_model(checkpoint).segmenter()
+        model = load_model(checkpoint)
+        reference = model.with_decoder_layers(
+            metadata.contract.decoder_layers or model.config.decoder_layers
+        ).segmenter()
     else:
         reference = load(onnx_file)
     built = load(output)

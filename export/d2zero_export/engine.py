@@ -85,6 +85,11 @@ def build_engine(
     builder = require_builder(options)
     stage("read")
     contract, vocabulary = read_contract(onnx_path)
+    if contract.precision == "int8" and contract.calibration.get("for") != "tensorrt":
+        raise D2ZeroError(
+            f"{onnx_path} was quantized for CPUs, whose zero points {builder.sdk.label} does not take; export it with"
+            " --quantize-for tensorrt"
+        )
     inputs = graph_inputs(onnx_path)
     options = replace(options, tf32=options.tf32 or contract.tf32)
     profile = profile_for(options, contract, inputs)

@@ -68,13 +68,14 @@ def export_onnx(
     options = options or OnnxOptions()
     if output.suffix != ".onnx":
         raise D2ZeroError(f"the exported model must end in .onnx, got {output.name!r}")
+    model = shortened(model, options)
     contract = contract_for(model, options, options.impl, checkpoint_hash)  # refuses what does not fit before any work
     photos = _photos(contract, options)
     proto = graph_of(model, options, stage) if traced is None else deepcopy(traced)
     if photos:
         stage("quantize")
-        proto = quantized(proto, _prepared(model, options), photos)
-        contract = replace(contract, calibration=photos.recorded())
+        proto = quantized(proto, _prepared(model, options), photos, options.quantize_for)
+        contract = replace(contract, calibration=photos.recorded(options.quantize_for))
     stage("contract")
     _add_vocabulary(proto, model)
     proto.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
@@ -102,8 +103,13 @@ def graph_of(model: D2Zero, options: OnnxOptions, stage: Callable[[str], None] =
     return _rewritten(_translate(program))
 
 
+def shortened(model: D2Zero, options: GraphOptions) -> D2Zero:
+    """The model with as many decoder layers as are exported."""
+    return model if options.decoder_layers is None else model.with_decoder_layers(options.decoder_layers)
+
+
 def _prepared(model: D2Zero, options: OnnxOptions) -> D2Zero:
-    prepared = cast_to(model, options.precision)
+    prepared = cast_to(shortened(model, options), options.precision)
     prepared.set_deformable(FUNCTIONS[options.impl])
     if PRECISIONS[options.precision] == torch.float32:  # squares of float16 may overflow
         in_stages(prepared)

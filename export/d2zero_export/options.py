@@ -5,11 +5,13 @@ Those of an engine are in `engine_options`, which needs no torch.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from d2zero.model.deformable import DeformableImpl
 from d2zero_export.precision import PRECISIONS
+from d2zero_export.quantize import QuantizeFor
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.images import Size
 
@@ -27,6 +29,7 @@ class GraphOptions:
         batch: The one number of images that the graph takes; any if left out.
         bake: Make the class embeddings constants: a little faster, and the classes cannot be changed.
         verify: Run the file and compare it with the checkpoint.
+        decoder_layers: Stop after so many of the decoder's layers, which were all trained with heads; all if left out.
         tf32: Let GPUs round the factors of float32 matmuls and convolutions to ten bits; recorded, and judged by limits
             of its own.
         max_logits: Largest difference of class and mask logits that passes; by precision if left out.
@@ -37,6 +40,7 @@ class GraphOptions:
     batch: int | None = None
     bake: bool = False
     verify: bool = True
+    decoder_layers: int | None = None
     tf32: bool = False
     max_logits: float | None = None
 
@@ -57,11 +61,13 @@ class OnnxOptions(GraphOptions):
         deform_attn: `gridsample` (fast in ONNX Runtime) or `gather` (no operator that an engine gets wrong).
         calibration: For int8: a folder of photos such as the model will see, for the ranges of activations.
         calibration_images: For int8: at most this many of them.
+        quantize_for: For int8: `cpu` (ONNX Runtime, OpenVINO) or `tensorrt`, which takes only symmetric ranges.
     """
 
     deform_attn: str = DeformableImpl.GRID_SAMPLE
     calibration: Path | None = None
     calibration_images: int = 32
+    quantize_for: QuantizeFor = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,9 +77,13 @@ class OnnxOptions(GraphOptions):
                 "an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16"
             )
         if self.precision != "int8":
-            if self.calibration is not None:
-                raise D2ZeroError(f"--calibration is for --precision int8, got precision {self.precision}")
+            if self.calibration is not None or self.quantize_for != "cpu":
+                raise D2ZeroError(
+                    f"--calibration and --quantize-for are for --precision int8, got precision {self.precision}"
+                )
             return
+        if self.quantize_for not in get_args(QuantizeFor):
+            raise D2ZeroError(f"quantize-for must be cpu or tensorrt, got {self.quantize_for!r}")
         if self.calibration is None:
             raise D2ZeroError("--precision int8 needs photos to calibrate on; give their folder with --calibration")
         if self.calibration_images < 1:

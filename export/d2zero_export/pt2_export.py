@@ -16,7 +16,7 @@ import torch
 from d2zero.model import D2Zero
 from d2zero.model.deformable import FUNCTIONS, DeformableAttention, DeformableImpl, best_impl
 from d2zero.model.triton_launch import has_triton
-from d2zero_export.onnx_export import contract_for, trace, verified
+from d2zero_export.onnx_export import contract_for, shortened, trace, verified
 from d2zero_export.options import Pt2Options
 from d2zero_export.parity import RawParity
 from d2zero_export.precision import cast_to
@@ -53,6 +53,7 @@ def export_pt2(
     options = options or Pt2Options()
     if output.suffix != ".pt2":
         raise D2ZeroError(f"the compiled model must end in .pt2, got {output.name!r}")
+    model = shortened(model, options)
     impl = best_impl(options.device, gradients=False)
     contract = contract_for(model, options, impl, checkpoint_hash)
     stage("precision")

@@ -1,8 +1,9 @@
 """Static quantization of an exported float32 graph to eight bits, by onnxruntime's own tools.
 
-Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuses them as it can. Activations are
-uint8, ranges from photos; weights int8 per channel, of seven bits: without VNNI, processors add products of uint8
-and int8 in sixteen bits, and those of eight bits would saturate.
+Explicit QuantizeLinear/DequantizeLinear around chosen nodes; every runtime fuses them as it can. Ranges are from
+photos, weights int8 per channel. For CPUs, activations are uint8, and weights of seven bits: without VNNI, processors
+add products of uint8 and int8 in sixteen bits, and those of eight bits would saturate. TensorRT takes only int8 with
+zero points of zero, and biases as floats.
 
 Chosen by measurement (docs/decisions/0010): the backbone with its additions, convolutions, the linear layers that run
 over all pixels, and the decoder's feed-forward layers. All else stays float32: where deformable attention looks (its
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -38,6 +39,7 @@ from d2zero_runtime.sources import expand
 METHOD = "minmax"
 WEIGHTED = ("Conv", "MatMul")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+QuantizeFor = Literal["cpu", "tensorrt"]
 # In the backbone, so that convolutions pass on integers: no faster in ONNX Runtime, but OpenVINO loses less by it.
 BETWEEN = ("Add", "AveragePool", "MaxPool", "Relu")
 
@@ -74,20 +76,24 @@ class Photos:
         for image in self.images_HWC:
             yield self.preprocessing.batch([image] * (self.batch or 1), self.preprocessing.padded_size(image.shape[:2]))
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self, quantize_for: QuantizeFor) -> dict[str, Any]:
         """For the contract."""
         import onnxruntime
 
-        return {"images": len(self.images_HWC), "method": METHOD, "tool": f"onnxruntime {onnxruntime.__version__}"}
+        tool = f"onnxruntime {onnxruntime.__version__}"
+        return {"images": len(self.images_HWC), "method": METHOD, "tool": tool, "for": quantize_for}
 
 
-def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.ModelProto:
+def quantized(
+    proto: onnx.ModelProto, model: D2Zero, photos: Photos, quantize_for: QuantizeFor = "cpu"
+) -> onnx.ModelProto:
     """The graph with its chosen nodes in eight bits.
 
     Args:
         proto: float32; its class embeddings an input without a default, so that they cannot become a constant.
         model: The model whose weights the graph has.
         photos: Photos to calibrate on.
+        quantize_for: What shall run it.
     """
     with TemporaryDirectory() as folder, _quietly(), reductions_early():
         plain, folded, output = (Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "output"))
@@ -95,14 +101,17 @@ def quantized(proto: onnx.ModelProto, model: D2Zero, photos: Photos) -> onnx.Mod
         fold(plain, folded)
         nodes = chosen(onnx.load(folded), model)
         reader = _reader(photos, None if len(proto.graph.input) == 1 else model.vocabulary.embeddings)
-        write_quantized(folded, output, nodes, reader)
+        write_quantized(folded, output, nodes, reader, quantize_for)
         return _cleaned(_floats_elsewhere(onnx.load(output), set(nodes)))
 
 
-def write_quantized(folded: Path, output: Path, nodes: list[str], reader: Any) -> None:
+def write_quantized(
+    folded: Path, output: Path, nodes: list[str], reader: Any, quantize_for: QuantizeFor = "cpu"
+) -> None:
     """Write the graph with the named nodes in eight bits; `reader` is onnxruntime's `CalibrationDataReader`."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
+    symmetric = quantize_for == "tensorrt"
     quantize_static(
         folded,
         output,
@@ -111,13 +120,15 @@ def write_quantized(folded: Path, output: Path, nodes: list[str], reader: Any) -
         op_types_to_quantize=[*WEIGHTED, *BETWEEN],
         nodes_to_quantize=nodes,
         per_channel=True,
-        reduce_range=True,
-        activation_type=QuantType.QUInt8,
+        reduce_range=not symmetric,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
         extra_options={
             "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
             "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what reads them is float32
+            "ActivationSymmetric": symmetric,
+            "QuantizeBias": not symmetric,
         },
     )
 

@@ -66,6 +66,7 @@ def verify(
     if annotations and image_folder:
         require_images(annotations, image_folder)  # before minutes are spent
     segmenter = load(exported, providers)
+    model = model.with_decoder_layers(segmenter.contract.decoder_layers or model.config.decoder_layers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(model.segmenter(), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None

@@ -175,14 +175,17 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
 
 def test_a_different_model_is_marked_not_hidden() -> None:
     theirs = np.ones((1, 2, 3), np.float32), np.ones((1, 2, 4, 4), np.float32)
-    close = compare("b", CASE, theirs, (theirs[0] + np.float32(2**-17), theirs[1]), "float32")
+    both = CandidateInfo("b", "d2zero", "torch"), CandidateInfo("a", "d2zero", "torch")
+    close = compare(both, CASE, theirs, (theirs[0] + np.float32(2**-17), theirs[1]))
     assert close.failures == () and close.class_logits == 2**-17
-    far = compare("b", CASE, theirs, (theirs[0], theirs[1] - 0.5), "float32")
+    far = compare(both, CASE, theirs, (theirs[0], theirs[1] - 0.5))
     assert far.mask_logits == 0.5 and far.failures[0].startswith("mask_logits differ by 5.00e-01 (limit 1e-03)")
     assert difference(close) == "8e-06" and difference(replace(close, mask_logits=6e-3)) == "8e-06 (6e-03)"
     assert difference(replace(close, class_most=None, mask_most=None)) == "8e-06"  # an older report
-    other = compare("b", CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]), "float32")
+    other = compare(both, CASE, theirs, (np.zeros((1, 2, 9), np.float32), theirs[1]))
     assert other.class_logits is None and "another model" in other.failures[0]
+    shorter = compare((replace(both[0], decoder_layers=3), replace(both[1], decoder_layers=9)), CASE, theirs, theirs)
+    assert shorter.failures == ("another model: it has 3 decoder layers, the baseline 9",)
     console = Console(width=140)
     with console.capture() as shown:
         console.print(tables(full_report())[0].for_terminal())

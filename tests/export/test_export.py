@@ -21,7 +21,7 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
-from d2zero_export.graph import InferenceGraph
+from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions
 from d2zero_export.precision import cast_to, fold_batch_norms
@@ -165,6 +165,35 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Pat
     require_recorded_detections(segmenter, out, recorded)
     started = load(tmp_path / "p.onnx").contract
     assert started.preprocessing.shortest_edge == 800 and len(started.class_names) == 65
+
+
+def test_the_first_decoder_layers_are_the_head_of_that_number(demo_model: D2Zero) -> None:
+    import torch
+
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        heads = demo_model(images, all_heads=True)
+        for count in (1, 2, 3):
+            shorter = demo_model.with_decoder_layers(count)
+            for ours, theirs in zip(shorter(images)[-1], heads[count], strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+            assert shorter.contract().decoder_layers == count
+    assert len(demo_model.decoder.layers) == demo_model.config.decoder_layers == 3
+    for count in (0, 4):
+        with pytest.raises(D2ZeroError, match=f"decoder_layers must be 1 to 3, which the model has, got {count}"):
+            demo_model.with_decoder_layers(count)
+
+
+@pytest.mark.slow
+def test_an_export_may_stop_after_some_decoder_layers(tmp_path: Path, command: Command) -> None:
+    path, checkpoint = tmp_path / "two.onnx", packaged_checkpoint()
+    assert command("export", checkpoint, "-o", path, "--decoder-layers", "2", "--size", "96x128").code == 0
+    assert read_contract(path)[0].decoder_layers == 2
+    assert sum(name.startswith(ATTENTION_MASK) for node in onnx.load(path).graph.node for name in node.output) == 2
+    outcome = command("verify", checkpoint, path)  # with as many layers of the checkpoint
+    assert outcome.code == 0, outcome.err
+    outcome = command("export", checkpoint, "-o", path, "--decoder-layers", "4")
+    assert outcome.code == 2 and "decoder_layers must be 1 to 3" in outcome.err
 
 
 def test_contract_and_default_vocabulary(demo_model: D2Zero, exported: Path) -> None:

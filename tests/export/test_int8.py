@@ -14,6 +14,7 @@ from onnx import helper
 from onnxruntime import ExecutionOrder
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.calibrate import MinMaxCalibrater, create_calibrator
+from tensorrt_surface import as_tensorrt_rtx, layer_types
 
 import d2zero
 from d2zero.data.coco import read_coco
@@ -25,10 +26,11 @@ from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions
 from d2zero_export.parity import LIMITS
-from d2zero_export.quantize import Photos, _reader, chosen, fold, reductions_early
+from d2zero_export.quantize import QDQ, Photos, _reader, chosen, fold, reductions_early
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.images import Preprocessing
 
@@ -226,17 +228,35 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
         assert not stages
     for changes, message in (
         ({"calibration": None}, "give their folder with --calibration"),
-        ({"precision": "float16"}, "--calibration is for --precision int8, got precision float16"),
+        ({"precision": "float16"}, "are for --precision int8, got precision float16"),
         ({"calibration_images": 0}, "at least 1, got 0"),
     ):
         with pytest.raises(D2ZeroError, match=message):
             replace(OnnxOptions(precision="int8", calibration=tmp_path), **changes)
 
 
-def test_no_engine_in_eight_bits(eight_bits: Path, tmp_path: Path, command: Command) -> None:
-    for arguments in ((packaged_checkpoint(), "--precision", "int8"), (eight_bits,)):
-        outcome = command("export", *arguments, "-o", tmp_path / "m.engine", "--format", "tensorrt")
-        assert outcome.code == 2 and "an engine takes float32 or float16" in outcome.err
+def test_for_tensorrt_it_is_symmetric_and_rtx_builds_it(
+    shapes_data: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tensorrt_rtx(monkeypatch)
+    export = ("export", packaged_checkpoint(), "-o", tmp_path / "m.engine", "--format", "tensorrt-rtx")
+    outcome = command(*export, "--precision", "int8", "--calibration", shapes_data / "train", "--size", "96x96")
+    assert outcome.code == 0, outcome.err
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    zeros = [values[node.input[2]] for node in graph.node if node.op_type in QDQ]
+    assert len(zeros) > 100 and all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
+    assert EngineMetadata.read(tmp_path / "m.engine").contract.calibration["for"] == "tensorrt"
+    layers = layer_types(tmp_path / "m.onnx")
+    assert layers["QUANTIZE", "INT8"] > 30 and layers["DEQUANTIZE", "FLOAT"] > 60
+
+
+def test_engines_of_what_is_for_cpus_are_refused(
+    eight_bits: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tensorrt_rtx(monkeypatch)
+    outcome = command("export", eight_bits, "-o", tmp_path / "m.engine", "--format", "tensorrt-rtx")
+    assert outcome.code == 2 and "was quantized for CPUs" in outcome.err and "--quantize-for tensorrt" in outcome.err
 
 
 def test_benchmark_judges_by_the_wider_limits() -> None:

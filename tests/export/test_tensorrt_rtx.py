@@ -4,22 +4,20 @@ import hashlib
 import json
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Command
-from tensorrt_surface import as_tensorrt_rtx
+from tensorrt_surface import as_tensorrt_rtx, layer_types
 from tiny_network import tiny
 
-from d2zero_export.engine import EngineOptions, Shape, build_engine, read_network
+from d2zero_export.engine import EngineOptions, Shape, build_engine
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.options import OnnxOptions
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.engine import EngineMetadata
-from d2zero_runtime.backends.tensorrt.environment import TENSORRT_RTX, require_library
 
 SMALL = EngineOptions(sdk="tensorrt-rtx", max=Shape(1, 96, 128, 40), opt=Shape(1, 96, 128, 36), verify=False)
 
@@ -44,16 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return export
 
 
-def types_of(path: Path) -> Counter[tuple[str, str]]:
-    """How many layers of each kind compute in each type, as the library read them."""
-    build = read_network(require_library(TENSORRT_RTX), path)  # owns the network
-    network = build.network
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    return Counter((layer.type.name, layer.get_output(0).dtype.name) for layer in layers if layer.num_outputs)
-
-
 def test_float32_stays_float32(exported: Path) -> None:
-    types = types_of(exported)
+    types = layer_types(exported)
     assert types["CONVOLUTION", "FLOAT"] > 20 and types["GRID_SAMPLE", "FLOAT"] == 3
     assert not [kind for kind in types if kind[1] in ("HALF", "BF16")]
 
@@ -64,7 +54,7 @@ def test_float32_stays_float32(exported: Path) -> None:
 )
 def test_float16_is_half_except_where_promised(made: Callable[..., Path], deform_attn: str, bake: bool) -> None:
     path = made(deform_attn, "float16", size=(64, 96), batch=None if bake else 1, bake=bake)
-    types = types_of(path)
+    types = layer_types(path)
     assert types["CONVOLUTION", "HALF"] > 20 and not types["CONVOLUTION", "FLOAT"]
     assert types["MATRIX_MULTIPLY", "HALF"] > 20
     assert types["MATRIX_MULTIPLY", "FLOAT"] > 20  # the classifier, mask embeddings

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -209,6 +210,16 @@ def as_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     library: ModuleType = pytest.importorskip(RTX, reason=reason)
     monkeypatch.setenv(BINDINGS, RTX)
     return library
+
+
+def layer_types(path: Path) -> Counter[tuple[str, str]]:
+    """How many layers of each kind compute in each type, as TensorRT-RTX reads an exported model."""
+    from d2zero_export.engine import read_network
+    from d2zero_runtime.backends.tensorrt.environment import TENSORRT_RTX, require_library
+
+    build = read_network(require_library(TENSORRT_RTX), path)  # owns the network
+    layers = [build.network.get_layer(index) for index in range(build.network.num_layers)]
+    return Counter((layer.type.name, layer.get_output(0).dtype.name) for layer in layers if layer.num_outputs)
 
 
 def as_tensorrt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -17,7 +17,9 @@ from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
 LARGEST_BATCH = 1024
-_LATER = frozenset({"calibration", "tf32"})  # added within version 1: files from before lack them, and need none
+_LATER = frozenset(
+    {"calibration", "tf32", "decoder_layers"}
+)  # added within version 1: files from before lack them, and need none
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 
 
@@ -41,6 +43,8 @@ class ModelContract:
         batch: images a run, if the graph was made for one number only.
         baked: whether the class embeddings are constants of the graph, not an input.
         tf32: whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
+        decoder_layers: How many the network has, which may be fewer than its checkpoint's; 0 in older files, which have
+            all.
         opset: of ONNX.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: versions of what made the file.
@@ -62,6 +66,7 @@ class ModelContract:
     batch: int | None = None
     baked: bool = False
     tf32: bool = False
+    decoder_layers: int = 0
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)

@@ -119,6 +119,11 @@ class Environment:
     cuda: Cuda
     gpu: Gpu
 
+    @property
+    def sdk(self) -> Sdk:
+        """The library's."""
+        return self.library.sdk
+
     def select(self) -> None:
         """Make the GPU the calling thread's current device: CUDA keeps one for every thread."""
         self.cuda(self.cuda.runtime.cudaSetDevice, self.gpu.index)
