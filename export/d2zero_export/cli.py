@@ -17,6 +17,7 @@ from d2zero_runtime.backends.tensorrt.environment import SDKS, require_tensorrt
 from d2zero_runtime.errors import optional
 from d2zero_runtime.files import check_output, write_text
 from d2zero_runtime.images import Size
+from d2zero_runtime.masks.postprocess import Mode
 from d2zero_runtime.sources import expand
 
 if TYPE_CHECKING:
@@ -73,6 +74,15 @@ def export(
     bake: Annotated[
         bool, typer.Option("--bake", help="Make the class embeddings constants; the vocabulary cannot be changed then.")
     ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option("--end-to-end", help="Pre- and post-processing in the file, too: from pixels to detections."),
+    ] = False,
+    masks: Annotated[
+        str, typer.Option("--masks", help="end-to-end: packed (bits), or logits (at a quarter of the size).")
+    ] = "packed",
+    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="end-to-end: most instances.")] = 100,
+    mode: Annotated[str, typer.Option("--mode", help="end-to-end: gzsis or zsis.")] = "gzsis",
     decoder_layers: Annotated[
         int | None,
         typer.Option("--decoder-layers", min=1, help="Stop after so many decoder layers: faster, less accurate."),
@@ -142,16 +152,16 @@ def export(
         raise D2ZeroError(
             f"{model} is exported already; give a checkpoint (.safetensors), or --format tensorrt or tensorrt-rtx"
         )
-    if exported and (
-        deform_attn or size or batch or bake or calibration or quantize_for or precision != "float32" or decoder_layers
-    ):
+    graph_flags = (deform_attn, size, batch, bake, calibration, quantize_for, decoder_layers, whole)
+    if exported and (any(graph_flags) or precision != "float32"):
         raise D2ZeroError(
-            "--precision, --calibration, --quantize-for, --deform-attn, --decoder-layers, --size, --batch and --bake"
-            " are choices of the ONNX file; export it again"
+            "--precision, --calibration, --quantize-for, --deform-attn, --decoder-layers, --end-to-end, --size, --batch"
+            " and --bake are choices of the ONNX file; export it again"
         )
     if exported and engine:
         _build(model, output, engine)
         return
+    from d2zero_export.end_to_end import EndToEnd
     from d2zero_export.options import OnnxOptions, Pt2Options, local_device
 
     graph: dict[str, Any] = {
@@ -165,12 +175,15 @@ def export(
         "max_logits": max_logits,
     }
     if target == "pt2":
+        if whole:
+            raise D2ZeroError("--end-to-end is for an .onnx or an engine")
         if calibration or quantize_for:
             raise D2ZeroError("--calibration and --quantize-for are for --precision int8 of an .onnx or an engine")
         _export_pt2(model, output, Pt2Options(device=compile_for or local_device(), **graph))
         return
     graph["quantize_for"] = quantize_for or ("tensorrt" if engine and precision == "int8" else "cpu")
     options = OnnxOptions(
+        end_to_end=EndToEnd(masks, max_detections, Mode.parse(mode)) if whole else None,  # type: ignore[arg-type]
         deform_attn=deform_attn or ("gather" if engine else "gridsample"),
         calibration=calibration,
         calibration_images=calibration_images,
@@ -231,6 +244,9 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
         logger.warning("%s", issue)
     if not options.verify:
         _show_parity(None)
+        return
+    if metadata.contract.end_to_end:
+        print("not verified: the .onnx was, and this runtime does not run end-to-end engines", file=sys.stderr)
         return
     if sdk.portable:
         try:

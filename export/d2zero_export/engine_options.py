@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, PIXELS_INPUT, ModelContract
 from d2zero_runtime.artifacts.profile import STEP, Profile, Shape
 from d2zero_runtime.backends.tensorrt.environment import SDKS, TENSORRT
 from d2zero_runtime.errors import D2ZeroError, join_truncated
@@ -90,8 +90,12 @@ def profile_for(options: EngineOptions, contract: ModelContract, inputs: Inputs)
 def dimensions(shape: Shape, text_dim: int, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     """A shape as the dimensions of the model's inputs."""
     found: dict[str, tuple[int, ...]] = {IMAGES_INPUT: (shape.batch, 3, shape.height, shape.width)}
+    if PIXELS_INPUT in inputs:
+        found = {PIXELS_INPUT: (shape.batch, shape.height, shape.width, 3)}
     if EMBEDDINGS_INPUT in inputs:
         found[EMBEDDINGS_INPUT] = (shape.classes, text_dim)
+    if ACTIVE_INPUT in inputs:
+        found[ACTIVE_INPUT] = (shape.classes,)
     return found
 
 
@@ -117,9 +121,13 @@ def _padded(side: int, divisor: int) -> int:
 
 def _fixed(contract: ModelContract, inputs: Inputs) -> dict[str, int]:
     """The sizes that the model's graph fixes, by the name of a shape's field."""
-    if IMAGES_INPUT not in inputs or len(inputs[IMAGES_INPUT]) != 4:
-        raise D2ZeroError(f"expected a model with an input `images` of four dimensions, got {join_truncated(inputs)}")
-    batch, _, height, width = inputs[IMAGES_INPUT]
+    images = inputs.get(IMAGES_INPUT) or inputs.get(PIXELS_INPUT) or ()
+    if len(images) != 4:
+        raise D2ZeroError(
+            f"expected a model with an input `images` or `pixels` of four dimensions, got {join_truncated(inputs)}"
+        )
+    batch = images[0]
+    height, width = images[2:] if IMAGES_INPUT in inputs else contract.preprocessing.static_size or (None, None)
     classes = inputs[EMBEDDINGS_INPUT][0] if EMBEDDINGS_INPUT in inputs else len(contract.class_names)
     sizes = {"batch": batch, "height": height, "width": width, "classes": classes}
     return {name: size for name, size in sizes.items() if size is not None}

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from torch.export import Dim
 import d2zero
 from d2zero.model import D2Zero
 from d2zero.model.deformable import FUNCTIONS, DeformableImpl
+from d2zero_export.end_to_end import end_to_end
+from d2zero_export.end_to_end_parity import end_to_end_difference
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.norms import in_stages
 from d2zero_export.options import GraphOptions, OnnxOptions
@@ -32,7 +34,7 @@ from d2zero_export.precision import PRECISIONS, cast_to
 from d2zero_export.quantize import Photos, quantized
 from d2zero_export.verify import raw_parity
 from d2zero_runtime import D2ZeroError, load
-from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 
 OPSET = 18  # below 20: there GridSample silently becomes nearest in TensorRT (NVIDIA/TensorRT#4646)
 FORBIDDEN = frozenset({"If", "Loop", "NonZero", "Scan", "SequenceAt"})  # control flow that depends on data
@@ -70,27 +72,52 @@ def export_onnx(
         raise D2ZeroError(f"the exported model must end in .onnx, got {output.name!r}")
     model = shortened(model, options)
     contract = contract_for(model, options, options.impl, checkpoint_hash)  # refuses what does not fit before any work
+    if options.end_to_end and model.vocabulary.synonyms:
+        raise D2ZeroError("an end-to-end file cannot add up synonyms; export with a vocabulary that has none")
     photos = _photos(contract, options)
     proto = graph_of(model, options, stage) if traced is None else deepcopy(traced)
     if photos:
         stage("quantize")
         proto = quantized(proto, _prepared(model, options), photos, options.quantize_for)
         contract = replace(contract, calibration=photos.recorded(options.quantize_for))
-    stage("contract")
-    _add_vocabulary(proto, model)
-    proto.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
-    stage("check")
-    _check(proto)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        candidate = Path(folder) / output.name
-        onnx.save(proto, candidate)
-        parity = None
+        candidate, parity = Path(folder) / output.name, None
+        stage("contract")
+        _write(proto, model, contract, candidate)
         if options.verify:
             stage("verify")
             parity = verified(model, candidate, options)
+        if options.end_to_end:
+            stage("end to end")
+            network, candidate = candidate, Path(folder) / "end_to_end.onnx"
+            contract = replace(contract, end_to_end=asdict(options.end_to_end))
+            _write(end_to_end(proto, contract, options.end_to_end), model, contract, candidate)
+            if options.verify:
+                _verify_end_to_end(network, candidate)
         candidate.replace(output)
     return parity
+
+
+def _write(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract, path: Path) -> None:
+    """Write a graph with its vocabulary and contract, if it is what it must be."""
+    written = onnx.ModelProto()
+    written.CopyFrom(proto)
+    _add_vocabulary(written, model, contract)
+    written.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
+    _check(written)
+    onnx.save(written, path)
+
+
+def _verify_end_to_end(network: Path, candidate: Path) -> None:
+    """Compare with the file of the network only, which has been verified.
+
+    Raises:
+        D2ZeroError: The instances are others.
+    """
+    reference = load(network)
+    if failures := end_to_end_difference(reference, candidate).failures(reference.contract.precision):
+        raise D2ZeroError(f"what the file finds end to end is not what the runtime finds: {'; '.join(failures)}")
 
 
 def graph_of(model: D2Zero, options: OnnxOptions, stage: Callable[[str], None] = lambda name: None) -> onnx.ModelProto:
@@ -201,10 +228,12 @@ def _name_attention_masks(proto: onnx.ModelProto) -> None:
         value.name = renamed.get(value.name, value.name)
 
 
-def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero) -> None:
+def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract) -> None:
     """As the input's default; of a baked model only to be read."""
     embeddings = np.ascontiguousarray(model.vocabulary.embeddings, np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(embeddings, EMBEDDINGS_INPUT))
+    if contract.end_to_end:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(contract.competing, ACTIVE_INPUT))
 
 
 def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, checkpoint_hash: str) -> ModelContract:

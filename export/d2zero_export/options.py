@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 
 from d2zero.model.deformable import DeformableImpl
+from d2zero_export.end_to_end import EndToEnd
 from d2zero_export.precision import PRECISIONS
 from d2zero_export.quantize import QuantizeFor
 from d2zero_runtime import D2ZeroError
@@ -61,6 +62,7 @@ class OnnxOptions(GraphOptions):
         deform_attn: `gridsample` (fast in ONNX Runtime) or `gather` (no operator that an engine gets wrong).
         calibration: For int8: a folder of photos such as the model will see, for the ranges of activations.
         calibration_images: For int8: at most this many of them.
+        end_to_end: Pre- and post-processing in the graph, too, from pixels to detections.
         quantize_for: For int8: `cpu` (ONNX Runtime, OpenVINO) or `tensorrt`, which takes only symmetric ranges.
     """
 
@@ -68,6 +70,7 @@ class OnnxOptions(GraphOptions):
     calibration: Path | None = None
     calibration_images: int = 32
     quantize_for: QuantizeFor = "cpu"
+    end_to_end: EndToEnd | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -148,3 +148,10 @@ class RawParity:
         failures = self.failures(limits)
         if failures:
             raise D2ZeroError(f"the exported model is not the checkpoint's: {failures[0]}; the file was not written")
+
+
+def drawn_image(random: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """A picture with structure: coarse blocks of colour and some noise."""
+    blocks = random.integers(0, 256, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)
+    noisy = blocks[:height, :width] + random.normal(0, 10, (height, width, 3))
+    return noisy.clip(0, 255).astype(np.uint8)

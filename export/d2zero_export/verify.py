@@ -17,10 +17,11 @@ from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import metrics_of
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
+from d2zero_export.end_to_end_parity import EndToEndSession, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
-from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference
-from d2zero_runtime import Mode, Segmenter, Vocabulary, load, read_image
+from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference, drawn_image
+from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
@@ -65,23 +66,25 @@ def verify(
     """
     if annotations and image_folder:
         require_images(annotations, image_folder)  # before minutes are spent
+    if exported.suffix == ".onnx" and read_contract(exported)[0].end_to_end:
+        if annotations or providers:
+            raise D2ZeroError(
+                f"{exported} is an end-to-end file: it is compared instance by instance, in ONNX Runtime on a CPU;"
+                " leave out --annotations and --provider"
+            )
+        return _verify_end_to_end(model, exported, images, changed_limits or {})
     segmenter = load(exported, providers)
     model = model.with_decoder_layers(segmenter.contract.decoder_layers or model.config.decoder_layers)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(model.segmenter(), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
     reference = _alike(model.segmenter(), segmenter)
-    pictures = [read_image(path) for path in images] or [
-        _drawn(np.random.default_rng(number), 120, 160) for number in range(4)
-    ]
+    pictures = _pictures(images)
     agreement = instance_agreement(*([run(p, score_threshold=0.0) for p in pictures] for run in (reference, segmenter)))
     accuracy = (
         _accuracy(reference, segmenter, annotations, image_folder, progress) if annotations and image_folder else {}
     )
-    failures = parity.failures(limits)
-    for what, value in (("matched", agreement.matched), ("same_label", agreement.same_label)):
-        if value < limits.matched:
-            failures.append(f"instances {what} {value:.4f} (limit {limits.matched})")
+    failures = [*parity.failures(limits), *_disagreements(agreement, limits)]
     failures += [
         f"{mode} {metric} differs by {abs(left - right):.2f} points: {left:.2f} and {right:.2f} (limit {limit})"
         for mode, metrics in accuracy.items()
@@ -89,6 +92,36 @@ def verify(
         if abs(left - right) > (limit := limits.points_of(metric.split()[1]))
     ]
     return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
+
+
+def _verify_end_to_end(
+    model: D2Zero, exported: Path, images: Sequence[Path], changed_limits: Mapping[str, float]
+) -> Verification:
+    """Instances at network size, as the file gives them, against the checkpoint's there."""
+    session = EndToEndSession(exported)
+    contract = session.contract
+    reference = model.with_decoder_layers(contract.decoder_layers or model.config.decoder_layers).segmenter()
+    sizes, found = contract.preprocessing, []
+    for picture in _pictures(images):
+        batch = np.stack([sizes.resize(picture)] * (contract.batch or 1))
+        ours = runtime_detections(reference, batch, session.vocabulary, contract)
+        found.append((ours[0], session(batch)[0]))
+    agreement = instance_agreement(*zip(*found, strict=True))
+    limits = replace(LIMITS[contract.precision], **changed_limits)
+    return Verification(RawParity(()), None, agreement, {}, limits, tuple(_disagreements(agreement, limits)))
+
+
+def _pictures(images: Sequence[Path]) -> list[NDArray[np.uint8]]:
+    """Photos, or drawn pictures without any."""
+    drawn = (drawn_image(np.random.default_rng(number), 120, 160) for number in range(4))
+    return [read_image(path) for path in images] or list(drawn)
+
+
+def _disagreements(agreement: InstanceAgreement, limits: Limits) -> list[str]:
+    shares = (("matched", agreement.matched), ("same_label", agreement.same_label))
+    return [
+        f"instances {what} {value:.4f} (limit {limits.matched})" for what, value in shares if value < limits.matched
+    ]
 
 
 def attention_flipped(model: D2Zero, exported: Path) -> float:
@@ -104,7 +137,7 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
     contract, _ = read_contract(exported)
     height, width = contract.preprocessing.static_size or (96, 160)
-    image = _drawn(np.random.default_rng(0), height, width)
+    image = drawn_image(np.random.default_rng(0), height, width)
     batch = contract.preprocessing.batch([image] * (contract.batch or 1), (height, width))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -156,7 +189,7 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
     random = np.random.default_rng(0)
     reference, contract = _alike(reference, segmenter), segmenter.contract
     sizes = _sizes(segmenter)
-    first, second, square = (_drawn(random, *size) for size in sizes)
+    first, second, square = (drawn_image(random, *size) for size in sizes)
     flipped = square[::-1].copy()
     cases = {
         f"one image, {sizes[0][0]} x {sizes[0][1]}": [first],
@@ -233,10 +266,3 @@ def _with_classes(
 
 def _difference(case: str, ours: RawOutput, theirs: RawOutput) -> Difference:
     return difference(case, *((out.class_logits, out.to_numpy().mask_logits) for out in (ours, theirs)))
-
-
-def _drawn(random: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """A picture with structure: coarse blocks of colour and some noise."""
-    blocks = random.integers(0, 256, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)
-    noisy = blocks[:height, :width] + random.normal(0, 10, (height, width, 3))
-    return noisy.clip(0, 255).astype(np.uint8)

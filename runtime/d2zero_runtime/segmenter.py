@@ -135,6 +135,11 @@ def load(
     if session_options and not kind.takes_session_options:
         raise D2ZeroError(f"session_options are for .onnx files, got {path.name!r}; leave them out")
     exported = kind.read(path)
+    if exported.contract.end_to_end:
+        raise D2ZeroError(
+            f"{path} is an end-to-end file, from pixels to detections: run it by ONNX Runtime, OpenVINO or TensorRT"
+            " itself (docs/end-to-end.md); for this runtime, export it without --end-to-end"
+        )
     backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs, session_options))
     segmenter = Segmenter(backend, exported.contract, exported.vocabulary)
     logger.info("loaded %s: %s", path, segmenter)

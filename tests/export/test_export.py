@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from commands import Command
+from end_to_end_files import end_to_end_file
 from models import published_model, published_vocabulary
 from PIL import Image
 from recorded import require_recorded_detections
@@ -21,6 +22,7 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
+from d2zero_export.end_to_end_parity import EndToEndSession, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions
@@ -163,6 +165,14 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Pat
     np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
     np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
     require_recorded_detections(segmenter, out, recorded)
+    whole = end_to_end_file(tmp_path / "p.onnx", tmp_path / "whole.onnx")
+    pixels, session = recorded["image_u8"][None], EndToEndSession(whole)
+    (ours,) = runtime_detections(segmenter, pixels, segmenter.vocabulary, session.contract)
+    (theirs,) = session(pixels)
+    np.testing.assert_allclose(theirs.scores, ours.scores, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(theirs.boxes, ours.boxes, atol=1e-3, rtol=0)
+    np.testing.assert_array_equal(theirs.class_ids, ours.class_ids)
+    assert (theirs.bitmaps() != ours.bitmaps()).mean() < 1e-6
     started = load(tmp_path / "p.onnx").contract
     assert started.preprocessing.shortest_edge == 800 and len(started.class_names) == 65
 
@@ -392,7 +402,7 @@ def test_a_file_that_differs_is_not_written(
         (["none.safetensors", "-o", "m.onnx"], "does not exist"),
         (["m.safetensors", "-o", "m.engine"], "must end in .onnx for --format onnx"),
         (["m.safetensors", "-o", "m.onnx", "--format", "tflite"], "--format must be one of onnx, tensorrt"),
-        (["m.safetensors", "-o", "m.engine", "--format", "tensorrt"], "an engine is built on the GPU where it runs"),
+        (["m.safetensors", "-o", "m.engine", "--format", "tensorrt"], "an engine runs on NVIDIA GPUs only"),
         (["m.safetensors", "-o", "m.engine", "--format", "tensorrt", "--max", "4x800"], "such as 1x800x1216x80"),
         (["m.safetensors", "-o", "m.onnx", "--max", "4x800x800x8"], "are for --format tensorrt"),
         (["m.onnx", "-o", "n.onnx"], "exported already"),

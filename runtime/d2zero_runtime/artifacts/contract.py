@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, with_new_names
-from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
+from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE, Mode
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
 LARGEST_BATCH = 1024
-_LATER = frozenset(
-    {"calibration", "tf32", "decoder_layers"}
-)  # added within version 1: files from before lack them, and need none
+# Added within version 1: files from before lack them, and need none.
+_LATER = frozenset({"calibration", "tf32", "decoder_layers", "end_to_end"})
+PIXELS_INPUT = "pixels"  # of end-to-end files
+ACTIVE_INPUT = "active"  # of end-to-end files: the classes that compete, an input with a default
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 
 
@@ -45,6 +46,7 @@ class ModelContract:
         tf32: whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
         decoder_layers: How many the network has, which may be fewer than its checkpoint's; 0 in older files, which have
             all.
+        end_to_end: Of a file from pixels to detections: its masks, mode and most detections; else empty.
         opset: of ONNX.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: versions of what made the file.
@@ -67,6 +69,7 @@ class ModelContract:
     baked: bool = False
     tf32: bool = False
     decoder_layers: int = 0
+    end_to_end: dict[str, Any] = field(default_factory=dict)
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)
@@ -124,6 +127,12 @@ class ModelContract:
             source=self.vocabulary_source,
             synonyms=self.synonyms,
         )
+
+    @property
+    def competing(self) -> NDArray[np.bool_]:
+        """Of an end-to-end file: the (K,) classes that compete by default, in its mode."""
+        active, seen = np.array(self.active, bool), np.array(self.seen, bool)
+        return active & ~seen if self.end_to_end.get("mode") == Mode.ZSIS else active
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> "ModelContract":
         """The contract of the same model with another default vocabulary (see `check_compatible`)."""

@@ -8,14 +8,15 @@ dims 1, data_type 2, name 8, raw_data 9; StringStringEntryProto key 1, value 2.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import atomic_write
 from d2zero_runtime.vocabulary import Vocabulary
@@ -23,7 +24,7 @@ from d2zero_runtime.vocabulary import Vocabulary
 _GRAPH, _METADATA = 7, 14
 _INITIALIZER = 5
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
-_FLOAT = 1
+_FLOAT, _BOOL = 1, 9
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10  # bytes
 Buffer = mmap.mmap | bytes
@@ -45,7 +46,7 @@ def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
     """
     with _mapped(path) as buffer, _undamaged(path):
         contract = ModelContract.from_json(_value(buffer, _contract_field(buffer, path)).decode(), str(path))
-        tensor = _embeddings_field(buffer, path)
+        tensor = _initializer(buffer, path, EMBEDDINGS_INPUT)
         dims: list[int] = []
         raw = b""
         for part in _fields(buffer, tensor.body, tensor.end):
@@ -87,27 +88,43 @@ def replace_onnx_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     contract.check_compatible(vocabulary, previous)
     changed = contract.with_vocabulary(vocabulary)
     entry = _message(1, CONTRACT_KEY.encode()) + _message(2, changed.to_json().encode())
-    tensor = (
-        b"".join(_key(_DIMS, _VARINT) + _encoded(side) for side in vocabulary.embeddings.shape)
-        + _key(_TYPE, _VARINT)
-        + _encoded(_FLOAT)
-        + _message(_NAME, EMBEDDINGS_INPUT.encode())
-        + _message(_RAW, vocabulary.embeddings.astype("<f4").tobytes())
-    )
+    new = {EMBEDDINGS_INPUT: _tensor(EMBEDDINGS_INPUT, vocabulary.embeddings.astype("<f4"), _FLOAT)}
+    if changed.end_to_end:
+        new[ACTIVE_INPUT] = _tensor(ACTIVE_INPUT, changed.competing, _BOOL)
     with _undamaged(path), atomic_write(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
-        old_tensor, metadata = _embeddings_field(buffer, path), _contract_entry(buffer, path)
+        metadata = _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:
-                new = _message(_INITIALIZER, tensor)
-                size = part.end - part.body - (old_tensor.end - old_tensor.start) + len(new)
-                out.write(_key(_GRAPH, _BYTES) + _encoded(size))
-                out.write(buffer[part.body : old_tensor.start])
-                out.write(new)
-                out.write(buffer[old_tensor.end : part.end])
+                out.writelines(_with_initializers(buffer, part, path, new))
             elif part.start == metadata.start:
                 out.write(_message(_METADATA, entry))
             else:
                 out.write(buffer[part.start : part.end])
+
+
+def _tensor(name: str, values: NDArray[Any], kind: int) -> bytes:
+    """A graph's initializer."""
+    content = (
+        b"".join(_key(_DIMS, _VARINT) + _encoded(side) for side in values.shape)
+        + _key(_TYPE, _VARINT)
+        + _encoded(kind)
+        + _message(_NAME, name.encode())
+        + _message(_RAW, values.tobytes())
+    )
+    return _message(_INITIALIZER, content)
+
+
+def _with_initializers(buffer: Buffer, graph: _Field, path: Path, new: Mapping[str, bytes]) -> Iterator[bytes]:
+    """A graph's field with some of its initializers replaced, or removed where the new one is empty."""
+    old = sorted(((_initializer(buffer, path, name), name) for name in new), key=lambda entry: entry[0].start)
+    change = sum(len(new[name]) - (tensor.end - tensor.start) for tensor, name in old)
+    yield _key(_GRAPH, _BYTES) + _encoded(graph.end - graph.body + change)
+    position = graph.body
+    for tensor, name in old:
+        yield buffer[position : tensor.start]
+        yield new[name]
+        position = tensor.end
+    yield buffer[position : graph.end]
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -136,7 +153,7 @@ def _contract_field(buffer: Buffer, path: Path) -> _Field:
     return value
 
 
-def _embeddings_field(buffer: Buffer, path: Path) -> _Field:
+def _initializer(buffer: Buffer, path: Path, name: str) -> _Field:
     for part in _fields(buffer, 0, len(buffer)):
         if part.number != _GRAPH:
             continue
@@ -144,9 +161,10 @@ def _embeddings_field(buffer: Buffer, path: Path) -> _Field:
             if tensor.number != _INITIALIZER:
                 continue
             names = [f for f in _fields(buffer, tensor.body, tensor.end) if f.number == _NAME]
-            if names and _value(buffer, names[0]) == EMBEDDINGS_INPUT.encode():
+            if names and _value(buffer, names[0]) == name.encode():
                 return tensor
-    raise D2ZeroError(f"{path} has no replaceable class embeddings inside")
+    what = "class embeddings" if name == EMBEDDINGS_INPUT else f"{name!r}"
+    raise D2ZeroError(f"{path} has no replaceable {what} inside")
 
 
 def _value(buffer: Buffer, part: _Field) -> bytes:
@@ -224,22 +242,19 @@ def graph_inputs(path: Path) -> dict[str, tuple[int | None, ...]]:
 
 
 def without_default_embeddings(path: Path) -> bytes:
-    """The file without the class embeddings' default, so that they are a plain input.
+    """The file without the defaults of class embeddings (and what goes with them), so that they are plain inputs.
 
     ONNX lets an input have a default; TensorRT's parser makes a constant of such an input, and the vocabulary
     could not be changed any more. Where the embeddings are no input, the file is returned as it is.
     """
-    takes_embeddings = EMBEDDINGS_INPUT in graph_inputs(path)
+    removed = {name: b"" for name in graph_inputs(path) if name in (EMBEDDINGS_INPUT, ACTIVE_INPUT)}
     with _mapped(path) as buffer, _undamaged(path):
-        if not takes_embeddings:
+        if not removed:
             return bytes(buffer[:])
-        tensor = _embeddings_field(buffer, path)
         kept: list[bytes] = []
         for part in _fields(buffer, 0, len(buffer)):
             if part.number == _GRAPH:
-                size = part.end - part.body - (tensor.end - tensor.start)
-                kept.append(_key(_GRAPH, _BYTES) + _encoded(size))
-                kept += [buffer[part.body : tensor.start], buffer[tensor.end : part.end]]
+                kept += _with_initializers(buffer, part, path, removed)
             else:
                 kept.append(buffer[part.start : part.end])
         return b"".join(kept)

@@ -1,0 +1,187 @@
+"""Does an end-to-end file find what the runtime makes of the same network's output?
+
+Letters: B batch, N instances, H and W the sides of the images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_export.parity import drawn_image
+from d2zero_runtime import D2ZeroError, Detections, Segmenter, Vocabulary
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, PIXELS_INPUT, ModelContract
+from d2zero_runtime.artifacts.onnx import read_contract
+from d2zero_runtime.errors import optional
+from d2zero_runtime.masks import rle
+from d2zero_runtime.masks.packed import PackedMasks
+from d2zero_runtime.masks.postprocess import Mode, selection
+from d2zero_runtime.masks.upsample import resize_axis, upsampled_mask
+
+CLEAR_SCORE = 0.01  # instances below it are not compared: among the weakest, order is chance
+MOST_SCORES = {"float32": 1e-5}  # largest difference of scores; of lower precisions the next
+MOST_SCORES_ELSE = 1e-2
+MOST_BOXES = 1e-3  # pixels
+MOST_BITS = 1e-4  # share of mask pixels that differ: those whose logit is zero but for rounding
+
+
+class EndToEndSession:
+    """An end-to-end file, run by ONNX Runtime on a CPU.
+
+    Args:
+        path: What `export_onnx` wrote with `OnnxOptions(end_to_end=…)`.
+
+    Raises:
+        D2ZeroError: It is another file, or onnxruntime is absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        onnxruntime = optional("onnxruntime")
+        self.contract, self.vocabulary = read_contract(path)
+        if not self.contract.end_to_end:
+            raise D2ZeroError(f"{path} is no end-to-end file; export one with --end-to-end")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary | None = None) -> list[Detections]:
+        """The instances of images of one size, with masks of that size; all that have a score, weak ones too."""
+        feed: dict[str, NDArray[np.generic]] = {PIXELS_INPUT: images_BHWC}
+        if vocabulary is not None:
+            mode = Mode.parse(self.contract.end_to_end["mode"])
+            feed[EMBEDDINGS_INPUT] = vocabulary.embeddings
+            feed[ACTIVE_INPUT] = selection(vocabulary, mode).competing
+        names = ("boxes", "scores", "class_ids", "masks")
+        found = self._session.run(names, feed)
+        return [
+            self._detections(image, (images_BHWC.shape[1], images_BHWC.shape[2]), vocabulary or self.vocabulary)
+            for image in zip(*found, strict=True)
+        ]
+
+    def _detections(self, image: Sequence[NDArray[Any]], size: tuple[int, int], vocabulary: Vocabulary) -> Detections:
+        boxes, scores, class_ids, masks = image
+        kept = scores > 0
+        class_ids = class_ids[kept]
+        return Detections(
+            boxes=boxes[kept],
+            scores=scores[kept],
+            class_ids=class_ids,
+            names=tuple(vocabulary.names[index] for index in class_ids),
+            seen=vocabulary.seen[class_ids],
+            masks=self._masks(masks[kept], size),
+            image_size=size,
+        )
+
+    def _masks(self, masks: NDArray[np.generic], size: tuple[int, int]) -> PackedMasks:
+        if self.contract.end_to_end["masks"] == "packed":
+            return PackedMasks(masks.astype(np.uint8, copy=False), size)
+        rows, columns = (
+            resize_axis(masks.shape[1 + axis], 4 * masks.shape[1 + axis], size[axis], size[axis]) for axis in (0, 1)
+        )
+        bitmaps = np.zeros((len(masks), *size), bool)
+        for bitmap, logits in zip(bitmaps, masks, strict=True):
+            mask = upsampled_mask(np.asarray(logits, np.float32), rows, columns).rle
+            assert mask is not None
+            bitmap[:] = rle.decode(mask)
+        return PackedMasks.of(bitmaps)
+
+
+@dataclass(frozen=True)
+class EndToEndDifference:
+    """How far an end-to-end file is from the runtime on some images.
+
+    Args:
+        instances: Compared.
+        unmatched: Of them, those that the file does not have.
+        boxes: Largest difference of a coordinate, in pixels.
+        scores: Largest difference of a score.
+        bits: Largest share of a mask's pixels that differ.
+    """
+
+    instances: int
+    unmatched: int
+    boxes: float
+    scores: float
+    bits: float
+
+    def with_pair(self, ours: Detections, theirs: Detections, tolerance: float) -> "EndToEndDifference":
+        """These and one more image's instances; each is looked for among those of its class with nearly its score."""
+        instances, unmatched, boxes, scores, bits = self.instances, self.unmatched, self.boxes, self.scores, self.bits
+        left, right = ours.bitmaps(), theirs.bitmaps()
+        free = np.ones(len(theirs), bool)
+        for row in np.flatnonzero(ours.scores >= CLEAR_SCORE):
+            alike = free & (theirs.class_ids == ours.class_ids[row])
+            alike &= np.abs(theirs.scores - ours.scores[row]) <= 10 * tolerance
+            instances += 1
+            if not alike.any():
+                unmatched += 1
+                continue
+            rows = np.flatnonzero(alike)
+            match = rows[np.abs(theirs.boxes[rows] - ours.boxes[row]).max(axis=1).argmin()]
+            free[match] = False
+            scores = max(scores, float(abs(theirs.scores[match] - ours.scores[row])))
+            boxes = max(boxes, float(np.abs(theirs.boxes[match] - ours.boxes[row]).max()))
+            bits = max(bits, float((left[row] != right[match]).mean()))
+        return EndToEndDifference(instances, unmatched, boxes, scores, bits)
+
+    def failures(self, precision: str) -> list[str]:
+        """What exceeds the limits of a precision."""
+        limits = (
+            ("instances that the file lacks", self.unmatched, 0),
+            ("scores", self.scores, MOST_SCORES.get(precision, MOST_SCORES_ELSE)),
+            ("boxes", self.boxes, MOST_BOXES),
+            ("mask pixels", self.bits, MOST_BITS),
+        )
+        return [f"{what} differ by {value:.2g} (limit {limit:g})" for what, value, limit in limits if value > limit]
+
+
+def end_to_end_difference(reference: Segmenter, path: Path) -> EndToEndDifference:
+    """Compare an end-to-end file with the runtime on drawn images: sizes, a batch, and other classes.
+
+    Args:
+        reference: The same network with post-processing by the runtime, such as the file without `--end-to-end`.
+        path: The end-to-end file.
+    """
+    session = EndToEndSession(path)
+    random, contract = np.random.default_rng(0), session.contract
+    height, width = contract.preprocessing.static_size or (96, 160)
+    batch, found = contract.batch or 1, EndToEndDifference(0, 0, 0.0, 0.0, 0.0)
+    few = None if contract.baked else session.vocabulary.select(session.vocabulary.names[::2])
+    for size, count, vocabulary in (
+        ((height, width), batch, None),
+        ((height - 19, width - 37), contract.batch or 2, None),
+        ((height - height // 3, width), batch, few if few is not None and _allows(few, contract.end_to_end) else None),
+    ):
+        images = np.stack([drawn_image(random, *size) for _ in range(count)])
+        theirs = session(images, vocabulary)
+        ours = runtime_detections(reference, images, vocabulary or session.vocabulary, contract)
+        for left, right in zip(ours, theirs, strict=True):
+            found = found.with_pair(left, right, MOST_SCORES.get(contract.precision, MOST_SCORES_ELSE))
+    return found
+
+
+def _allows(vocabulary: Vocabulary, end_to_end: dict[str, Any]) -> bool:
+    return end_to_end["mode"] == Mode.GZSIS or bool((vocabulary.active & ~vocabulary.seen).any())
+
+
+def runtime_detections(
+    reference: Segmenter, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary, contract: ModelContract
+) -> list[Detections]:
+    """A network's raw output, post-processed by the runtime as an end-to-end file does: at the images' own size.
+
+    Args:
+        reference: Runs the network.
+        images_BHWC: uint8 RGB, of one size.
+        vocabulary: The classes.
+        contract: The end-to-end file's.
+    """
+    before, preprocessing = reference.vocabulary, contract.preprocessing
+    alike = Segmenter(reference.backend, replace(reference.contract, preprocessing=preprocessing), before)
+    alike.set_vocabulary(replace(vocabulary, source=before.source))
+    sizes = [(images_BHWC.shape[1], images_BHWC.shape[2])] * len(images_BHWC)
+    options = {"max_detections": contract.end_to_end["max_detections"], "masks": "bitmap"}
+    raw = alike.predict_raw(list(images_BHWC))
+    return alike.postprocess(raw, sizes, sizes, contract.end_to_end["mode"], **options)

@@ -1,0 +1,120 @@
+"""Files from pixels to detections find what the runtime finds, in every runtime that we promise."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from commands import Command
+from end_to_end_files import end_to_end_file
+from tensorrt_surface import as_tensorrt_rtx, layer_types
+
+from d2zero.demo.run import packaged_checkpoint
+from d2zero_export.end_to_end import EndToEnd
+from d2zero_export.end_to_end_parity import EndToEndSession, end_to_end_difference
+from d2zero_export.engine import EngineOptions, Shape, build_engine
+from d2zero_export.onnx_export import FORBIDDEN
+from d2zero_runtime import D2ZeroError, load, read_image
+from d2zero_runtime.artifacts.onnx import read_contract
+from d2zero_runtime.masks.postprocess import Mode
+
+
+@pytest.fixture(scope="module")
+def whole(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return end_to_end_file(exported, tmp_path_factory.mktemp("whole") / "whole.onnx")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [EndToEnd(), EndToEnd(masks="logits", max_detections=7), EndToEnd(mode=Mode.ZSIS), EndToEnd(max_detections=9999)],
+    ids=["packed", "logits", "zsis", "all pairs"],
+)
+def test_instances_are_those_of_the_runtime(exported: Path, tmp_path: Path, options: EndToEnd) -> None:
+    path = end_to_end_file(exported, tmp_path / "whole.onnx", options)
+    found = end_to_end_difference(load(exported), path)
+    assert found.failures("float32") == [] and found.instances > 10
+    assert found.scores < 1e-6 and found.bits < 1e-6
+
+
+def test_only_standard_operators(whole: Path) -> None:
+    proto = onnx.load(whole)
+    assert not {node.op_type for node in proto.graph.node} & FORBIDDEN
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert [entry.name for entry in proto.graph.input] == ["pixels", "class_embeddings", "active"]
+    assert [entry.name for entry in proto.graph.output] == ["boxes", "scores", "class_ids", "masks"]
+
+
+def test_openvino_finds_the_same(whole: Path, shapes_data: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    pixels = read_image(min((shapes_data / "val").iterdir()))[:77, :83][None]
+    (ours,) = EndToEndSession(whole)(pixels)
+    compiled = openvino.Core().compile_model(whole, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled({"pixels": pixels})
+    boxes, scores, class_ids, masks = (found[name][0] for name in ("boxes", "scores", "class_ids", "masks"))
+    clear = ours.scores > 0.05
+    assert clear.sum() > 3
+    np.testing.assert_allclose(scores[clear], ours.scores[clear], atol=1e-5)
+    np.testing.assert_allclose(boxes[clear], ours.boxes[clear], atol=1e-3)
+    np.testing.assert_array_equal(class_ids[clear], ours.class_ids[clear])
+    bits = np.unpackbits(masks[clear], axis=2, count=83)
+    assert (bits.view(bool) != ours.bitmaps()[clear]).mean() < 1e-4
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_builds_it(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_tensorrt_rtx(monkeypatch)
+    assert layer_types(whole)["TOPK", "FLOAT"] == 2
+    options = EngineOptions(sdk="tensorrt-rtx", max=Shape(1, 96, 128, 40), opt=Shape(1, 96, 128, 36))
+    metadata = build_engine(whole, tmp_path / "m.engine", options)
+    assert metadata.contract.end_to_end["masks"] == "packed"
+    with pytest.raises(D2ZeroError, match="is an end-to-end file"):
+        load(tmp_path / "m.engine")
+
+
+def test_the_vocabulary_is_replaced_in_the_file(whole: Path, tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(whole.read_bytes())
+    words = read_contract(path)[1].select(["red ring", "blue star", "cyan ring"])
+    replace(words, active=np.array([True, False, True])).save(tmp_path / "v.npz")
+    assert command("vocab", "set", path, tmp_path / "v.npz").code == 0
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    session = EndToEndSession(path)
+    assert session.vocabulary.names == words.names
+    (found,) = session(np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3)).astype(np.uint8))
+    assert len(found) and set(found.class_ids.tolist()) <= {0, 2}
+
+
+@pytest.mark.slow
+def test_the_command_exports_verifies_and_compares(tmp_path: Path, command: Command) -> None:
+    path, checkpoint = tmp_path / "whole.onnx", packaged_checkpoint()
+    outcome = command("export", checkpoint, "-o", path, "--end-to-end", "--size", "96x128", "--masks", "logits")
+    assert outcome.code == 0 and "end to end" in outcome.err, outcome.err
+    contract, _ = read_contract(path)
+    assert contract.end_to_end == {"masks": "logits", "max_detections": 100, "mode": "gzsis"}
+    outcome = command("verify", checkpoint, path)
+    assert outcome.code == 0 and "100.00 % matched" in outcome.out, outcome.err
+    outcome = command("predict", "a.jpg", "-m", path, "-o", tmp_path / "out")
+    assert outcome.code == 2 and "is an end-to-end file" in outcome.err
+
+
+def test_another_post_processing_is_found(exported: Path, whole: Path, tmp_path: Path) -> None:
+    proto = onnx.load(whole)
+    scale = next(tensor for tensor in proto.graph.initializer if tensor.name == "after/temperature")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.5), scale.name))
+    onnx.save(proto, tmp_path / "other.onnx")
+    assert end_to_end_difference(load(exported), tmp_path / "other.onnx").failures("float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": Mode.GZSIS_COPY_PASTE}, "has one of the modes gzsis, zsis, got gzsis-copy-paste"),
+        ({"masks": "rle"}, "masks must be one of packed, logits, got 'rle'"),
+        ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(D2ZeroError, match=message):
+        EndToEnd(**options)
