@@ -51,7 +51,7 @@ class Peer:
         changes: Fields of its configuration.
 
     Raises:
-        D2ZeroError: transformers is not installed.
+        D2ZeroError: The package transformers is not installed.
     """
 
     def __init__(self, spec: Spec, **changes: Any) -> None:

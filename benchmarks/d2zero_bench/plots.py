@@ -81,7 +81,7 @@ def bars(rows: Sequence[Bar], names: Mapping[str, str], unit: str) -> Figure:
     Args:
         rows: From the top.
         names: Stages for the legend, in order; colours have the stages' keys.
-        unit: Of the scale.
+        unit: The scale's unit.
     """
     figure, axes = _axes(1.0 + 0.42 * len(rows))
     for place, row in enumerate(rows):

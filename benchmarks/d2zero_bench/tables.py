@@ -27,7 +27,7 @@ class Table:
 
     Args:
         head: Names of the columns.
-        rows: As many cells each.
+        rows: One cell per column.
         caption: What it shows.
     """
 

@@ -16,11 +16,11 @@ def run(name: str, about: str | None, plan: Plan, seconds: float, arguments: Seq
     """Run a call's stages and print the targets; 1 if a stage was not good, 2 without a GPU, 130 when interrupted.
 
     Args:
-        name: Of the call.
+        name: The call's name.
         about: Its script's docstring.
         plan: Makes the stages from the options.
-        seconds: For all of them, on a GPU.
-        arguments: Of the command line.
+        seconds: The time for all of them, on a GPU.
+        arguments: The command line's arguments.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

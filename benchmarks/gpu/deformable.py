@@ -79,7 +79,7 @@ def correctness(shapes: dict[str, LevelSizes], device: str) -> Iterator[dict[str
     """Errors of all forms in all types at batch 1.
 
     Raises:
-        SystemExit: the Triton form is off by more than one rounding of its results.
+        SystemExit: The Triton form is off by more than one rounding of its results.
     """
     for shape, sizes in shapes.items():
         for type_name, dtype in TYPES.items():

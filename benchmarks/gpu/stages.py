@@ -66,11 +66,11 @@ class Session:
     """Stages of one call, in order.
 
     Args:
-        name: Of the call; results are `<name>.json` and `<name>.log`.
+        name: The call's name; results are `<name>.json` and `<name>.log`.
         results: Folder for them.
         work: Folder for exported files and for each stage's own JSON.
-        seconds: For all stages together; without a limit if left out.
-        at_most: For each stage, to rehearse interruptions.
+        seconds: The time for all stages together; without a limit if left out.
+        at_most: The time for each stage, to rehearse interruptions.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from d2zero_runtime.vocabulary import damage
 
 
 def read_names(text: str) -> list[str]:
-    """Names from a `.txt` file (a line each), a `.json` list, `a, b, c`, or `coco` for COCO's 80.
+    """Names from a `.txt` file (one per line), a `.json` list, `a, b, c`, or `coco` for COCO's 80.
 
     Raises:
         D2ZeroError: The file is absent or holds no names.

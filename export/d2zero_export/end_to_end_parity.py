@@ -25,7 +25,7 @@ CLEAR_SCORE = 0.01  # instances below it are not compared: among the weakest, or
 MOST_SCORES = {"float32": 1e-5}  # largest difference of scores; of lower precisions the next
 MOST_SCORES_ELSE = 1e-2
 MOST_BOXES = 1e-3  # pixels
-MOST_BITS = 1e-4  # share of mask pixels that differ: those whose logit is zero but for rounding
+MOST_BITS = 1e-4  # share of mask pixels that differ: those whose logit is zero except for rounding
 
 
 class EndToEndSession:
@@ -95,7 +95,7 @@ class EndToEndDifference:
 
     Args:
         instances: Compared.
-        unmatched: Of them, those that the file does not have.
+        unmatched: How many of them the file does not have.
         boxes: Largest difference of a coordinate, in pixels.
         scores: Largest difference of a score.
         bits: Largest share of a mask's pixels that differ.

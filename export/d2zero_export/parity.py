@@ -54,7 +54,7 @@ def limits_for(precision: str, max_logits: float | None = None) -> Limits:
     """What may differ in a precision.
 
     Args:
-        precision: As of `Segmenter.precision`.
+        precision: The precision, as `Segmenter.precision` gives it.
         max_logits: Another limit on the largest difference of logits.
     """
     limits = LIMITS[precision]

@@ -48,7 +48,7 @@ def export_pt2(
         What verification measured, or None if it was left out.
 
     Raises:
-        D2ZeroError: torch cannot compile it here, or what it compiled differs from the checkpoint.
+        D2ZeroError: It cannot be compiled here, or what was compiled differs from the checkpoint.
     """
     options = options or Pt2Options()
     if output.suffix != ".pt2":

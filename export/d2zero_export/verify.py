@@ -62,7 +62,7 @@ def verify(
         image_folder: The folder of the annotations' images.
         changed_limits: Fields of `Limits` that replace those of the backend's precision.
         providers: What runs the file.
-        progress: Of both evaluations, as `EvaluationRun.run` takes it.
+        progress: Shows both evaluations, as `EvaluationRun.run` takes it.
     """
     if annotations and image_folder:
         require_images(annotations, image_folder)  # before minutes are spent

@@ -88,7 +88,7 @@ def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """An image file, or an image that Pillow has opened, in RGB and upright.
 
     Raises:
-        D2ZeroError: As of `read_image`.
+        D2ZeroError: As `read_image` does.
     """
     if isinstance(source, Image.Image):
         return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)

@@ -32,7 +32,7 @@ class Vocabulary:
 
     Args:
         names: K distinct, non-empty class names.
-        embeddings: (K, D) float32 text embeddings, one row a name, finite and not all zero.
+        embeddings: (K, D) float32 text embeddings, one row per name, finite and not all zero.
         seen: (K,) bool, True for classes that training saw. All seen if left out.
         active: (K,) bool, True for classes that may be predicted. All active if left out.
         source: Where the embeddings come from, such as `{"encoder": "word2vec"}`. Vocabularies of

@@ -235,6 +235,7 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
             replace(OnnxOptions(precision="int8", calibration=tmp_path), **changes)
 
 
+@pytest.mark.slow
 def test_for_tensorrt_it_is_symmetric_and_rtx_builds_it(
     shapes_data: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

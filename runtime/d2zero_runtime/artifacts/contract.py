@@ -29,28 +29,28 @@ class ModelContract:
     """All that inference needs to know beside the weights and the embeddings.
 
     Args:
-        class_names: names of the default vocabulary.
-        seen: a flag a name.
-        active: a flag a name.
-        vocabulary_source: where its embeddings come from.
-        synonyms: other words for its classes, as in `Vocabulary`.
-        text_dim: width of the class embeddings.
+        class_names: Names of the default vocabulary.
+        seen: One flag per name.
+        active: One flag per name.
+        vocabulary_source: Where its embeddings come from.
+        synonyms: Other words for its classes, as in `Vocabulary`.
+        text_dim: Width of the class embeddings.
         num_queries: Q.
-        preprocessing: how images become input.
-        softmax_temperature: of the class probabilities.
-        precision: of the graph, such as `float32`.
-        deform_attn: the form of deformable attention in the graph.
-        calibration: of a quantized graph: how many images, and the method.
-        batch: images a run, if the graph was made for one number only.
-        baked: whether the class embeddings are constants of the graph, not an input.
-        tf32: whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
+        preprocessing: How images become input.
+        softmax_temperature: Factor on the class logits before the softmax.
+        precision: The graph's, such as `float32`.
+        deform_attn: The implementation of deformable attention in the graph.
+        calibration: How a quantized graph was calibrated: images, method, tool, and what it is for.
+        batch: Images per run, if the graph was made for one number only.
+        baked: Whether the class embeddings are constants of the graph, not an input.
+        tf32: Whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
         decoder_layers: How many the network has, which may be fewer than its checkpoint's; 0 in older files, which have
             all.
-        end_to_end: Of a file from pixels to detections: its masks, mode and most detections; else empty.
-        opset: of ONNX.
+        end_to_end: For a file from pixels to detections: its masks, mode and maximum number of detections; else empty.
+        opset: ONNX's version.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
-        tools: versions of what made the file.
-        version: of this contract.
+        tools: Versions of what made the file.
+        version: The version of this contract.
     """
 
     class_names: tuple[str, ...]
@@ -97,11 +97,11 @@ class ModelContract:
         """Read and check a contract.
 
         Args:
-            text: what `to_json` wrote.
-            where: the file, for error messages.
+            text: What `to_json` wrote.
+            where: The file, for error messages.
 
         Raises:
-            D2ZeroError: it is of a newer version, or lacks a field.
+            D2ZeroError: It is of a newer version, or lacks a field.
         """
         described, remedy = f"{where}: the model contract", "export the model again"
         values = parse_object(text, described)
@@ -149,7 +149,7 @@ class ModelContract:
         """Refuse a vocabulary that the model cannot use in place of its default one.
 
         Raises:
-            D2ZeroError: its width, its encoder, or (where embeddings are constants) its embeddings do not fit.
+            D2ZeroError: Its width, its encoder, or (where embeddings are constants) its embeddings do not fit.
         """
         check_vocabulary(vocabulary, self.text_dim, default)
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
@@ -169,7 +169,7 @@ def embeddings_from_json(values: object, where: str) -> NDArray[np.float32]:
     """What `embeddings_to_json` wrote.
 
     Raises:
-        D2ZeroError: it is damaged.
+        D2ZeroError: It is damaged.
     """
     written = checked(_Embeddings, values, f"{where}: class embeddings")
     rows, width = written.shape

@@ -88,7 +88,7 @@ class EngineMetadata(Metadata):
         """The description of an engine.
 
         Raises:
-            D2ZeroError: it is absent, damaged, of a newer version, or lacks a field.
+            D2ZeroError: It is absent, damaged, of a newer version, or lacks a field.
         """
         path = metadata_path(engine)
         if not path.is_file():
@@ -108,7 +108,7 @@ class EngineMetadata(Metadata):
         """The plan, if it is the one that this describes.
 
         Raises:
-            D2ZeroError: it is absent, empty, or another one.
+            D2ZeroError: It is absent, empty, or another one.
         """
         if not engine.is_file():
             raise D2ZeroError(f"engine {engine} does not exist")

@@ -42,7 +42,7 @@ def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
     """The contract of an exported model and its default vocabulary.
 
     Raises:
-        D2ZeroError: the file is absent, damaged, or was not exported by d2zero.
+        D2ZeroError: The file is absent, damaged, or was not exported by d2zero.
     """
     with _mapped(path) as buffer, _undamaged(path):
         contract = ModelContract.from_json(_value(buffer, _contract_field(buffer, path)).decode(), str(path))
@@ -82,7 +82,7 @@ def replace_onnx_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """Replace the default vocabulary of an exported model, atomically.
 
     Raises:
-        D2ZeroError: the vocabulary's width or encoder does not fit, or the file is not of ours.
+        D2ZeroError: The vocabulary's width or encoder does not fit, or the file is not of ours.
     """
     contract, previous = read_contract(path)
     contract.check_compatible(vocabulary, previous)
@@ -230,7 +230,7 @@ def graph_inputs(path: Path) -> dict[str, tuple[int | None, ...]]:
     """The graph's inputs and their dimensions, None where one is open.
 
     Raises:
-        D2ZeroError: the file is absent, damaged or no ONNX file.
+        D2ZeroError: The file is absent, damaged or no ONNX file.
     """
     found: dict[str, tuple[int | None, ...]] = {}
     with _mapped(path) as buffer, _undamaged(path):

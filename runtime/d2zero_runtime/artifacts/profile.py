@@ -16,13 +16,13 @@ class Shape:
     """What one run of the network takes.
 
     Args:
-        batch: number of images.
-        height: of the padded images, a multiple of 32.
-        width: of the padded images, a multiple of 32.
-        classes: number of classes in the vocabulary.
+        batch: Number of images.
+        height: The padded images' height, a multiple of 32.
+        width: The padded images' width, a multiple of 32.
+        classes: Number of classes in the vocabulary.
 
     Raises:
-        D2ZeroError: a number is below one, or a side is no multiple of 32.
+        D2ZeroError: A number is below one, or a side is no multiple of 32.
     """
 
     batch: int
@@ -46,7 +46,7 @@ class Shape:
         """Read `1x800x1216x80`: batch, height, width, classes.
 
         Raises:
-            D2ZeroError: it is not four whole numbers, or they are no shape.
+            D2ZeroError: It is not four whole numbers, or they are no shape.
         """
         parts = text.lower().split("x")
         if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
@@ -59,12 +59,12 @@ class Profile:
     """The range of shapes that an engine runs.
 
     Args:
-        min: the smallest.
-        opt: the one that it is fastest at.
-        max: the largest; memory follows from it.
+        min: The smallest.
+        opt: The one that it is fastest at.
+        max: The largest; memory follows from it.
 
     Raises:
-        D2ZeroError: a number of `min` is above that of `opt`, or one of `opt` above that of `max`.
+        D2ZeroError: A number of `min` is above that of `opt`, or one of `opt` above that of `max`.
     """
 
     min: Shape
@@ -84,7 +84,7 @@ class Profile:
         """Refuse a shape that the engine was not built for.
 
         Raises:
-            D2ZeroError: it is outside, in the numbers that the line names.
+            D2ZeroError: It is outside, in the numbers that the line names.
         """
         outside = [
             f"{entry.name} {getattr(shape, entry.name)} ({low} to {high})"
@@ -99,7 +99,7 @@ class Profile:
             )
 
     def to_json(self) -> dict[str, str]:
-        """As text, a shape each."""
+        """As text, one entry per shape."""
         return {"min": str(self.min), "opt": str(self.opt), "max": str(self.max)}
 
     @classmethod
@@ -107,7 +107,7 @@ class Profile:
         """Read what `to_json` wrote.
 
         Raises:
-            D2ZeroError: a shape is absent, or is none.
+            D2ZeroError: A shape is absent, or is none.
         """
         missing = [name for name in ("min", "opt", "max") if name not in values]
         if missing:

@@ -56,7 +56,7 @@ class Pt2Metadata(Metadata):
         """The description inside a `.pt2`.
 
         Raises:
-            D2ZeroError: the file is absent or damaged, or `d2zero export` did not make it.
+            D2ZeroError: The file is absent or damaged, or `d2zero export` did not make it.
         """
         try:
             with zipfile.ZipFile(path) as archive:
@@ -85,7 +85,7 @@ def replace_pt2_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """Replace the default vocabulary of a `.pt2`; what torch wrote is copied as it is. Atomic.
 
     Raises:
-        D2ZeroError: the vocabulary's width or encoder does not fit, or its classes are constants.
+        D2ZeroError: The vocabulary's width or encoder does not fit, or its classes are constants.
     """
     changed = Pt2Metadata.read(path).with_vocabulary(vocabulary)
     with (

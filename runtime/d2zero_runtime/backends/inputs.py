@@ -24,7 +24,7 @@ class PixelBatch:
     Args:
         pixels_BHW3: uint8, anything outside an image's own pixels.
         sizes: (h, w) of each image, at the top left.
-        preprocessing: how they are normalised.
+        preprocessing: How they are normalised.
     """
 
     pixels_BHW3: NDArray[np.uint8]

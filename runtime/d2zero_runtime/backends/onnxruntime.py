@@ -25,17 +25,17 @@ class OnnxBackend(Backend[Images]):
     """A network in an ONNX Runtime session.
 
     Args:
-        path: the `.onnx` file.
+        path: The `.onnx` file.
         providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each by itself or
             with its options: `("cuda", {"device_id": 1})`.
-        threads: threads inside an operator; ONNX Runtime's choice if left out.
+        threads: Threads inside an operator; ONNX Runtime's choice if left out.
         tf32: Whether a GPU may round float32 matmuls and convolutions to TF32, as ONNX Runtime's GPU providers do by
             default. An explicit `use_tf32` among the options of `cuda` has precedence. `tensorrt` has no such option:
             for it, `NVIDIA_TF32_OVERRIDE=0` is set in the environment of the process unless the variable is there.
         session_options: Attributes of `onnxruntime.SessionOptions` and, where the name has a dot, configuration keys.
 
     Raises:
-        D2ZeroError: onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
+        D2ZeroError: Onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
             the GPU are missing, a session option is not ONNX Runtime's, or the file cannot be run.
     """
 
@@ -80,7 +80,7 @@ class OnnxBackend(Backend[Images]):
         """Run the network.
 
         Args:
-            images_B3HW: normalised and padded, float32.
+            images_B3HW: Normalised and padded, float32.
             embeddings_KD: Class embeddings, float32; None where they are constants of the graph.
 
         Returns:
@@ -121,7 +121,7 @@ def _check_tensors(path: Path, session: Any) -> None:
     """Refuse a graph whose inputs and outputs are not those of an exported model.
 
     Raises:
-        D2ZeroError: names what is different.
+        D2ZeroError: Names what is different.
     """
     inputs = {entry.name: entry for entry in session.get_inputs()}
     outputs = {entry.name: entry for entry in session.get_outputs()}

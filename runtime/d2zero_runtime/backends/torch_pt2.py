@@ -42,7 +42,7 @@ class Pt2Backend(Backend[Input]):
         threads: CPU threads; torch's choice if left out.
 
     Raises:
-        D2ZeroError: torch or the GPU is absent, or the archive is not for them.
+        D2ZeroError: Torch or the GPU is absent, or the archive is not for them.
     """
 
     def __init__(

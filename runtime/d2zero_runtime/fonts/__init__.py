@@ -26,7 +26,7 @@ def font_for(text: str, size: int, given: str | None = None) -> tuple[Font, str]
 
     Args:
         text: What will be drawn.
-        size: In pixels.
+        size: The height of letters in pixels.
         given: A font file, preferred to all others.
 
     Raises:

@@ -74,7 +74,7 @@ class Axis:
             lines_SN: A line each source.
             start: The first output.
             stop: The one after the last.
-            out_WN: Filled with a line each output.
+            out_WN: Filled with one line per output.
             spare_WN: Scratch memory of the same shape; overwritten.
         """
         for number, (sources, weights) in enumerate(zip(self.sources, self.weights, strict=True)):

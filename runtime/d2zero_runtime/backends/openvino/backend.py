@@ -42,7 +42,7 @@ class OpenVinoBackend(Backend[Images]):
         session_options: OpenVINO's properties, except the precision.
 
     Raises:
-        D2ZeroError: openvino is not installed, the processor has no bfloat16, the file is of lower precision
+        D2ZeroError: Openvino is not installed, the processor has no bfloat16, the file is of lower precision
             already, or it cannot be run.
     """
 

@@ -39,10 +39,10 @@ class TensorrtBackend(Backend[Images]):
     """An engine on one GPU. Calls from several threads take turns.
 
     Args:
-        path: the plan.
+        path: The plan.
         metadata: The plan's description.
         device: CUDA's number of the GPU.
-        cuda_graphs: replay a captured graph from a shape's second run on.
+        cuda_graphs: Replay a captured graph from a shape's second run on.
 
     Raises:
         D2ZeroError: TensorRT or the GPU is absent, or the plan is not for them, damaged, or not the metadata's.
@@ -82,14 +82,14 @@ class TensorrtBackend(Backend[Images]):
         """Run the network once.
 
         Args:
-            images_B3HW: normalised and padded.
+            images_B3HW: Normalised and padded.
             embeddings_KD: Class embeddings; None where they are constants of the plan.
 
         Returns:
             Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4).
 
         Raises:
-            D2ZeroError: the engine was not built for such a shape, or CUDA or TensorRT failed.
+            D2ZeroError: The engine was not built for such a shape, or CUDA or TensorRT failed.
         """
         shape = self._shape(images_B3HW, embeddings_KD)
         with self._lock:

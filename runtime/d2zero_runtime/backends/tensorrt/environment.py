@@ -23,8 +23,8 @@ class Sdk:
     """One of NVIDIA's two libraries that run engines, and what differs between them.
 
     Args:
-        name: In flags and descriptions; also of the extra that installs it.
-        label: In messages.
+        name: The name in flags and descriptions, and of the extra that installs it.
+        label: The name in messages.
         modules: Where its Python bindings may be: the package's, and the one that NVIDIA's archive brings.
         oldest: The oldest version that this code was checked against.
         portable: Whether engines are built without a GPU, for many GPUs. Others run only where they were built.
@@ -67,7 +67,7 @@ class Cuda:
     """Calls functions of the CUDA runtime and raises what they return as errors.
 
     Args:
-        runtime: the module `cuda.bindings.runtime`.
+        runtime: The module `cuda.bindings.runtime`.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -77,7 +77,7 @@ class Cuda:
         """The value of `function(*arguments)`: None if it has none, a tuple if it has several.
 
         Raises:
-            D2ZeroError: the call failed; the line names it and the error.
+            D2ZeroError: The call failed; the line names it and the error.
         """
         error, *values = function(*arguments)
         if error == self.runtime.cudaError_t.cudaSuccess:
@@ -96,8 +96,8 @@ class Gpu:
 
     Args:
         index: CUDA's number of it.
-        name: such as `NVIDIA H200`.
-        compute_capability: such as `9.0`.
+        name: Such as `NVIDIA H200`.
+        compute_capability: Such as `9.0`.
     """
 
     index: int
