@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         frozen_norm: Replace batch norm by a fixed scale and shift.
 
     Raises:
-        D2ZeroError: There is no such model in timm, an option is no size, or features at strides 4, 8, 16, 32 are missing.
+        D2ZeroError: timm has no such model, an option is no size, or it lacks features at strides 4, 8, 16 and 32.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None, frozen_norm: bool = True) -> None:

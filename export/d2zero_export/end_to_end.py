@@ -4,7 +4,7 @@ Before the network: uint8 pixels are normalised and padded. After it: classes co
 their masks are upsampled, scored and packed, as in `d2zero_runtime.masks.postprocess`, at the size of the input. Only
 standard operators of opset 18, so that any runtime runs it, in any language, without code of ours.
 
-Masks at full size are made for all queries at once, which takes several times 4·Q·H·W bytes of memory: the runtime's
+Masks at full size are made for all queries at once, which takes several times 4·Q·H·W bytes of memory; the runtime's
 own post-processing makes only the masks that survive.
 
 Letters: B batch, Q queries, K classes, N instances, H and W the sides of the input, h and w of the mask logits.
