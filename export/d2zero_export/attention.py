@@ -66,7 +66,7 @@ class FusedAttention(nn.Module):
     """Attention by one operator, which forms no scores in memory: torch's own, or ours for masks on a GPU with Triton.
 
     Args:
-        decoder: The decoder, as for `MatmulAttention`; keys and values of a level are projected by copies of its weights.
+        decoder: The decoder; keys and values of a level are projected by copies of its weights.
     """
 
     def __init__(self, decoder: MaskedDecoder) -> None:
