@@ -155,7 +155,7 @@ class Build:
         """Read the model into the network."""
         if not self.parser.parse(content):
             errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
-            lines = [f"{error.node_name() or error.node_operator()}: {error.desc()}" for error in errors]
+            lines = [f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
             shown = lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"]
             what = f"{self.library} cannot read {self.onnx_path}"
             raise D2ZeroError(self._failure(what, shown))

@@ -1,11 +1,11 @@
-"""Building engines against the real bindings; run by `test_engine.py`, one process a version."""
+"""What TensorRT 10 and 11 are asked for, against their real bindings; run by `test_engine.py`, a process per version.
+
+What parsing and building do is tried with TensorRT-RTX's real library (`test_tensorrt_rtx.py`).
+"""
 
 import hashlib
 import json
-import signal
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,6 @@ class Setting:
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
         return [call[1:] for call in self.calls if call[0] == name]
-
-    def building(self, work: Any) -> None:
-        """Let the build do `work(monitor)` and give what it returns."""
-
-        def build(builder: Recorder, network: Recorder, config: Recorder) -> Any:
-            return work(self.called("IBuilderConfig.progress_monitor =")[-1][0])
-
-        self.answers["Builder.build_serialized_network"] = build
 
 
 @pytest.fixture
@@ -110,103 +102,6 @@ def test_tf32_is_what_the_model_allows(setting: Setting, tmp_path: Path) -> None
         model, tmp_path / "m.engine", EngineOptions(min=Shape(1, 64, 96, 1), opt=Shape(1, 64, 96, 5))
     )
     assert sidecar.tf32 and setting.called("IBuilderConfig.clear_flag") == []
-
-
-def test_parser_errors_come_in_one_message(setting: Setting, tmp_path: Path) -> None:
-    def error(parser: Recorder, index: int) -> Recorder:
-        answers = {"ParserError.node_name": f"/n{index}", "ParserError.desc": "no such operator"}
-        return Recorder(setting.tensorrt.ParserError, answers, setting.calls)
-
-    setting.answers.update({"OnnxParser.parse": False, "OnnxParser.num_errors": 7, "OnnxParser.get_error": error})
-    with pytest.raises(
-        D2ZeroError, match=r"cannot read .*m\.onnx: /n0: no such operator; /n1: .*; and 3 more$"
-    ) as raised:
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-    assert "\n" not in str(raised.value) and "/n4" not in str(raised.value)
-
-
-def test_failed_build_names_what_tensorrt_logged(setting: Setting, tmp_path: Path) -> None:
-    def work(monitor: Any) -> None:
-        (logger,) = setting.called("Builder")[0]
-        logger.log(setting.tensorrt.ILogger.WARNING, "not this")
-        logger.log(setting.tensorrt.ILogger.ERROR, "no  kernel\nfor /n3")
-
-    setting.building(work)
-    with pytest.raises(D2ZeroError, match=r"cannot build .*m\.onnx: no kernel for /n3$"):
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_embeddings_that_vanished_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Setting(monkeypatch, ("images",))
-    with pytest.raises(D2ZeroError, match="made a constant of class_embeddings"):
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-
-
-def test_progress(setting: Setting, tmp_path: Path) -> None:
-    def work(monitor: Any) -> bytes:
-        assert isinstance(monitor, setting.tensorrt.IProgressMonitor)
-        monitor.phase_start("tactics", None, 2)
-        assert monitor.step_complete("tactics", 0) and monitor.step_complete("tactics", 1)
-        monitor.phase_finish("tactics")
-        return PLAN
-
-    setting.building(work)
-    seen: list[tuple[str, int, int]] = []
-    build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine", progress=lambda *step: seen.append(step))
-    assert seen == [("tactics", 0, 2), ("tactics", 1, 2), ("tactics", 2, 2), ("tactics", 2, 2)]
-    assert setting.cuda.count("cudaSetDevice") == 2  # in this thread and in that of the build
-
-
-def stepping(monitor: Any) -> int:
-    """A build that takes steps until it is told to stop, or 30 seconds; returns how many."""
-    monitor.phase_start("tactics", None, 3000)
-    step = 0
-    while monitor.step_complete("tactics", step) and step < 3000:
-        time.sleep(0.01)
-        step += 1
-    return step
-
-
-def test_interrupt_stops_the_build(setting: Setting, tmp_path: Path) -> None:
-    steps = []
-
-    def work(monitor: Any) -> None:
-        time.sleep(0.1)  # the other thread is past starting this one
-        signal.raise_signal(signal.SIGINT)  # in the build's thread; the other one is to hear of it
-        steps.append(stepping(monitor))
-
-    setting.building(work)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-    assert steps and steps[0] < 500
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_interrupt_while_the_build_starts_stops_it(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = []
-    submit = ThreadPoolExecutor.submit
-
-    def interrupted(*arguments: Any) -> None:
-        submit(*arguments)
-        raise KeyboardInterrupt
-
-    setting.building(lambda monitor: steps.append(stepping(monitor)))
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine")
-    assert steps and steps[0] < 500
-
-
-def test_failing_progress_stops_the_build(setting: Setting, tmp_path: Path) -> None:
-    def broken(phase: str, done: int, total: int) -> None:
-        raise RuntimeError("no screen")
-
-    setting.building(lambda monitor: None if stepping(monitor) == 0 else PLAN)
-    with pytest.raises(RuntimeError, match="no screen"):
-        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine", progress=broken)
 
 
 def test_timing_cache_is_read_and_written(setting: Setting, tmp_path: Path) -> None:

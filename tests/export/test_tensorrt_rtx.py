@@ -5,19 +5,24 @@ import json
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from commands import Command
 from tensorrt_surface import as_tensorrt_rtx, layer_types
+from tiny_model import write_model
 from tiny_network import tiny
 
-from d2zero_export.engine import EngineOptions, Shape, build_engine
+from d2zero_export.engine import Build, EngineOptions, Shape, build_engine
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.options import OnnxOptions
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.engine import EngineMetadata
+from d2zero_runtime.artifacts.onnx import graph_inputs
+from d2zero_runtime.backends.tensorrt.environment import TENSORRT_RTX, require_library
 
 SMALL = EngineOptions(sdk="tensorrt-rtx", max=Shape(1, 96, 128, 40), opt=Shape(1, 96, 128, 36), verify=False)
 
@@ -95,6 +100,46 @@ def test_chosen_gpus_progress_and_ctrl_c(
     with pytest.raises(KeyboardInterrupt):
         build_engine(exported, tmp_path / "interrupted.engine", SMALL)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
+
+
+def test_what_the_parser_refuses_is_one_line(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx")
+    proto = onnx.load(path)
+    proto.graph.node[0].op_type, proto.graph.node[0].name = "Nonsense", "node_0"
+    onnx.save(proto, path)
+    message = r"^TensorRT-RTX 1\..* cannot read .*m\.onnx: node_0 \(Nonsense\): .*Plugin not found"
+    with pytest.raises(D2ZeroError, match=message) as raised:
+        build_engine(path, tmp_path / "m.engine", SMALL)
+    assert "\n" not in str(raised.value) and [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_embeddings_that_vanished_are_noticed(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx")
+    build = Build(require_library(TENSORRT_RTX), path)
+    with pytest.raises(D2ZeroError, match="made a constant of class_embeddings"):
+        build.parse(path.read_bytes(), graph_inputs(path))  # with the default inside
+
+
+def test_failing_progress_stops_the_build(tmp_path: Path) -> None:
+    def broken(phase: str, done: int, total: int) -> None:
+        raise RuntimeError("no screen")
+
+    with pytest.raises(RuntimeError, match="no screen"):
+        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine", SMALL, progress=broken)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_ctrl_c_while_the_build_starts_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*arguments: Any) -> None:
+        submit(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(write_model(tmp_path / "m.onnx"), tmp_path / "m.engine", SMALL)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_wrong_choices_are_one_line(exported: Path, tmp_path: Path, command: Command) -> None:
