@@ -79,10 +79,14 @@ def export(
         typer.Option("--end-to-end", help="Pre- and post-processing in the file, too: from pixels to detections."),
     ] = False,
     masks: Annotated[
-        str, typer.Option("--masks", help="end-to-end: packed (bits), or logits (at a quarter of the size).")
-    ] = "packed",
-    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="end-to-end: most instances.")] = 100,
-    mode: Annotated[str, typer.Option("--mode", help="end-to-end: gzsis or zsis.")] = "gzsis",
+        str | None,
+        typer.Option("--masks", help="end-to-end: packed (bits, the default), or logits (at a quarter of the size)."),
+    ] = None,
+    max_detections: Annotated[
+        int | None,
+        typer.Option("--max-detections", min=1, help="end-to-end: maximum number of instances (100)."),
+    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="end-to-end: gzsis (the default) or zsis.")] = None,
     decoder_layers: Annotated[
         int | None,
         typer.Option("--decoder-layers", min=1, help="Stop after so many decoder layers: faster, less accurate."),
@@ -105,14 +109,15 @@ def export(
     largest: Annotated[str | None, typer.Option("--max", help="Engine: largest shape: 4x1344x1344x1203.")] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option("--timing-cache", help="Engine: measured kernels, read and written; later builds are faster."),
+        typer.Option("--timing-cache", help="tensorrt: measured kernels, read and written; later builds are faster."),
     ] = None,
-    device: Annotated[int, typer.Option("--device", min=0, help="Engine: CUDA's number of the GPU.")] = 0,
+    device: Annotated[int, typer.Option("--device", min=0, help="tensorrt: CUDA's number of the GPU.")] = 0,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
             "--compute-capability",
-            help="tensorrt-rtx: build for GPUs of it, such as 8.9 (repeatable); Ampere and later if left out.",
+            help="tensorrt-rtx: build for GPUs of this compute capability, such as 8.9 (repeatable); for Ampere and"
+            " later if left out.",
         ),
     ] = None,
     compile_for: Annotated[
@@ -158,6 +163,8 @@ def export(
             "--precision, --calibration, --quantize-for, --deform-attn, --decoder-layers, --end-to-end, --size, --batch"
             " and --bake are choices of the ONNX file; export it again"
         )
+    if not whole and any((masks, max_detections, mode)):
+        raise D2ZeroError("--masks, --max-detections and --mode are for --end-to-end")
     if exported and engine:
         _build(model, output, engine)
         return
@@ -181,15 +188,23 @@ def export(
             raise D2ZeroError("--calibration and --quantize-for are for --precision int8 of an .onnx or an engine")
         _export_pt2(model, output, Pt2Options(device=compile_for or local_device(), **graph))
         return
+    given = {"masks": masks, "max_detections": max_detections, "mode": Mode.parse(mode) if mode else None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    whole_options = EndToEnd(**chosen) if whole else None
     graph["quantize_for"] = quantize_for or ("tensorrt" if engine and precision == "int8" else "cpu")
     options = OnnxOptions(
-        end_to_end=EndToEnd(masks, max_detections, Mode.parse(mode)) if whole else None,  # type: ignore[arg-type]
+        end_to_end=whole_options,
         deform_attn=deform_attn or ("gather" if engine else "gridsample"),
         calibration=calibration,
         calibration_images=calibration_images,
         **graph,
     )
     file = output.with_suffix(".onnx")
+    if engine and file.exists():
+        raise D2ZeroError(
+            f"{file}, where the network would be written on the way to the engine, exists; give it as the model to"
+            " build from it, or another --output"
+        )
     _export_onnx(model, file, options)
     if engine:
         _build(file, output, engine, model)
@@ -215,6 +230,8 @@ def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {options.precision}, {len(model.vocabulary)} classes inside")
     _show_parity(parity)
+    if options.end_to_end and options.verify:
+        print("end to end: the instances that the runtime makes of the network's output")
 
 
 def _export_pt2(checkpoint: Path, output: Path, options: "Pt2Options") -> None:
@@ -246,7 +263,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
         _show_parity(None)
         return
     if metadata.contract.end_to_end:
-        print("not verified: the .onnx was, and this runtime does not run end-to-end engines", file=sys.stderr)
+        print("not verified: this runtime does not run end-to-end engines; verify the .onnx", file=sys.stderr)
         return
     if sdk.portable:
         try:
@@ -375,6 +392,8 @@ def _stage(name: str) -> None:
 def _show_parity(parity: "RawParity | None") -> None:
     if parity is None:
         print("not verified (--no-verify)", file=sys.stderr)
+        return
+    if not parity.differences:  # of an end-to-end file, which has no logits
         return
     from rich.table import Table
 

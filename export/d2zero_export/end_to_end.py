@@ -87,7 +87,7 @@ after (float class_logits, float mask_logits, int64[2] sides, bool active, float
     float minus_infinity = {-inf}, bool[1] yes = {1}, float zero = {0}, float one = {1},
     int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i3 = {3}, int64[1] i7 = {7}, int64[1] i8 = {8},
     int64[1] rest = {-1}, int64[2] from_start = {0, 0}, int64[2] sides_axes = {2, 3}, float[4] fourfold = {1, 1, 4, 4},
-    int64 start = {0}, int64 step = {1}, int64[3] no_padding = {0, 0, 0},
+    int64 first = {0}, int64 second = {1}, int64[3] no_padding = {0, 0, 0},
     float[1, 1, 1, 8] powers = {128, 64, 32, 16, 8, 4, 2, 1},
     float small = {0.000001}
 >
@@ -128,12 +128,12 @@ after (float class_logits, float mask_logits, int64[2] sides, bool active, float
 
     by_column = ReduceMax <keepdims = 0> (bits, i2)
     by_row = ReduceMax <keepdims = 0> (bits, i3)
-    height = Gather (sides, start)
-    width = Gather (sides, step)
+    height = Gather (sides, first)
+    width = Gather (sides, second)
     float_height = Cast <to = 1> (height)
     float_width = Cast <to = 1> (width)
-    columns = Range (start, width, step)
-    rows = Range (start, height, step)
+    columns = Range (first, width, second)
+    rows = Range (first, height, second)
     x = Cast <to = 1> (columns)
     y = Cast <to = 1> (rows)
     x_next = Add (x, one)
@@ -209,10 +209,10 @@ def end_to_end(network: onnx.ModelProto, contract: ModelContract, options: EndTo
     graph = model.graph
     nodes, inputs = list(graph.node), [entry for entry in graph.input if entry.name == EMBEDDINGS_INPUT]
     classes = inputs[0].type.tensor_type.shape.dim[0].dim_param if inputs else len(contract.class_names)
-    inputs = [before.input[0], *inputs]
-    if EMBEDDINGS_INPUT in {entry.name for entry in inputs}:
+    if inputs:
         inputs.append(helper.make_tensor_value_info(ACTIVE_INPUT, TensorProto.BOOL, [classes]))
-    _set_dimension(inputs[0], 0, network.graph.input[0])
+    inputs = [before.input[0], *inputs]
+    _set_batch(inputs[0], network.graph.input[0])
     for field, entries in (
         (graph.node, [*before.node, *nodes, *after.node]),
         (graph.input, inputs),
@@ -246,8 +246,8 @@ def _inside(graph: onnx.GraphProto, name: str, outside: set[str]) -> str:
     return name if name in outside or not name else f"{graph.name}/{name}"
 
 
-def _set_dimension(pixels: onnx.ValueInfoProto, axis: int, images: onnx.ValueInfoProto) -> None:
+def _set_batch(pixels: onnx.ValueInfoProto, images: onnx.ValueInfoProto) -> None:
     """Give `pixels` the batch of the network."""
-    target, source = (entry.type.tensor_type.shape.dim[axis] for entry in (pixels, images))
+    target, source = (entry.type.tensor_type.shape.dim[0] for entry in (pixels, images))
     if source.dim_value:
         target.dim_value = source.dim_value

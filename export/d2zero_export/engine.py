@@ -53,7 +53,11 @@ def require_builder(options: EngineOptions) -> Library | Environment:
         D2ZeroError: Says what is missing.
     """
     sdk = SDKS[options.sdk]
-    return require_library(sdk) if sdk.portable else require_tensorrt(options.device, sdk)
+    if not sdk.portable:
+        return require_tensorrt(options.device, sdk)
+    library = require_library(sdk)
+    _capabilities(library, options.compute_capabilities)
+    return library
 
 
 def build_engine(
@@ -217,15 +221,10 @@ class Build:
         """Build for these compute capabilities; without any, for those that TensorRT-RTX has by default."""
         if not capabilities:
             return
-        known = self.tensorrt.ComputeCapability.__members__
-        names = [f"SM{text.replace('.', '')}" for text in capabilities]
-        if wrong := [text for text, name in zip(capabilities, names, strict=True) if name not in known]:
-            numbers = [name[2:] for name in known if name.startswith("SM")]
-            choices = ", ".join(f"{digits[:-1]}.{digits[-1]}" for digits in numbers)
-            raise D2ZeroError(f"{self.library} builds for the compute capabilities {choices}, got {wrong[0]!r}")
-        settings.num_compute_capabilities = len(names)
-        for index, name in enumerate(names):
-            settings.set_compute_capability(known[name], index)
+        chosen = _capabilities(self.library, capabilities)
+        settings.num_compute_capabilities = len(chosen)
+        for index, capability in enumerate(chosen):
+            settings.set_compute_capability(capability, index)
 
     def _use_timing_cache(self, settings: Any, path: Path) -> None:
         content = path.read_bytes() if path.is_file() else b""
@@ -241,6 +240,22 @@ class Build:
         """One line, whatever TensorRT's messages are broken into."""
         said = [" ".join(reason.split()) for reason in reasons or self.messages.errors[:5]]
         return f"{what}: {'; '.join(said)}" if said else what
+
+
+def _capabilities(library: Library, texts: Sequence[str]) -> list[Any]:
+    """The library's names of compute capabilities.
+
+    Raises:
+        D2ZeroError: It does not build for one of them.
+    """
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in library.tensorrt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    if wrong := [text for text in texts if text not in known]:
+        raise D2ZeroError(f"{library} builds for the compute capabilities {', '.join(known)}, got {wrong[0]!r}")
+    return [known[text] for text in texts]
 
 
 def _monitor(tensorrt: Any, progress: Progress) -> Any:

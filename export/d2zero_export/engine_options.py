@@ -1,16 +1,16 @@
 """How an engine is built, and for which shapes: those given, what the model fixes, and defaults from its contract."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, PIXELS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, IMAGES_INPUT, PIXELS_INPUT, ModelContract
 from d2zero_runtime.artifacts.profile import STEP, Profile, Shape
 from d2zero_runtime.backends.tensorrt.environment import SDKS, TENSORRT
 from d2zero_runtime.errors import D2ZeroError, join_truncated
 
-IMAGES_INPUT = "images"
 MANY_CLASSES = 1203  # LVIS: vocabularies of this size fit every engine, unless told otherwise
 MAX_BATCH = 4
 SMALLEST_SIDE = 2 * STEP  # panoramas, and the drawn images of `verify`
@@ -60,6 +60,11 @@ class EngineOptions:
                 "--timing-cache and --device are for --format tensorrt: TensorRT-RTX measures nothing while it builds,"
                 " and needs no GPU"
             )
+        for text in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", text):
+                raise D2ZeroError(f"a compute capability is written as 8.9, got {text!r}")
+        if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
+            raise D2ZeroError(f"a compute capability is given twice: {', '.join(self.compute_capabilities)}")
         if self.compute_capabilities and not SDKS[self.sdk].portable:
             raise D2ZeroError(
                 "--compute-capability is for --format tensorrt-rtx; TensorRT builds for this machine's GPU"
@@ -84,6 +89,9 @@ def profile_for(options: EngineOptions, contract: ModelContract, inputs: Inputs)
     if not options.max:
         high = _bounded(high, best, max)
     low = options.min or _with(_bounded(low, best, min), fixed)
+    static = contract.preprocessing.static_size
+    if static and (high.height > static[0] or high.width > static[1]):
+        raise D2ZeroError(f"the model takes images of up to {static[0]}x{static[1]}, got {high}; give a smaller --max")
     return Profile(low, best, high)
 
 
@@ -103,14 +111,15 @@ def _defaults(contract: ModelContract) -> tuple[Shape, Shape, Shape]:
     """A photo of 3:2 at best; any that the preprocessing can give, up to four per batch, at most."""
     sizes, classes = contract.preprocessing, len(contract.class_names)
     wide = min(sizes.longest_edge, sizes.shortest_edge * 3 // 2)
-    most = max(MANY_CLASSES, classes)
-    side = _padded(sizes.longest_edge, sizes.size_divisor)
     height, width = (_padded(edge, sizes.size_divisor) for edge in (sizes.shortest_edge, wide))
-    smallest = min(SMALLEST_SIDE, height)
+    tallest = widest = _padded(sizes.longest_edge, sizes.size_divisor)
+    if sizes.static_size:
+        height, width = tallest, widest = sizes.static_size
+    smallest = min(SMALLEST_SIDE, height, width)
     return (
         Shape(1, smallest, smallest, 1),
         Shape(1, height, width, classes),
-        Shape(MAX_BATCH, side, side, most),
+        Shape(MAX_BATCH, tallest, widest, max(MANY_CLASSES, classes)),
     )
 
 
@@ -127,7 +136,7 @@ def _fixed(contract: ModelContract, inputs: Inputs) -> dict[str, int]:
             f"expected a model with an input `images` or `pixels` of four dimensions, got {join_truncated(inputs)}"
         )
     batch = images[0]
-    height, width = images[2:] if IMAGES_INPUT in inputs else contract.preprocessing.static_size or (None, None)
+    height, width = images[2:] if IMAGES_INPUT in inputs else (None, None)  # pixels are padded inside
     classes = inputs[EMBEDDINGS_INPUT][0] if EMBEDDINGS_INPUT in inputs else len(contract.class_names)
     sizes = {"batch": batch, "height": height, "width": width, "classes": classes}
     return {name: size for name, size in sizes.items() if size is not None}

@@ -72,8 +72,9 @@ def export_onnx(
         raise D2ZeroError(f"the exported model must end in .onnx, got {output.name!r}")
     model = shortened(model, options)
     contract = contract_for(model, options, options.impl, checkpoint_hash)  # refuses what does not fit before any work
-    if options.end_to_end and model.vocabulary.synonyms:
-        raise D2ZeroError("an end-to-end file cannot add up synonyms; export with a vocabulary that has none")
+    if options.end_to_end:
+        whole = replace(contract, end_to_end=asdict(options.end_to_end))
+        whole.check_compatible(model.vocabulary, model.vocabulary)
     photos = _photos(contract, options)
     proto = graph_of(model, options, stage) if traced is None else deepcopy(traced)
     if photos:

@@ -79,14 +79,14 @@ class OnnxOptions(GraphOptions):
             raise D2ZeroError(
                 "an .onnx is float32 or float16; bfloat16 is for --format pt2, or the provider openvino-bf16"
             )
+        if self.quantize_for not in get_args(QuantizeFor):
+            raise D2ZeroError(f"quantize-for must be cpu or tensorrt, got {self.quantize_for!r}")
         if self.precision != "int8":
             if self.calibration is not None or self.quantize_for != "cpu":
                 raise D2ZeroError(
                     f"--calibration and --quantize-for are for --precision int8, got precision {self.precision}"
                 )
             return
-        if self.quantize_for not in get_args(QuantizeFor):
-            raise D2ZeroError(f"quantize-for must be cpu or tensorrt, got {self.quantize_for!r}")
         if self.calibration is None:
             raise D2ZeroError("--precision int8 needs photos to calibrate on; give their folder with --calibration")
         if self.calibration_images < 1:

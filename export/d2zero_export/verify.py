@@ -98,6 +98,11 @@ def _verify_end_to_end(
     model: D2Zero, exported: Path, images: Sequence[Path], changed_limits: Mapping[str, float]
 ) -> Verification:
     """Instances at network size, as the file gives them, against the checkpoint's there."""
+    if unused := set(changed_limits) - {"matched"}:
+        raise D2ZeroError(
+            f"{exported} is an end-to-end file, of which instances are compared: only --min-matched limits them, got a"
+            f" limit of {', '.join(sorted(unused))}"
+        )
     session = EndToEndSession(exported)
     contract = session.contract
     reference = model.with_decoder_layers(contract.decoder_layers or model.config.decoder_layers).segmenter()
@@ -107,7 +112,7 @@ def _verify_end_to_end(
         ours = runtime_detections(reference, batch, session.vocabulary, contract)
         found.append((ours[0], session(batch)[0]))
     agreement = instance_agreement(*zip(*found, strict=True))
-    limits = replace(LIMITS[contract.precision], **changed_limits)
+    limits = replace(LIMITS[contract.precision], **changed_limits)  # on a CPU, which computes in no other
     return Verification(RawParity(()), None, agreement, {}, limits, tuple(_disagreements(agreement, limits)))
 
 

@@ -10,11 +10,13 @@ import pytest
 from commands import Command
 from end_to_end_files import end_to_end_file
 from tensorrt_surface import as_tensorrt_rtx, layer_types
+from tiny_model import WIDTH, contract
 
 from d2zero.demo.run import packaged_checkpoint
 from d2zero_export.end_to_end import EndToEnd
 from d2zero_export.end_to_end_parity import EndToEndSession, end_to_end_difference
 from d2zero_export.engine import EngineOptions, Shape, build_engine
+from d2zero_export.engine_options import dimensions, profile_for
 from d2zero_export.onnx_export import FORBIDDEN
 from d2zero_runtime import D2ZeroError, load, read_image
 from d2zero_runtime.artifacts.onnx import read_contract
@@ -90,12 +92,13 @@ def test_the_vocabulary_is_replaced_in_the_file(whole: Path, tmp_path: Path, com
 @pytest.mark.slow
 def test_the_command_exports_verifies_and_compares(tmp_path: Path, command: Command) -> None:
     path, checkpoint = tmp_path / "whole.onnx", packaged_checkpoint()
-    outcome = command("export", checkpoint, "-o", path, "--end-to-end", "--size", "96x128", "--masks", "logits")
+    outcome = command("export", checkpoint, "-o", path, "--end-to-end", "--size", "32x64", "--masks", "logits")
     assert outcome.code == 0 and "end to end" in outcome.err, outcome.err
-    contract, _ = read_contract(path)
-    assert contract.end_to_end == {"masks": "logits", "max_detections": 100, "mode": "gzsis"}
+    assert read_contract(path)[0].end_to_end == {"masks": "logits", "max_detections": 100, "mode": "gzsis"}
     outcome = command("verify", checkpoint, path)
     assert outcome.code == 0 and "100.00 % matched" in outcome.out, outcome.err
+    outcome = command("verify", checkpoint, path, "--max-logits", "1")
+    assert outcome.code == 2 and "only --min-matched limits them, got a limit of logits" in outcome.err
     outcome = command("predict", "a.jpg", "-m", path, "-o", tmp_path / "out")
     assert outcome.code == 2 and "is an end-to-end file" in outcome.err
 
@@ -106,6 +109,31 @@ def test_another_post_processing_is_found(exported: Path, whole: Path, tmp_path:
     scale.CopyFrom(onnx.numpy_helper.from_array(np.array(0.5, np.float32), scale.name))
     onnx.save(proto, tmp_path / "other.onnx")
     assert end_to_end_difference(load(exported), tmp_path / "other.onnx").failures("float32")
+
+
+def test_a_vocabulary_that_the_file_cannot_use_is_refused(exported: Path, tmp_path: Path, command: Command) -> None:
+    path = end_to_end_file(exported, tmp_path / "m.onnx", EndToEnd(mode=Mode.ZSIS))
+    content, words = path.read_bytes(), read_contract(path)[1]
+    replace(words, seen=np.ones(len(words), bool)).save(tmp_path / "seen.npz")
+    words.with_synonyms({"red circle": "red ring"}).save(tmp_path / "synonyms.npz")
+    for name, message in (("seen", "mode zsis needs unseen classes"), ("synonyms", "cannot add up synonyms")):
+        outcome = command("vocab", "set", path, tmp_path / f"{name}.npz")
+        assert outcome.code == 2 and message in outcome.err
+    assert path.read_bytes() == content
+
+
+def test_a_static_size_bounds_engines(tmp_path: Path) -> None:
+    sizes = replace(contract().preprocessing, static_size=(96, 128))
+    inputs = {"pixels": (None, None, None, 3), "class_embeddings": (None, WIDTH), "active": (None,)}
+    found = profile_for(EngineOptions(), contract(preprocessing=sizes), inputs)
+    assert [str(shape) for shape in (found.min, found.opt, found.max)] == ["1x64x64x1", "1x96x128x5", "4x96x128x1203"]
+    assert dimensions(found.max, WIDTH, inputs) == {
+        "pixels": (4, 96, 128, 3),
+        "class_embeddings": (1203, WIDTH),
+        "active": (1203,),
+    }
+    with pytest.raises(D2ZeroError, match="takes images of up to 96x128, got 1x128x128x5; give a smaller --max"):
+        profile_for(EngineOptions(max=Shape(1, 128, 128, 5)), contract(preprocessing=sizes), inputs)
 
 
 @pytest.mark.parametrize(

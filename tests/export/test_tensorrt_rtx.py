@@ -16,6 +16,7 @@ from tensorrt_surface import as_tensorrt_rtx, layer_types
 from tiny_model import write_model
 from tiny_network import tiny
 
+from d2zero.demo.run import packaged_checkpoint
 from d2zero_export.engine import Build, EngineOptions, Shape, build_engine
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.options import OnnxOptions
@@ -145,12 +146,19 @@ def test_ctrl_c_while_the_build_starts_stops_it(tmp_path: Path, monkeypatch: pyt
 def test_wrong_choices_are_one_line(exported: Path, tmp_path: Path, command: Command) -> None:
     for flags, message in (
         (["--compute-capability", "9.0"], "builds for the compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0"),
+        (["--compute-capability", "89"], "a compute capability is written as 8.9, got '89'"),
+        (["--compute-capability", "8.9", "--compute-capability", "8.9"], "is given twice"),
+        (["--masks", "logits"], "--masks, --max-detections and --mode are for --end-to-end"),
         (["--timing-cache", "t"], "are for --format tensorrt: TensorRT-RTX measures nothing while it builds"),
         (["--max", "1x64x64x1", "--min", "1x96x96x1"], "shapes must grow from min to opt to max"),
     ):
         outcome = command("export", exported, "-o", tmp_path / "m.engine", "--format", "tensorrt-rtx", *flags)
         assert outcome.code == 2 and message in outcome.err and outcome.err.count("error:") == 1
     assert not list(tmp_path.iterdir())
+    (tmp_path / "m.onnx").write_text("mine")
+    outcome = command("export", packaged_checkpoint(), "-o", tmp_path / "m.engine", "--format", "tensorrt-rtx")
+    assert outcome.code == 2 and "exists; give it as the model to build from it" in outcome.err
+    assert (tmp_path / "m.onnx").read_text() == "mine"
     with pytest.raises(D2ZeroError, match="--compute-capability is for --format tensorrt-rtx"):
         EngineOptions(compute_capabilities=("8.9",))
     with pytest.raises(D2ZeroError, match="sdk must be one of tensorrt, tensorrt-rtx, got 'openvino'"):

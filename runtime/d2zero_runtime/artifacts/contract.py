@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, with_new_names
-from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE, Mode
+from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE, Mode, selection
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
@@ -19,6 +19,7 @@ CONTRACT_VERSION = 1
 LARGEST_BATCH = 1024
 # Added within version 1: files from before lack them, and need none.
 _LATER = frozenset({"calibration", "tf32", "decoder_layers", "end_to_end"})
+IMAGES_INPUT = "images"
 PIXELS_INPUT = "pixels"  # of end-to-end files
 ACTIVE_INPUT = "active"  # of end-to-end files: the classes that compete, an input with a default
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
@@ -149,9 +150,16 @@ class ModelContract:
         """Refuse a vocabulary that the model cannot use in place of its default one.
 
         Raises:
-            D2ZeroError: Its width, its encoder, or (where embeddings are constants) its embeddings do not fit.
+            D2ZeroError: Its width or encoder do not fit, nor (where they are constants) its embeddings, nor (in an
+                end-to-end file) its synonyms or flags.
         """
         check_vocabulary(vocabulary, self.text_dim, default)
+        if self.end_to_end:
+            if vocabulary.synonyms:
+                raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
+            selection(
+                vocabulary, Mode.parse(str(self.end_to_end.get("mode")))
+            )  # refuses one that the mode does not allow
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
             raise D2ZeroError(
                 "the model was exported with --bake: its classes are constants, only names and flags can change;"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import IMAGES_INPUT as IMAGES
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.backends.base import Backend, Images
@@ -29,7 +30,6 @@ from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
 from d2zero_runtime.backends.tensorrt.rtx import KernelCache, runtime_config, why_invalid
 from d2zero_runtime.errors import D2ZeroError
 
-IMAGES = "images"
 OUTPUTS = ("class_logits", "mask_logits")
 MAX_SHAPES = 8  # contexts and graphs kept, of the shapes used last
 _VERSION_NUMBERS = 4  # of TensorRT's version; plans are read by exactly the version that wrote them
@@ -258,7 +258,8 @@ class TensorrtBackend(Backend[Images]):
 
     def _require(self, fine: bool, what: str) -> None:
         if not fine:
-            reasons = "; ".join(self._messages.errors[-3:]) or "TensorRT gave no reason"
+            label = self._environment.sdk.label
+            reasons = "; ".join(self._messages.errors[-3:]) or f"{label} gave no reason"
             raise D2ZeroError(f"the engine cannot {what}: {reasons}")
 
 

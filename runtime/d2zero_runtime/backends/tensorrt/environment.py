@@ -15,7 +15,7 @@ from typing import Any
 from d2zero_runtime.errors import D2ZeroError
 
 _EVERYWHERE = "an engine runs on NVIDIA GPUs only, while the .onnx file runs everywhere"
-_DRIVER = f"an NVIDIA driver of this machine's GPU is needed (`nvidia-smi` shows it); {_EVERYWHERE}"
+_DRIVER = f"`nvidia-smi` shows what the driver sees; {_EVERYWHERE}"
 
 
 @dataclass(frozen=True)
