@@ -157,9 +157,8 @@ class ModelContract:
         if self.end_to_end:
             if vocabulary.synonyms:
                 raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
-            selection(
-                vocabulary, Mode.parse(str(self.end_to_end.get("mode")))
-            )  # refuses one that the mode does not allow
+            mode = Mode.parse(str(self.end_to_end.get("mode")))
+            selection(vocabulary, mode)  # refuses one that the mode does not allow
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
             raise D2ZeroError(
                 "the model was exported with --bake: its classes are constants, only names and flags can change;"
