@@ -48,7 +48,7 @@ class EndToEndSession:
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary | None = None) -> list[Detections]:
-        """The instances of images of one size, with masks of that size; all that have a score, weak ones too."""
+        """The instances of equally large images, with masks of their size; all that have a score, weak ones too."""
         feed: dict[str, NDArray[np.generic]] = {PIXELS_INPUT: images_BHWC}
         if vocabulary is not None:
             mode = Mode.parse(self.contract.end_to_end["mode"])
@@ -176,7 +176,7 @@ def runtime_detections(
 
     Args:
         reference: Runs the network.
-        images_BHWC: uint8 RGB, of one size.
+        images_BHWC: uint8 RGB, equally large.
         vocabulary: The classes.
         contract: The end-to-end file's.
     """
