@@ -273,17 +273,14 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
             print(f"not verified: {reason}; verify it with `d2zero verify` where it runs", file=sys.stderr)
             return
     from d2zero_export.parity import limits_for
-    from d2zero_export.verify import raw_parity
+    from d2zero_export.verify import as_exported, raw_parity
     from d2zero_runtime import load
 
     _stage("verify")
     if checkpoint:
         from d2zero.checkpoints.files import load_model
 
-        model = load_model(checkpoint)
-        reference = model.with_decoder_layers(
-            metadata.contract.decoder_layers or model.config.decoder_layers
-        ).segmenter()
+        reference = as_exported(load_model(checkpoint), metadata.contract).segmenter()
     else:
         reference = load(onnx_file)
     built = load(output)

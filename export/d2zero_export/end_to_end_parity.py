@@ -4,28 +4,31 @@ Letters: B batch, N instances, H and W the sides of the images.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_export.parity import drawn_image
+from d2zero_export.parity import alike, drawn_image
 from d2zero_runtime import D2ZeroError, Detections, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, PIXELS_INPUT, ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.errors import optional
 from d2zero_runtime.masks import rle
 from d2zero_runtime.masks.packed import PackedMasks
-from d2zero_runtime.masks.postprocess import Mode, selection
+from d2zero_runtime.masks.postprocess import Mode
 from d2zero_runtime.masks.upsample import resize_axis, upsampled_mask
 
 CLEAR_SCORE = 0.01  # instances below it are not compared: among the weakest, order is chance
-MOST_SCORES = {"float32": 1e-5}  # largest difference of scores; of lower precisions the next
-MOST_SCORES_ELSE = 1e-2
 MOST_BOXES = 1e-3  # pixels
 MOST_BITS = 1e-4  # share of mask pixels that differ: those whose logit is zero except for rounding
+
+
+def most_scores(precision: str) -> float:
+    """The largest difference of scores that passes."""
+    return 1e-5 if precision == "float32" else 1e-2
 
 
 class EndToEndSession:
@@ -51,9 +54,8 @@ class EndToEndSession:
         """The instances of equally large images, with masks of their size; all that have a score, weak ones too."""
         feed: dict[str, NDArray[np.generic]] = {PIXELS_INPUT: images_BHWC}
         if vocabulary is not None:
-            mode = Mode.parse(self.contract.end_to_end["mode"])
             feed[EMBEDDINGS_INPUT] = vocabulary.embeddings
-            feed[ACTIVE_INPUT] = selection(vocabulary, mode).competing
+            feed[ACTIVE_INPUT] = self.contract.competing(vocabulary)
         names = ("boxes", "scores", "class_ids", "masks")
         found = self._session.run(names, feed)
         return [
@@ -131,7 +133,7 @@ class EndToEndDifference:
         """What exceeds the limits of a precision."""
         missing = [f"{self.unmatched} of {self.instances} instances are missing"] if self.unmatched else []
         limits = (
-            ("scores", self.scores, MOST_SCORES.get(precision, MOST_SCORES_ELSE)),
+            ("scores", self.scores, most_scores(precision)),
             ("boxes", self.boxes, MOST_BOXES),
             ("mask pixels", self.bits, MOST_BITS),
         )
@@ -161,7 +163,7 @@ def end_to_end_difference(reference: Segmenter, path: Path) -> EndToEndDifferenc
         theirs = session(images, vocabulary)
         ours = runtime_detections(reference, images, vocabulary or session.vocabulary, contract)
         for left, right in zip(ours, theirs, strict=True):
-            found = found.with_pair(left, right, MOST_SCORES.get(contract.precision, MOST_SCORES_ELSE))
+            found = found.with_pair(left, right, most_scores(contract.precision))
     return found
 
 
@@ -180,10 +182,8 @@ def runtime_detections(
         vocabulary: The classes.
         contract: The end-to-end file's.
     """
-    before, preprocessing = reference.vocabulary, contract.preprocessing
-    alike = Segmenter(reference.backend, replace(reference.contract, preprocessing=preprocessing), before)
-    alike.set_vocabulary(replace(vocabulary, source=before.source))
+    same = alike(reference, contract.preprocessing, vocabulary)
     sizes = [(images_BHWC.shape[1], images_BHWC.shape[2])] * len(images_BHWC)
     options = {"max_detections": contract.end_to_end["max_detections"], "masks": "bitmap"}
-    raw = alike.predict_raw(list(images_BHWC))
-    return alike.postprocess(raw, sizes, sizes, contract.end_to_end["mode"], **options)
+    raw = same.predict_raw(list(images_BHWC))
+    return same.postprocess(raw, sizes, sizes, contract.end_to_end["mode"], **options)

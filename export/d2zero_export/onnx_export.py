@@ -10,7 +10,6 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -58,8 +57,8 @@ def export_onnx(
         options: How.
         checkpoint_hash: Recorded in the contract.
         stage: Told each stage's name as it begins.
-        traced: What `graph_of` made of this model for options that differ only in calibration, verification, or
-            int8 instead of float32, so that both are traced once; not changed.
+        traced: What `graph_of` made of this model for options that differ only in calibration, verification, what is
+            done end to end, or int8 instead of float32, so that both are traced once; not changed.
 
     Returns:
         What verification measured, or None if it was left out.
@@ -76,7 +75,7 @@ def export_onnx(
         whole = replace(contract, end_to_end=asdict(options.end_to_end))
         whole.check_compatible(model.vocabulary, model.vocabulary)
     photos = _photos(contract, options)
-    proto = graph_of(model, options, stage) if traced is None else deepcopy(traced)
+    proto = graph_of(model, options, stage) if traced is None else traced
     if photos:
         stage("quantize")
         proto = quantized(proto, _prepared(model, options), photos, options.quantize_for)
@@ -234,7 +233,8 @@ def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero, contract: ModelContra
     embeddings = np.ascontiguousarray(model.vocabulary.embeddings, np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(embeddings, EMBEDDINGS_INPUT))
     if contract.end_to_end:
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(contract.competing, ACTIVE_INPUT))
+        active = contract.competing(model.vocabulary)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(active, ACTIVE_INPUT))
 
 
 def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, checkpoint_hash: str) -> ModelContract:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime import D2ZeroError
+from d2zero_runtime import D2ZeroError, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.images import PADDING_LOGIT
 
 MOST = 0.9  # of an image's queries
@@ -155,3 +155,11 @@ def drawn_image(random: np.random.Generator, height: int, width: int) -> NDArray
     blocks = random.integers(0, 256, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)
     noisy = blocks[:height, :width] + random.normal(0, 10, (height, width, 3))
     return noisy.clip(0, 255).astype(np.uint8)
+
+
+def alike(reference: Segmenter, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Segmenter:
+    """The reference with another's preprocessing and vocabulary, for comparing like with like."""
+    contract = replace(reference.contract, preprocessing=preprocessing)
+    same = Segmenter(reference.backend, contract, reference.vocabulary)
+    same.set_vocabulary(replace(vocabulary, source=reference.vocabulary.source))
+    return same

@@ -20,8 +20,9 @@ from d2zero.model import D2Zero
 from d2zero_export.end_to_end_parity import EndToEndSession, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
-from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, difference, drawn_image
+from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
+from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
@@ -74,11 +75,11 @@ def verify(
             )
         return _verify_end_to_end(model, exported, images, changed_limits or {})
     segmenter = load(exported, providers)
-    model = model.with_decoder_layers(segmenter.contract.decoder_layers or model.config.decoder_layers)
+    model = as_exported(model, segmenter.contract)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
     parity = raw_parity(model.segmenter(), segmenter)
     flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
-    reference = _alike(model.segmenter(), segmenter)
+    reference = alike(model.segmenter(), segmenter.preprocessing, segmenter.vocabulary)
     pictures = _pictures(images)
     agreement = instance_agreement(*([run(p, score_threshold=0.0) for p in pictures] for run in (reference, segmenter)))
     accuracy = (
@@ -94,6 +95,11 @@ def verify(
     return Verification(parity, flipped, agreement, accuracy, limits, tuple(failures))
 
 
+def as_exported(model: D2Zero, contract: ModelContract) -> D2Zero:
+    """A checkpoint's model with as many decoder layers as a file that was exported of it."""
+    return model.with_decoder_layers(contract.decoder_layers or model.config.decoder_layers)
+
+
 def _verify_end_to_end(
     model: D2Zero, exported: Path, images: Sequence[Path], changed_limits: Mapping[str, float]
 ) -> Verification:
@@ -105,7 +111,7 @@ def _verify_end_to_end(
         )
     session = EndToEndSession(exported)
     contract = session.contract
-    reference = model.with_decoder_layers(contract.decoder_layers or model.config.decoder_layers).segmenter()
+    reference = as_exported(model, contract).segmenter()
     sizes, found = contract.preprocessing, []
     for picture in _pictures(images):
         batch = np.stack([sizes.resize(picture)] * (contract.batch or 1))
@@ -154,14 +160,6 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     return different / sum(int(right.size) for right in theirs)
 
 
-def _alike(reference: Segmenter, segmenter: Segmenter) -> Segmenter:
-    """The reference with the other's preprocessing and vocabulary, for comparing like with like."""
-    contract = replace(reference.contract, preprocessing=segmenter.preprocessing)
-    alike = Segmenter(reference.backend, contract, reference.vocabulary)
-    alike.set_vocabulary(replace(segmenter.vocabulary, source=reference.vocabulary.source))
-    return alike
-
-
 def _accuracy(
     reference: Segmenter, segmenter: Segmenter, annotations: CocoFile, images: Path, progress: Progress | None
 ) -> dict[str, dict[str, tuple[float, float]]]:
@@ -192,7 +190,7 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
         segmenter: The one that is compared.
     """
     random = np.random.default_rng(0)
-    reference, contract = _alike(reference, segmenter), segmenter.contract
+    reference, contract = alike(reference, segmenter.preprocessing, segmenter.vocabulary), segmenter.contract
     sizes = _sizes(segmenter)
     first, second, square = (drawn_image(random, *size) for size in sizes)
     flipped = square[::-1].copy()

@@ -12,7 +12,9 @@ from end_to_end_files import end_to_end_file
 from tensorrt_surface import as_tensorrt_rtx, layer_types
 from tiny_model import WIDTH, contract
 
+import d2zero
 from d2zero.demo.run import packaged_checkpoint
+from d2zero.model import D2Zero
 from d2zero_export.end_to_end import EndToEnd
 from d2zero_export.end_to_end_parity import EndToEndSession, end_to_end_difference
 from d2zero_export.engine import EngineOptions, Shape, build_engine
@@ -24,8 +26,13 @@ from d2zero_runtime.masks.postprocess import Mode
 
 
 @pytest.fixture(scope="module")
-def whole(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return end_to_end_file(exported, tmp_path_factory.mktemp("whole") / "whole.onnx")
+def demo_model() -> D2Zero:
+    return d2zero.load(packaged_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def whole(demo_model: D2Zero, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return end_to_end_file(demo_model, exported, tmp_path_factory.mktemp("whole") / "whole.onnx")
 
 
 @pytest.mark.parametrize(
@@ -33,8 +40,10 @@ def whole(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [EndToEnd(), EndToEnd(masks="logits", max_detections=7), EndToEnd(mode=Mode.ZSIS), EndToEnd(max_detections=9999)],
     ids=["packed", "logits", "zsis", "all pairs"],
 )
-def test_instances_are_those_of_the_runtime(exported: Path, tmp_path: Path, options: EndToEnd) -> None:
-    path = end_to_end_file(exported, tmp_path / "whole.onnx", options)
+def test_instances_are_those_of_the_runtime(
+    demo_model: D2Zero, exported: Path, tmp_path: Path, options: EndToEnd
+) -> None:
+    path = end_to_end_file(demo_model, exported, tmp_path / "whole.onnx", options)
     found = end_to_end_difference(load(exported), path)
     assert found.failures("float32") == [] and found.instances > 10
     assert found.scores < 1e-6 and found.bits < 1e-6
@@ -111,8 +120,10 @@ def test_another_post_processing_is_found(exported: Path, whole: Path, tmp_path:
     assert end_to_end_difference(load(exported), tmp_path / "other.onnx").failures("float32")
 
 
-def test_a_vocabulary_that_the_file_cannot_use_is_refused(exported: Path, tmp_path: Path, command: Command) -> None:
-    path = end_to_end_file(exported, tmp_path / "m.onnx", EndToEnd(mode=Mode.ZSIS))
+def test_a_vocabulary_that_the_file_cannot_use_is_refused(
+    demo_model: D2Zero, exported: Path, tmp_path: Path, command: Command
+) -> None:
+    path = end_to_end_file(demo_model, exported, tmp_path / "m.onnx", EndToEnd(mode=Mode.ZSIS))
     content, words = path.read_bytes(), read_contract(path)[1]
     replace(words, seen=np.ones(len(words), bool)).save(tmp_path / "seen.npz")
     words.with_synonyms({"red circle": "red ring"}).save(tmp_path / "synonyms.npz")

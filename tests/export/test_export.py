@@ -165,7 +165,7 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Pat
     np.testing.assert_allclose(out.class_logits[0], recorded["pred_logits"], atol=1e-3, rtol=0)
     np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
     require_recorded_detections(segmenter, out, recorded)
-    whole = end_to_end_file(tmp_path / "p.onnx", tmp_path / "whole.onnx")
+    whole = end_to_end_file(model, tmp_path / "p.onnx", tmp_path / "whole.onnx")
     pixels, session = recorded["image_u8"][None], EndToEndSession(whole)
     (ours,) = runtime_detections(segmenter, pixels, segmenter.vocabulary, session.contract)
     (theirs,) = session(pixels)

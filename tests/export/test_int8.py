@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from commands import Command
+from end_to_end_files import traced_network
 from onnx import helper
 from onnxruntime import ExecutionOrder
 from onnxruntime.quantization import CalibrationDataReader
@@ -44,10 +45,7 @@ def demo_model() -> D2Zero:
 def eight_bits(demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages but the trace, which takes most of the time and is the same as for float32: from that file."""
     path = tmp_path_factory.mktemp("int8") / "demo.onnx"
-    traced = onnx.load(exported)
-    kept = [tensor for tensor in traced.graph.initializer if tensor.name != EMBEDDINGS_INPUT]
-    del traced.graph.initializer[:], traced.metadata_props[:]
-    traced.graph.initializer.extend(kept)
+    traced = traced_network(exported)
     orders = []
     collect = MinMaxCalibrater.collect_data
 

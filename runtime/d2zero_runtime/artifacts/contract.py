@@ -129,11 +129,13 @@ class ModelContract:
             synonyms=self.synonyms,
         )
 
-    @property
-    def competing(self) -> NDArray[np.bool_]:
-        """Of an end-to-end file: the (K,) classes that compete by default, in its mode."""
-        active, seen = np.array(self.active, bool), np.array(self.seen, bool)
-        return active & ~seen if self.end_to_end.get("mode") == Mode.ZSIS else active
+    def competing(self, vocabulary: Vocabulary) -> NDArray[np.bool_]:
+        """Of an end-to-end file: which of a vocabulary's (K,) classes compete in its mode.
+
+        Raises:
+            D2ZeroError: The mode does not allow the vocabulary.
+        """
+        return selection(vocabulary, Mode.parse(str(self.end_to_end.get("mode")))).competing
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> "ModelContract":
         """The contract of the same model with another default vocabulary (see `check_compatible`)."""
@@ -157,8 +159,7 @@ class ModelContract:
         if self.end_to_end:
             if vocabulary.synonyms:
                 raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
-            mode = Mode.parse(str(self.end_to_end.get("mode")))
-            selection(vocabulary, mode)  # refuses one that the mode does not allow
+            self.competing(vocabulary)
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
             raise D2ZeroError(
                 "the model was exported with --bake: its classes are constants, only names and flags can change;"

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
-from d2zero_runtime.artifacts.contract import IMAGES_INPUT as IMAGES
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, IMAGES_INPUT
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.backends.base import Backend, Images
@@ -59,7 +58,7 @@ class TensorrtBackend(Backend[Images]):
         _check_compatible(path, metadata, self._environment)
         self._messages = collector(library.tensorrt)
         self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
-        self._inputs = (IMAGES,) if metadata.contract.baked else (IMAGES, EMBEDDINGS_INPUT)
+        self._inputs = (IMAGES_INPUT,) if metadata.contract.baked else (IMAGES_INPUT, EMBEDDINGS_INPUT)
         _check_tensors(path, self._engine, library.tensorrt, self._inputs)
         self._config = self._kernels = None  # TensorRT-RTX's
         if library.sdk.portable:
@@ -97,7 +96,7 @@ class TensorrtBackend(Backend[Images]):
                 raise D2ZeroError("this engine was closed; load it again")
             self._environment.select()
             prepared = self._prepare(shape)
-            self._upload(IMAGES, images_B3HW)
+            self._upload(IMAGES_INPUT, images_B3HW)
             if embeddings_KD is not None and EMBEDDINGS_INPUT in self._inputs:
                 self._upload_embeddings(embeddings_KD)
             self._launch(prepared)
@@ -180,7 +179,7 @@ class TensorrtBackend(Backend[Images]):
         strategy = self._environment.library.tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(self._config or strategy)
         self._require(context is not None, "make an execution context")
-        shapes: dict[str, tuple[int, ...]] = {IMAGES: (shape.batch, 3, shape.height, shape.width)}
+        shapes: dict[str, tuple[int, ...]] = {IMAGES_INPUT: (shape.batch, 3, shape.height, shape.width)}
         if not self._metadata.contract.baked:
             shapes[EMBEDDINGS_INPUT] = (shape.classes, self._metadata.contract.text_dim)
         for name, dims in shapes.items():
