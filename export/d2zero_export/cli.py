@@ -168,8 +168,8 @@ def export(
     if exported and engine:
         _build(model, output, engine)
         return
-    from d2zero_export.end_to_end import EndToEnd
     from d2zero_export.options import OnnxOptions, Pt2Options, local_device
+    from d2zero_runtime.artifacts.contract import EndToEnd
 
     graph: dict[str, Any] = {
         "precision": precision,

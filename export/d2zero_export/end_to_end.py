@@ -10,48 +10,14 @@ own post-processing makes only the masks that survive.
 Letters: B batch, Q queries, K classes, N instances, H and W the sides of the input, h and w of the mask logits.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 from onnx import TensorProto, helper, numpy_helper
 
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, ModelContract
-from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, Mode
-
-MaskOutput = Literal["packed", "logits"]
-MODES = (Mode.GZSIS, Mode.ZSIS)
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """What an end-to-end file does after the network.
-
-    Args:
-        masks: `packed`, (B, N, H, ⌈W/8⌉) uint8, eight pixels per byte, the leftmost in the highest bit; or `logits`,
-            (B, N, h, w) float32 at a quarter of the padded size.
-        max_detections: N at most.
-        mode: `gzsis` or `zsis`.
-
-    Raises:
-        D2ZeroError: A field has another value.
-    """
-
-    masks: MaskOutput = "packed"
-    max_detections: int = MAX_DETECTIONS
-    mode: Mode = Mode.GZSIS
-
-    def __post_init__(self) -> None:
-        if self.masks not in get_args(MaskOutput):
-            raise D2ZeroError(f"masks must be one of {', '.join(get_args(MaskOutput))}, got {self.masks!r}")
-        if self.mode not in MODES:
-            raise D2ZeroError(f"an end-to-end file has one of the modes {', '.join(MODES)}, got {self.mode}")
-        if self.max_detections < 1:
-            raise D2ZeroError(f"max_detections must be at least 1, got {self.max_detections}")
-
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, EndToEnd, ModelContract
 
 _BEFORE = """
 before (uint8[batch, height, width, 3] pixels, float[3] mean, float[3] std, int64[2] step)

@@ -3,23 +3,16 @@
 Letters: B batch, N instances, H and W the sides of the images.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_export.parity import alike, drawn_image
-from d2zero_runtime import D2ZeroError, Detections, Segmenter, Vocabulary
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, PIXELS_INPUT, ModelContract
-from d2zero_runtime.artifacts.onnx import read_contract
-from d2zero_runtime.errors import optional
-from d2zero_runtime.masks import rle
-from d2zero_runtime.masks.packed import PackedMasks
-from d2zero_runtime.masks.postprocess import Mode
-from d2zero_runtime.masks.upsample import resize_axis, upsampled_mask
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, load
+from d2zero_runtime.artifacts.contract import EndToEnd
+from d2zero_runtime.end_to_end import EndToEndSegmenter
 
 CLEAR_SCORE = 0.01  # instances below it are not compared: among the weakest, order is chance
 MOST_BOXES = 1e-3  # pixels
@@ -31,64 +24,16 @@ def most_scores(precision: str) -> float:
     return 1e-5 if precision == "float32" else 1e-2
 
 
-class EndToEndSession:
-    """An end-to-end file, run by ONNX Runtime on a CPU.
-
-    Args:
-        path: What `export_onnx` wrote with `OnnxOptions(end_to_end=…)`.
+def open_end_to_end(path: Path) -> EndToEndSegmenter:
+    """Load an end-to-end file.
 
     Raises:
         D2ZeroError: It is another file, or onnxruntime is absent.
     """
-
-    def __init__(self, path: Path) -> None:
-        onnxruntime = optional("onnxruntime")
-        self.contract, self.vocabulary = read_contract(path)
-        if not self.contract.end_to_end:
-            raise D2ZeroError(f"{path} is no end-to-end file; export one with --end-to-end")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def __call__(self, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary | None = None) -> list[Detections]:
-        """The instances of equally large images, with masks of their size; all that have a score, weak ones too."""
-        feed: dict[str, NDArray[np.generic]] = {PIXELS_INPUT: images_BHWC}
-        if vocabulary is not None:
-            feed[EMBEDDINGS_INPUT] = vocabulary.embeddings
-            feed[ACTIVE_INPUT] = self.contract.competing(vocabulary)
-        names = ("boxes", "scores", "class_ids", "masks")
-        found = self._session.run(names, feed)
-        return [
-            self._detections(image, (images_BHWC.shape[1], images_BHWC.shape[2]), vocabulary or self.vocabulary)
-            for image in zip(*found, strict=True)
-        ]
-
-    def _detections(self, image: Sequence[NDArray[Any]], size: tuple[int, int], vocabulary: Vocabulary) -> Detections:
-        boxes, scores, class_ids, masks = image
-        kept = scores > 0
-        class_ids = class_ids[kept]
-        return Detections(
-            boxes=boxes[kept],
-            scores=scores[kept],
-            class_ids=class_ids,
-            names=tuple(vocabulary.names[index] for index in class_ids),
-            seen=vocabulary.seen[class_ids],
-            masks=self._masks(masks[kept], size),
-            image_size=size,
-        )
-
-    def _masks(self, masks: NDArray[np.generic], size: tuple[int, int]) -> PackedMasks:
-        if self.contract.end_to_end["masks"] == "packed":
-            return PackedMasks(masks.astype(np.uint8, copy=False), size)
-        rows, columns = (
-            resize_axis(masks.shape[1 + axis], 4 * masks.shape[1 + axis], size[axis], size[axis]) for axis in (0, 1)
-        )
-        bitmaps = np.zeros((len(masks), *size), bool)
-        for bitmap, logits in zip(bitmaps, masks, strict=True):
-            mask = upsampled_mask(np.asarray(logits, np.float32), rows, columns).rle
-            assert mask is not None
-            bitmap[:] = rle.decode(mask)
-        return PackedMasks.of(bitmaps)
+    segmenter = load(path)
+    if not isinstance(segmenter, EndToEndSegmenter):
+        raise D2ZeroError(f"{path} is no end-to-end file; export one with --end-to-end")
+    return segmenter
 
 
 @dataclass(frozen=True)
@@ -149,7 +94,7 @@ def end_to_end_difference(reference: Segmenter, path: Path) -> EndToEndDifferenc
         reference: The same network with post-processing by the runtime, such as the file without `--end-to-end`.
         path: The end-to-end file.
     """
-    session = EndToEndSession(path)
+    session = open_end_to_end(path)
     random, contract = np.random.default_rng(0), session.contract
     height, width = contract.preprocessing.static_size or (96, 160)
     batch, found = contract.batch or 1, EndToEndDifference(0, 0, 0.0, 0.0, 0.0)
@@ -157,22 +102,22 @@ def end_to_end_difference(reference: Segmenter, path: Path) -> EndToEndDifferenc
     for size, count, vocabulary in (
         ((height, width), batch, None),
         ((height - height // 5, width - width // 3 - 1), contract.batch or 2, None),
-        ((height - height // 3, width), batch, few if few is not None and _allows(few, contract.end_to_end) else None),
+        ((height - height // 3, width), batch, few if few is not None and _allows(few, session.steps) else None),
     ):
         images = np.stack([drawn_image(random, *size) for _ in range(count)])
-        theirs = session(images, vocabulary)
-        ours = runtime_detections(reference, images, vocabulary or session.vocabulary, contract)
+        theirs = session.found_in(images, vocabulary)
+        ours = runtime_detections(reference, images, vocabulary or session.vocabulary, session)
         for left, right in zip(ours, theirs, strict=True):
             found = found.with_pair(left, right, most_scores(contract.precision))
     return found
 
 
-def _allows(vocabulary: Vocabulary, end_to_end: dict[str, Any]) -> bool:
-    return end_to_end["mode"] == Mode.GZSIS or bool((vocabulary.active & ~vocabulary.seen).any())
+def _allows(vocabulary: Vocabulary, steps: EndToEnd) -> bool:
+    return steps.mode == Mode.GZSIS or bool((vocabulary.active & ~vocabulary.seen).any())
 
 
 def runtime_detections(
-    reference: Segmenter, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary, contract: ModelContract
+    reference: Segmenter, images_BHWC: NDArray[np.uint8], vocabulary: Vocabulary, whole: EndToEndSegmenter
 ) -> list[Detections]:
     """A network's raw output, post-processed by the runtime as an end-to-end file does: at the images' own size.
 
@@ -180,10 +125,9 @@ def runtime_detections(
         reference: Runs the network.
         images_BHWC: uint8 RGB, equally large.
         vocabulary: The classes.
-        contract: The end-to-end file's.
+        whole: The end-to-end file's.
     """
-    same = alike(reference, contract.preprocessing, vocabulary)
+    same = alike(reference, whole.preprocessing, vocabulary)
     sizes = [(images_BHWC.shape[1], images_BHWC.shape[2])] * len(images_BHWC)
-    options = {"max_detections": contract.end_to_end["max_detections"], "masks": "bitmap"}
-    raw = same.predict_raw(list(images_BHWC))
-    return same.postprocess(raw, sizes, sizes, contract.end_to_end["mode"], **options)
+    steps, raw = whole.steps, same.predict_raw(list(images_BHWC))
+    return same.postprocess(raw, sizes, sizes, steps.mode, max_detections=steps.max_detections, masks="bitmap")

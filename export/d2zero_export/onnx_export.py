@@ -10,7 +10,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def export_onnx(
     model = shortened(model, options)
     contract = contract_for(model, options, options.impl, checkpoint_hash)  # refuses what does not fit before any work
     if options.end_to_end:
-        whole = replace(contract, end_to_end=asdict(options.end_to_end))
+        whole = replace(contract, end_to_end=options.end_to_end)
         whole.check_compatible(model.vocabulary, model.vocabulary)
     photos = _photos(contract, options)
     proto = graph_of(model, options, stage) if traced is None else traced
@@ -91,7 +91,7 @@ def export_onnx(
         if options.end_to_end:
             stage("end to end")
             network, candidate = candidate, Path(folder) / "end_to_end.onnx"
-            contract = replace(contract, end_to_end=asdict(options.end_to_end))
+            contract = replace(contract, end_to_end=options.end_to_end)
             _write(end_to_end(proto, contract, options.end_to_end), model, contract, candidate)
             if options.verify:
                 _verify_end_to_end(network, candidate)
@@ -233,7 +233,7 @@ def _add_vocabulary(proto: onnx.ModelProto, model: D2Zero, contract: ModelContra
     embeddings = np.ascontiguousarray(model.vocabulary.embeddings, np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(embeddings, EMBEDDINGS_INPUT))
     if contract.end_to_end:
-        active = contract.competing(model.vocabulary)
+        active = contract.end_to_end.competing(model.vocabulary)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(active, ACTIVE_INPUT))
 
 

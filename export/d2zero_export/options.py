@@ -10,10 +10,10 @@ from typing import get_args
 import torch
 
 from d2zero.model.deformable import DeformableImpl
-from d2zero_export.end_to_end import EndToEnd
 from d2zero_export.precision import PRECISIONS
 from d2zero_export.quantize import QuantizeFor
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.artifacts.contract import EndToEnd
 from d2zero_runtime.images import Size
 
 PT2_DEVICES = ("cpu", "cuda")

@@ -17,7 +17,7 @@ from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import metrics_of
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
-from d2zero_export.end_to_end_parity import EndToEndSession, runtime_detections
+from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image
@@ -109,14 +109,14 @@ def _verify_end_to_end(
             f"{exported} is an end-to-end file, of which instances are compared: only --min-matched limits them, got a"
             f" limit of {', '.join(sorted(unused))}"
         )
-    session = EndToEndSession(exported)
+    session = open_end_to_end(exported)
     contract = session.contract
     reference = as_exported(model, contract).segmenter()
     sizes, found = contract.preprocessing, []
     for picture in _pictures(images):
         batch = np.stack([sizes.resize(picture)] * (contract.batch or 1))
-        ours = runtime_detections(reference, batch, session.vocabulary, contract)
-        found.append((ours[0], session(batch)[0]))
+        ours = runtime_detections(reference, batch, session.vocabulary, session)
+        found.append((ours[0], session.found_in(batch)[0]))
     agreement = instance_agreement(*zip(*found, strict=True))
     limits = replace(LIMITS[contract.precision], **changed_limits)  # on a CPU, which computes in no other
     return Verification(RawParity(()), None, agreement, {}, limits, tuple(_disagreements(agreement, limits)))

@@ -11,8 +11,9 @@ import d2zero_runtime.old_names  # noqa: F401
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing
+from d2zero_runtime.loading import load
 from d2zero_runtime.masks.postprocess import Mode, postprocess
-from d2zero_runtime.segmenter import Segmenter, load
+from d2zero_runtime.segmenter import Segmenter
 from d2zero_runtime.sources import read_image
 from d2zero_runtime.vocabulary import Vocabulary
 

@@ -11,11 +11,13 @@ from d2zero_runtime.artifacts.engine import EngineMetadata, replace_engine_vocab
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
 from d2zero_runtime.artifacts.pt2 import Pt2Metadata, replace_pt2_vocabulary
 from d2zero_runtime.backends.base import Backend, Images
-from d2zero_runtime.backends.onnxruntime import ONNXRUNTIME, OnnxBackend, Provider
+from d2zero_runtime.backends.onnxruntime import ONNXRUNTIME, EndToEndBackend, OnnxBackend, Provider
 from d2zero_runtime.backends.openvino.backend import OpenVinoBackend
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 from d2zero_runtime.backends.torch_pt2 import Pt2Backend
+from d2zero_runtime.end_to_end import EndToEndSegmenter
 from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.segmenter import Segmenter
 from d2zero_runtime.vocabulary import Vocabulary
 
 OPENVINO = {"openvino": "float32", "openvino-bf16": "bfloat16"}  # providers, and the precision that they compute in
@@ -42,12 +44,12 @@ class Exported:
     Args:
         contract: The model's contract.
         vocabulary: Its default vocabulary.
-        open: Loads the network.
+        open: Loads its network, and makes what segments with it.
     """
 
     contract: ModelContract
     vocabulary: Vocabulary
-    open: Callable[[LoadOptions], Backend[Any]]
+    open: Callable[[LoadOptions], Segmenter]
 
 
 @dataclass(frozen=True)
@@ -147,27 +149,51 @@ def _as_list(providers: Providers | None) -> list[Provider]:
     return list(providers)
 
 
+def _open_end_to_end(path: Path, contract: ModelContract, vocabulary: Vocabulary, options: LoadOptions) -> Segmenter:
+    chosen = _listed(options.providers or "cpu")
+    if any(entry in OPENVINO for entry in chosen):
+        raise D2ZeroError(
+            f"{path} is an end-to-end file, which this runtime runs with ONNX Runtime: leave out openvino, or give the"
+            " file to OpenVINO itself (docs/end-to-end.md)"
+        )
+    backend = EndToEndBackend(path, chosen, options.threads, contract.tf32, options.session_options)
+    return EndToEndSegmenter(backend, contract, vocabulary)
+
+
 def _read_onnx(path: Path) -> Exported:
     contract, vocabulary = read_contract(path)
-    return Exported(contract, vocabulary, lambda options: open_onnx(path, contract, options))
+
+    def opened(options: LoadOptions) -> Segmenter:
+        if contract.end_to_end:
+            return _open_end_to_end(path, contract, vocabulary, options)
+        return Segmenter(open_onnx(path, contract, options), contract, vocabulary)
+
+    return Exported(contract, vocabulary, opened)
 
 
 def _read_engine(path: Path) -> Exported:
     metadata = EngineMetadata.read(path)
-    return Exported(
-        metadata.runnable_contract,
-        metadata.vocabulary,
-        lambda options: TensorrtBackend(path, metadata, options.device, options.cuda_graphs),
-    )
+    contract, vocabulary = metadata.runnable_contract, metadata.vocabulary
+
+    def opened(options: LoadOptions) -> Segmenter:
+        if contract.end_to_end:
+            raise D2ZeroError(
+                f"{path} is an end-to-end engine, which TensorRT runs itself (docs/end-to-end.md); this runtime takes"
+                " engines of files without --end-to-end"
+            )
+        return Segmenter(TensorrtBackend(path, metadata, options.device, options.cuda_graphs), contract, vocabulary)
+
+    return Exported(contract, vocabulary, opened)
 
 
 def _read_pt2(path: Path) -> Exported:
     metadata = Pt2Metadata.read(path)
-    return Exported(
-        metadata.contract,
-        metadata.vocabulary,
-        lambda options: Pt2Backend(path, metadata, options.device, options.cuda_graphs, options.threads),
-    )
+
+    def opened(options: LoadOptions) -> Segmenter:
+        backend = Pt2Backend(path, metadata, options.device, options.cuda_graphs, options.threads)
+        return Segmenter(backend, metadata.contract, metadata.vocabulary)
+
+    return Exported(metadata.contract, metadata.vocabulary, opened)
 
 
 FORMATS = {

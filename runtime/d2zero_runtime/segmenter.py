@@ -1,7 +1,7 @@
 """Segmenting images with a model, whatever runs its network; no torch.
 
-`load` opens an exported model. The segmenter does what is the same for all of them: reading, resizing,
-batches, vocabularies, post-processing. The network is run by its backend (`d2zero_runtime.backends`).
+The segmenter does what is the same for all models: reading, resizing, batches, vocabularies, post-processing. The
+network is run by its backend (`d2zero_runtime.backends`). `d2zero_runtime.loading` opens exported models.
 
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
@@ -9,10 +9,9 @@ Letters: B batch, Q queries, K classes, D text width, H and W the padded input's
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack, overload
 
 import numpy as np
@@ -24,7 +23,6 @@ from d2zero_runtime.backends.base import Backend, Raw
 from d2zero_runtime.backends.inputs import Input, filled_up, input_of, joined, shape_of
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.formats import LoadOptions, Providers, format_of
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, size_of
 from d2zero_runtime.masks.device import DeviceLogits, concatenated, mask_logits_of, stacked
 from d2zero_runtime.masks.postprocess import (
@@ -93,59 +91,6 @@ class Segmented:
     source: ImageLike
     image: Image.Image | NDArray[np.uint8]
     detections: Detections
-
-
-def load(
-    path: str | os.PathLike[str],
-    providers: Providers | None = None,
-    threads: int | None = None,
-    device: int = 0,
-    cuda_graphs: bool = True,
-    session_options: Mapping[str, Any] | None = None,
-) -> "Segmenter":
-    """Load an exported model.
-
-    Args:
-        path: An `.onnx` file, a TensorRT `.engine` or a `.pt2` for torch, made by `d2zero export`.
-        providers: For an `.onnx`: `cpu` (the default; `openvino` where only that is installed), `cuda`, `tensorrt` or
-            ONNX Runtime's own names, in order of preference, each by itself or with its options:
-            `("cuda", {"device_id": 1})`; or only `openvino` or `openvino-bf16`. One that is not available is an error,
-            never a silent fallback.
-        threads: For an `.onnx` or a `.pt2`: threads inside an operator; the library's choice if left out.
-        device: For an engine or a `.pt2` for GPUs: CUDA's number of the GPU.
-        cuda_graphs: For the same: replay a captured graph from a shape's second run on.
-        session_options: For an `.onnx`: further settings of the library that runs it, which override ours. Of ONNX
-            Runtime, attributes of its `SessionOptions` and its configuration keys:
-            `{"inter_op_num_threads": 1, "session.intra_op.allow_spinning": "0"}`; of OpenVINO, its properties:
-            `{"NUM_STREAMS": 1}`.
-
-    Raises:
-        D2ZeroError: The file cannot be used, or a provider is not available.
-    """
-    path = Path(path)
-    kind = format_of(path)
-    if providers is not None and kind.no_providers:
-        raise D2ZeroError(kind.no_providers)
-    if threads and not kind.takes_threads:
-        raise D2ZeroError(f"threads are not for {kind.suffix} files; leave them out")
-    if device and not kind.takes_device:
-        raise D2ZeroError(
-            'device is for engines and .pt2 files; for an .onnx give providers=("cuda", {"device_id": N})'
-        )
-    if session_options and not kind.takes_session_options:
-        raise D2ZeroError(f"session_options are for .onnx files, got {path.name!r}; leave them out")
-    exported = kind.read(path)
-    if exported.contract.end_to_end:
-        raise D2ZeroError(
-            f"{path} is an end-to-end file, from pixels to detections: run it by ONNX Runtime, OpenVINO or TensorRT"
-            " itself (docs/end-to-end.md); for this runtime, export it without --end-to-end"
-        )
-    backend = exported.open(LoadOptions(providers, threads, device, cuda_graphs, session_options))
-    segmenter = Segmenter(backend, exported.contract, exported.vocabulary)
-    logger.info("loaded %s: %s", path, segmenter)
-    for issue in backend.known_issues:
-        logger.warning("%s", issue)
-    return segmenter
 
 
 class Segmenter:
@@ -300,19 +245,19 @@ class Segmenter:
         on_error: OnError | None,
         keep_images: bool,
         options: dict[str, Any],
-    ) -> "Iterator[tuple[_Prepared, Detections]]":
+    ) -> "Iterator[tuple[Prepared, Detections]]":
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
         chosen = vocabulary or self._vocabulary
         self.contract.check_compatible(chosen, self._default)
-        selection(chosen, mode)  # refuses a mode that the vocabulary does not allow, before any work
+        self._check_mode(chosen, mode)
         _check_options(batch_size, options)
         settings = {"score_threshold": SCORE_THRESHOLD, "vocabulary": chosen, "mode": mode, **options}
 
-        def prepare(source: ImageLike) -> _Prepared:
+        def prepare(source: ImageLike) -> Prepared:
             return self._prepared(source, keep_images)
 
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as finisher:
-            finishing: list[Future[list[tuple[_Prepared, Detections]]]] = []
+            finishing: list[Future[list[tuple[Prepared, Detections]]]] = []
             read = _read(iter(sources), prepare, readers, max(batch_size, READERS), on_error)
             for batch in _grouped(read, batch_size):
                 raw = self._run(joined([entry.pixels for entry in batch]), chosen)
@@ -388,8 +333,7 @@ class Segmenter:
 
     def _run(self, images_B3HW: Input, vocabulary: Vocabulary) -> Raw:
         """Run any number of images, in parts of the size that the model takes."""
-        if self._closed:
-            raise D2ZeroError("this segmenter was closed; load the model again")
+        self._require_open()
         embeddings = None if self.contract.baked else vocabulary.embeddings
         profile = self.backend.profile
         size = self.contract.batch or min(len(images_B3HW), profile.max.batch if profile else len(images_B3HW))
@@ -421,35 +365,47 @@ class Segmenter:
                 f" {mask_logits}, expected {expected} by classes and {wanted}; export the model again"
             )
 
-    def _prepared(self, source: ImageLike, keep_image: bool) -> "_Prepared":
+    def _require_open(self) -> None:
+        if self._closed:
+            raise D2ZeroError("this segmenter was closed; load the model again")
+
+    def _check_mode(self, vocabulary: Vocabulary, mode: Mode) -> None:
+        """Refuse a mode that the vocabulary does not allow, before any work."""
+        selection(vocabulary, mode)
+
+    def _prepared(self, source: ImageLike, keep_image: bool) -> "Prepared":
         image = open_rgb(source) if isinstance(source, (str, os.PathLike, Image.Image)) else as_image(source)
         resized = self.preprocessing.resize(image)
+        pixels, padded = self._network_input(resized)
+        return Prepared(source, pixels, resized.shape[:2], size_of(image), padded, image if keep_image else None)
+
+    def _network_input(self, resized: NDArray[np.uint8]) -> tuple[Any, Size]:
+        """What `_run` takes of an image at network size, and the size of that; those of one size run together."""
         padded = self.preprocessing.padded_size(resized.shape[:2])
-        pixels = self.input_of([resized], padded)
-        return _Prepared(source, pixels, resized.shape[:2], size_of(image), padded, image if keep_image else None)
+        return self.input_of([resized], padded), padded
 
     def _finished(
-        self, batch: "list[_Prepared]", raw: Raw, settings: dict[str, Any]
-    ) -> "list[tuple[_Prepared, Detections]]":
-        return [
-            (
-                entry,
-                postprocess(
-                    raw[0][row],
-                    raw[1][row],
-                    input_size=entry.input_size,
-                    output_size=entry.output_size,
-                    padded_size=entry.padded_size,
-                    temperature=self.contract.softmax_temperature,
-                    **settings,
-                ).without_empty(),
+        self, batch: "list[Prepared]", raw: Raw, settings: dict[str, Any]
+    ) -> "list[tuple[Prepared, Detections]]":
+        found = self._postprocessed(batch, raw, settings)
+        return [(entry, detections.without_empty()) for entry, detections in zip(batch, found, strict=True)]
+
+    def _postprocessed(self, batch: "Sequence[Prepared]", raw: Any, settings: dict[str, Any]) -> Iterator[Detections]:
+        """The instances of each image of a batch, of what `_run` returned."""
+        for row, entry in enumerate(batch):
+            yield postprocess(
+                raw[0][row],
+                raw[1][row],
+                input_size=entry.input_size,
+                output_size=entry.output_size,
+                padded_size=entry.padded_size,
+                temperature=self.contract.softmax_temperature,
+                **settings,
             )
-            for row, entry in enumerate(batch)
-        ]
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """One image, ready for the network."""
 
     source: ImageLike
@@ -462,13 +418,13 @@ class _Prepared:
 
 def _read(
     sources: Iterator[ImageLike],
-    prepare: Callable[[ImageLike], _Prepared],
+    prepare: Callable[[ImageLike], Prepared],
     readers: ThreadPoolExecutor,
     ahead: int,
     on_error: OnError | None,
-) -> Iterator[_Prepared]:
+) -> Iterator[Prepared]:
     """Sources in order, `ahead` of them being read at a time."""
-    waiting: deque[tuple[ImageLike, Future[_Prepared]]] = deque()
+    waiting: deque[tuple[ImageLike, Future[Prepared]]] = deque()
     for source in sources:
         waiting.append((source, readers.submit(prepare, source)))
         if len(waiting) > ahead:
@@ -477,7 +433,7 @@ def _read(
         yield from _taken(*waiting.popleft(), on_error)
 
 
-def _taken(source: ImageLike, future: Future[_Prepared], on_error: OnError | None) -> Iterator[_Prepared]:
+def _taken(source: ImageLike, future: Future[Prepared], on_error: OnError | None) -> Iterator[Prepared]:
     try:
         yield future.result()
     except D2ZeroError as error:
@@ -487,9 +443,9 @@ def _taken(source: ImageLike, future: Future[_Prepared], on_error: OnError | Non
         on_error(source, error)
 
 
-def _grouped(prepared: Iterator[_Prepared], batch_size: int) -> Iterator[list[_Prepared]]:
+def _grouped(prepared: Iterator[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
     """Neighbours of one padded size, at most `batch_size` of them."""
-    group: list[_Prepared] = []
+    group: list[Prepared] = []
     for entry in prepared:
         if group and (len(group) == batch_size or entry.padded_size != group[0].padded_size):
             yield group

@@ -9,18 +9,19 @@ import onnx
 import pytest
 from commands import Command
 from end_to_end_files import end_to_end_file
+from PIL import Image
 from tensorrt_surface import as_tensorrt_rtx, layer_types
 from tiny_model import WIDTH, contract
 
 import d2zero
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
-from d2zero_export.end_to_end import EndToEnd
-from d2zero_export.end_to_end_parity import EndToEndSession, end_to_end_difference
+from d2zero_export.end_to_end_parity import end_to_end_difference, open_end_to_end
 from d2zero_export.engine import EngineOptions, Shape, build_engine
 from d2zero_export.engine_options import dimensions, profile_for
 from d2zero_export.onnx_export import FORBIDDEN
 from d2zero_runtime import D2ZeroError, load, read_image
+from d2zero_runtime.artifacts.contract import EndToEnd
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.masks.postprocess import Mode
 
@@ -60,7 +61,7 @@ def test_only_standard_operators(whole: Path) -> None:
 def test_openvino_finds_the_same(whole: Path, shapes_data: Path) -> None:
     openvino = pytest.importorskip("openvino")
     pixels = read_image(min((shapes_data / "val").iterdir()))[:77, :83][None]
-    (ours,) = EndToEndSession(whole)(pixels)
+    (ours,) = open_end_to_end(whole).found_in(pixels)
     compiled = openvino.Core().compile_model(whole, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled({"pixels": pixels})
     names = ("boxes", "scores", "class_ids", "masks")
@@ -74,14 +75,46 @@ def test_openvino_finds_the_same(whole: Path, shapes_data: Path) -> None:
     assert (bits.view(bool) != ours.bitmaps()[clear]).mean() < 1e-4
 
 
+@pytest.mark.parametrize("masks", ["packed", "logits"])
+def test_the_runtime_takes_it(
+    demo_model: D2Zero, exported: Path, shapes_data: Path, tmp_path: Path, masks: Any
+) -> None:
+    path = end_to_end_file(demo_model, exported, tmp_path / "whole.onnx", EndToEnd(masks))
+    pictures = sorted((shapes_data / "val").iterdir())[:3]
+    large = [Image.open(picture).resize((331, 247)) for picture in pictures]  # shrunk for the network
+    for sources, overlap, tolerance in ((pictures, 1.0, 1e-5), (large, 0.9 if masks == "packed" else 1.0, 0.02)):
+        ours = load(exported)(sources, batch_size=2)
+        theirs = load(path)(sources, batch_size=2)
+        for left, right in zip(ours, theirs, strict=True):
+            assert left.names == right.names and left.image_size == right.image_size
+            np.testing.assert_allclose(left.scores, right.scores, atol=tolerance)
+            both, either = left.bitmaps() & right.bitmaps(), left.bitmaps() | right.bitmaps()
+            assert (both.sum(axis=(1, 2)) >= overlap * either.sum(axis=(1, 2))).all()
+
+
+def test_what_the_runtime_cannot_do_with_it(whole: Path, shapes_data: Path) -> None:
+    segmenter, image = load(whole), read_image(min((shapes_data / "val").iterdir()))
+    assert len(segmenter(image, score_threshold=0.0, max_detections=3)) == 3
+    assert segmenter(image, masks="none").masks is None
+    with pytest.raises(D2ZeroError, match="the mode gzsis is fixed in this end-to-end file, got zsis"):
+        segmenter(image, "zsis")
+    with pytest.raises(D2ZeroError, match="hands over detections and no raw output"):
+        segmenter.predict_raw([image])
+    with pytest.raises(D2ZeroError, match="runs with ONNX Runtime: leave out openvino"):
+        load(whole, "openvino")
+    segmenter.close()
+    with pytest.raises(D2ZeroError, match="was closed"):
+        segmenter(image)
+
+
 @pytest.mark.slow
 def test_tensorrt_rtx_builds_it(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_tensorrt_rtx(monkeypatch)
     assert layer_types(whole)["TOPK", "FLOAT"] == 2
     options = EngineOptions(sdk="tensorrt-rtx", max=Shape(1, 96, 128, 40), opt=Shape(1, 96, 128, 36))
     metadata = build_engine(whole, tmp_path / "m.engine", options)
-    assert metadata.contract.end_to_end["masks"] == "packed"
-    with pytest.raises(D2ZeroError, match="is an end-to-end file"):
+    assert metadata.contract.end_to_end == EndToEnd()
+    with pytest.raises(D2ZeroError, match="is an end-to-end engine"):
         load(tmp_path / "m.engine")
 
 
@@ -92,9 +125,9 @@ def test_the_vocabulary_is_replaced_in_the_file(whole: Path, tmp_path: Path, com
     replace(words, active=np.array([True, False, True])).save(tmp_path / "v.npz")
     assert command("vocab", "set", path, tmp_path / "v.npz").code == 0
     onnx.checker.check_model(onnx.load(path), full_check=True)
-    session = EndToEndSession(path)
+    session = open_end_to_end(path)
     assert session.vocabulary.names == words.names
-    (found,) = session(np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3)).astype(np.uint8))
+    (found,) = session.found_in(np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3)).astype(np.uint8))
     assert len(found) and set(found.class_ids.tolist()) <= {0, 2}
 
 
@@ -103,13 +136,11 @@ def test_the_command_exports_verifies_and_compares(tmp_path: Path, command: Comm
     path, checkpoint = tmp_path / "whole.onnx", packaged_checkpoint()
     outcome = command("export", checkpoint, "-o", path, "--end-to-end", "--size", "32x64", "--masks", "logits")
     assert outcome.code == 0 and "end to end" in outcome.err, outcome.err
-    assert read_contract(path)[0].end_to_end == {"masks": "logits", "max_detections": 100, "mode": "gzsis"}
+    assert read_contract(path)[0].end_to_end == EndToEnd("logits")
     outcome = command("verify", checkpoint, path)
     assert outcome.code == 0 and "100.00 % matched" in outcome.out, outcome.err
     outcome = command("verify", checkpoint, path, "--max-logits", "1")
     assert outcome.code == 2 and "only --min-matched limits them, got a limit of logits" in outcome.err
-    outcome = command("predict", "a.jpg", "-m", path, "-o", tmp_path / "out")
-    assert outcome.code == 2 and "is an end-to-end file" in outcome.err
 
 
 def test_another_post_processing_is_found(exported: Path, whole: Path, tmp_path: Path) -> None:

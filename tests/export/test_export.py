@@ -22,7 +22,7 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
-from d2zero_export.end_to_end_parity import EndToEndSession, runtime_detections
+from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.onnx_export import FORBIDDEN, export_onnx
 from d2zero_export.options import OnnxOptions
@@ -166,9 +166,9 @@ def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Pat
     np.testing.assert_allclose(out.mask_logits[0], recorded["pred_masks"], atol=1e-3, rtol=0)
     require_recorded_detections(segmenter, out, recorded)
     whole = end_to_end_file(model, tmp_path / "p.onnx", tmp_path / "whole.onnx")
-    pixels, session = recorded["image_u8"][None], EndToEndSession(whole)
-    (ours,) = runtime_detections(segmenter, pixels, segmenter.vocabulary, session.contract)
-    (theirs,) = session(pixels)
+    pixels, session = recorded["image_u8"][None], open_end_to_end(whole)
+    (ours,) = runtime_detections(segmenter, pixels, segmenter.vocabulary, session)
+    (theirs,) = session.found_in(pixels)
     np.testing.assert_allclose(theirs.scores, ours.scores, atol=1e-5, rtol=0)
     np.testing.assert_allclose(theirs.boxes, ours.boxes, atol=1e-3, rtol=0)
     np.testing.assert_array_equal(theirs.class_ids, ours.class_ids)

@@ -5,10 +5,9 @@ from pathlib import Path
 import onnx
 
 from d2zero.model import D2Zero
-from d2zero_export.end_to_end import EndToEnd
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.options import OnnxOptions
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, EndToEnd
 from d2zero_runtime.artifacts.onnx import read_contract
 
 

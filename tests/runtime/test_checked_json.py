@@ -28,7 +28,7 @@ def test_a_contract_with_an_odd_value_is_refused_or_means_it(field: str, value: 
         assert str(error).startswith(("m.onnx", "unknown preprocessing")) and "\n" not in str(error)
     else:
         read = json.loads(found.to_json())
-        assert (read[path[0]] if path else read)[last] == value
+        assert (read[path[0]] if path else read)[last] == (None if (field, value) == ("end_to_end", {}) else value)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import base64
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, refuse_unknown, require_finite
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, with_new_names
-from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE, Mode, selection
+from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, SOFTMAX_TEMPERATURE, Mode, selection
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
@@ -23,6 +23,43 @@ IMAGES_INPUT = "images"
 PIXELS_INPUT = "pixels"  # of end-to-end files
 ACTIVE_INPUT = "active"  # of end-to-end files: the classes that compete, an input with a default
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
+MaskOutput = Literal["packed", "logits"]
+END_TO_END_MODES = (Mode.GZSIS, Mode.ZSIS)
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """What an end-to-end file does after the network (docs/end-to-end.md).
+
+    Args:
+        masks: `packed`, (B, N, H, ⌈W/8⌉) uint8, eight pixels per byte, the leftmost in the highest bit; or `logits`,
+            (B, N, h, w) float32 at a quarter of the padded size.
+        max_detections: N at most.
+        mode: `gzsis` or `zsis`.
+
+    Raises:
+        D2ZeroError: A field has another value.
+    """
+
+    masks: MaskOutput = "packed"
+    max_detections: int = MAX_DETECTIONS
+    mode: Mode = Mode.GZSIS
+
+    def __post_init__(self) -> None:
+        if self.masks not in get_args(MaskOutput):
+            raise D2ZeroError(f"masks must be one of {', '.join(get_args(MaskOutput))}, got {self.masks!r}")
+        if self.mode not in END_TO_END_MODES:
+            raise D2ZeroError(f"an end-to-end file has one of the modes {', '.join(END_TO_END_MODES)}, got {self.mode}")
+        if self.max_detections < 1:
+            raise D2ZeroError(f"max_detections must be at least 1, got {self.max_detections}")
+
+    def competing(self, vocabulary: Vocabulary) -> NDArray[np.bool_]:
+        """Which of a vocabulary's (K,) classes compete in the file's mode.
+
+        Raises:
+            D2ZeroError: The mode does not allow the vocabulary.
+        """
+        return selection(vocabulary, self.mode).competing
 
 
 @dataclass(frozen=True)
@@ -47,7 +84,7 @@ class ModelContract:
         tf32: Whether GPUs may round the factors of float32 matmuls and convolutions to ten bits.
         decoder_layers: How many the network has, which may be fewer than its checkpoint's; 0 in older files, which have
             all.
-        end_to_end: For a file from pixels to detections: its masks, mode and maximum number of detections; else empty.
+        end_to_end: What the file does after the network, if it goes from pixels to detections.
         opset: ONNX's version.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: Versions of what made the file.
@@ -70,7 +107,7 @@ class ModelContract:
     baked: bool = False
     tf32: bool = False
     decoder_layers: int = 0
-    end_to_end: dict[str, Any] = field(default_factory=dict)
+    end_to_end: EndToEnd | None = None
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)
@@ -111,6 +148,8 @@ class ModelContract:
             values["preprocessing"] = with_new_names(values["preprocessing"])
             refuse_unknown(Preprocessing, values["preprocessing"], f"preprocessing in {where}:")
             checked(Preprocessing, values["preprocessing"], f"{described}: preprocessing", ("static_size",), remedy)
+        if values.get("end_to_end") == {}:  # none, in files of 2026-11-28
+            del values["end_to_end"]
         return checked(cls, values, described, _LATER, remedy)
 
     @property
@@ -128,14 +167,6 @@ class ModelContract:
             source=self.vocabulary_source,
             synonyms=self.synonyms,
         )
-
-    def competing(self, vocabulary: Vocabulary) -> NDArray[np.bool_]:
-        """Of an end-to-end file: which of a vocabulary's (K,) classes compete in its mode.
-
-        Raises:
-            D2ZeroError: The mode does not allow the vocabulary.
-        """
-        return selection(vocabulary, Mode.parse(str(self.end_to_end.get("mode")))).competing
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> "ModelContract":
         """The contract of the same model with another default vocabulary (see `check_compatible`)."""
@@ -159,7 +190,7 @@ class ModelContract:
         if self.end_to_end:
             if vocabulary.synonyms:
                 raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
-            self.competing(vocabulary)
+            self.end_to_end.competing(vocabulary)
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
             raise D2ZeroError(
                 "the model was exported with --bake: its classes are constants, only names and flags can change;"

@@ -90,7 +90,7 @@ def replace_onnx_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     entry = _message(1, CONTRACT_KEY.encode()) + _message(2, changed.to_json().encode())
     new = {EMBEDDINGS_INPUT: _tensor(EMBEDDINGS_INPUT, vocabulary.embeddings.astype("<f4"), _FLOAT)}
     if changed.end_to_end:
-        new[ACTIVE_INPUT] = _tensor(ACTIVE_INPUT, changed.competing(vocabulary), _BOOL)
+        new[ACTIVE_INPUT] = _tensor(ACTIVE_INPUT, changed.end_to_end.competing(vocabulary), _BOOL)
     with _undamaged(path), atomic_write(path) as partial, _mapped(path) as buffer, partial.open("wb") as out:
         metadata = _contract_entry(buffer, path)
         for part in _fields(buffer, 0, len(buffer)):

@@ -130,5 +130,5 @@ def filled_up(images: Input, size: int) -> Input:
     """A batch of `size`, with empty images after the given ones."""
     if isinstance(images, PixelBatch):
         return images.filled_up(size)
-    missing = np.zeros((size - len(images), *images.shape[1:]), np.float32)
+    missing = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
     return np.concatenate([images, missing])

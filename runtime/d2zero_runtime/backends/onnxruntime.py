@@ -6,23 +6,24 @@ and nothing is copied that does not have to be. What was asked for is what runs,
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT
+from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, IMAGES_INPUT, PIXELS_INPUT
 from d2zero_runtime.backends.base import Backend, Images, LatestUpload
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
+T = TypeVar("T", contravariant=True)
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 ONNXRUNTIME = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
-_OUTPUTS = ("class_logits", "mask_logits")
+FLOAT, UINT8 = "tensor(float)", "tensor(uint8)"
 
 
-class OnnxBackend(Backend[Images]):
-    """A network in an ONNX Runtime session.
+class _Session(Backend[T]):
+    """A graph in an ONNX Runtime session.
 
     Args:
         path: The `.onnx` file.
@@ -38,6 +39,9 @@ class OnnxBackend(Backend[Images]):
         D2ZeroError: Onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
             the GPU are missing, a session option is not ONNX Runtime's, or the file cannot be run.
     """
+
+    _inputs: ClassVar[Mapping[str, tuple[str, int]]]  # type and rank by name
+    _outputs: ClassVar[Mapping[str, str]]  # type by name
 
     def __init__(
         self,
@@ -66,13 +70,47 @@ class OnnxBackend(Backend[Images]):
         except Exception as error:  # onnxruntime has its own exceptions
             raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
         _require_chosen(names, self.session.get_providers())
-        _check_tensors(path, self.session)
+        _check_tensors(path, self.session, self._inputs, self._outputs)
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
         self.on_gpu = first in (CUDA, TENSORRT)
         self._device = ("cuda", int(settings.get("device_id", 0))) if self.on_gpu else ("cpu", 0)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._uploaded = LatestUpload(lambda array: self._value(array, *self._device))
+
+    def _ran(self, binding: Any) -> list[NDArray[Any]]:
+        """The outputs, on the host."""
+        try:
+            self.session.run_with_iobinding(binding)
+            found: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        except Exception as error:  # onnxruntime has its own exceptions
+            raise _cannot_run(error) from error
+        return found
+
+    def _bound(self, inputs: Mapping[str, NDArray[Any]], embeddings_KD: NDArray[np.float32] | None) -> Any:
+        """Inputs and outputs on the device that computes.
+
+        Raises:
+            D2ZeroError: The graph cannot take them.
+        """
+        binding = self.session.io_binding()
+        try:
+            for name, array in inputs.items():
+                binding.bind_ortvalue_input(name, self._value(array, *self._device))
+            if embeddings_KD is not None:
+                binding.bind_ortvalue_input(EMBEDDINGS_INPUT, self._uploaded(embeddings_KD))
+            for name in self._outputs:
+                binding.bind_output(name, *self._device)
+        except Exception as error:  # onnxruntime has its own exceptions
+            raise _cannot_run(error) from error
+        return binding
+
+
+class OnnxBackend(_Session[Images]):
+    """A network in an ONNX Runtime session; its arguments are those of `_Session`."""
+
+    _inputs: ClassVar = {IMAGES_INPUT: (FLOAT, 4), EMBEDDINGS_INPUT: (FLOAT, 2)}
+    _outputs: ClassVar = {"class_logits": FLOAT, "mask_logits": FLOAT}
 
     def run(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -86,19 +124,14 @@ class OnnxBackend(Backend[Images]):
         Returns:
             class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
         """
-        try:
-            binding = self._bound(images_B3HW, embeddings_KD)
-            self.session.run_with_iobinding(binding)
-            class_logits, mask_logits = binding.copy_outputs_to_cpu()
-        except Exception as error:  # onnxruntime has its own exceptions
-            raise D2ZeroError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}") from error
+        class_logits, mask_logits = self._ran(self._bound({IMAGES_INPUT: images_B3HW}, embeddings_KD))
         return class_logits, mask_logits
 
     def resident(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
     ) -> Callable[[], None]:
         """See `Backend`."""
-        binding = self._bound(images_B3HW, embeddings_KD)
+        binding = self._bound({IMAGES_INPUT: images_B3HW}, embeddings_KD)
 
         def run_once() -> None:
             self.session.run_with_iobinding(binding)
@@ -106,18 +139,46 @@ class OnnxBackend(Backend[Images]):
 
         return run_once
 
-    def _bound(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Any:
-        """Inputs and outputs on the device that computes."""
-        binding = self.session.io_binding()
-        binding.bind_ortvalue_input("images", self._value(images_B3HW, *self._device))
-        if embeddings_KD is not None:
-            binding.bind_ortvalue_input(EMBEDDINGS_INPUT, self._uploaded(embeddings_KD))
-        for name in _OUTPUTS:
-            binding.bind_output(name, *self._device)
-        return binding
+
+class EndToEndBackend(_Session[NDArray[np.uint8]]):
+    """A file from pixels to detections in an ONNX Runtime session; its arguments are those of `_Session`."""
+
+    _inputs: ClassVar = {PIXELS_INPUT: (UINT8, 4), EMBEDDINGS_INPUT: (FLOAT, 2), ACTIVE_INPUT: ("tensor(bool)", 1)}
+    _outputs: ClassVar = {"boxes": FLOAT, "scores": FLOAT, "class_ids": "tensor(int64)", "masks": f"{UINT8} or {FLOAT}"}
+
+    def run(self, images_B3HW: NDArray[np.uint8], embeddings_KD: NDArray[np.float32] | None) -> NoReturn:
+        """Refuses: such a file hands over no logits."""
+        raise D2ZeroError(
+            "an end-to-end file hands over detections and no raw output; use a file without --end-to-end for that"
+        )
+
+    def find(
+        self,
+        pixels_BHW3: NDArray[np.uint8],
+        embeddings_KD: NDArray[np.float32] | None,
+        active_K: NDArray[np.bool_] | None,
+    ) -> list[NDArray[Any]]:
+        """Run the file.
+
+        Args:
+            pixels_BHW3: uint8 RGB, at network size, not padded.
+            embeddings_KD: Class embeddings, float32; None where they are constants of the graph.
+            active_K: Which classes compete; None where the embeddings are.
+
+        Returns:
+            boxes (B, N, 4), scores (B, N), class ids (B, N) and masks, as docs/end-to-end.md has them.
+        """
+        inputs = {PIXELS_INPUT: pixels_BHW3} | ({} if active_K is None else {ACTIVE_INPUT: active_K})
+        return self._ran(self._bound(inputs, embeddings_KD))
 
 
-def _check_tensors(path: Path, session: Any) -> None:
+def _cannot_run(error: Exception) -> D2ZeroError:
+    return D2ZeroError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}")
+
+
+def _check_tensors(
+    path: Path, session: Any, wanted_inputs: Mapping[str, tuple[str, int]], wanted_outputs: Mapping[str, str]
+) -> None:
     """Refuse a graph whose inputs and outputs are not those of an exported model.
 
     Raises:
@@ -125,13 +186,13 @@ def _check_tensors(path: Path, session: Any) -> None:
     """
     inputs = {entry.name: entry for entry in session.get_inputs()}
     outputs = {entry.name: entry for entry in session.get_outputs()}
-    ranks: dict[str, int | None] = {"images": 4, EMBEDDINGS_INPUT: 2, **dict.fromkeys(_OUTPUTS)}
     for name, entry in {**inputs, **outputs}.items():
-        if name not in ranks or entry.type != "tensor(float)" or len(entry.shape) != (ranks[name] or len(entry.shape)):
+        kind, rank = wanted_inputs.get(name, (wanted_outputs.get(name, ""), len(entry.shape)))
+        if entry.type not in kind.split(" or ") or len(entry.shape) != rank:
             raise D2ZeroError(
                 f"{path} is not a model of d2zero: {name} is {entry.type} of shape {entry.shape}; export it again"
             )
-    missing = [name for name in ("images", *_OUTPUTS) if name not in {**inputs, **outputs}]
+    missing = [name for name in (next(iter(wanted_inputs)), *wanted_outputs) if name not in {**inputs, **outputs}]
     if missing:
         raise D2ZeroError(f"{path} is not a model of d2zero: it lacks {join_truncated(missing)}; export it again")
 

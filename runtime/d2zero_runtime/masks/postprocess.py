@@ -183,7 +183,7 @@ def postprocess(
     used, row_of = np.unique(queries, return_inverse=True)
     sizes = Sizes(padded_size, input_size, output_size)
     later = _with_bits_later(mask_logits, masks)
-    found = _upsampled(mask_logits, used, sizes, "none" if later else masks, threads or THREADS)
+    found = upsampled(mask_logits, used, sizes, "none" if later else masks, threads or THREADS)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
@@ -197,7 +197,7 @@ def postprocess(
         class_ids=class_ids,
         names=tuple(vocabulary.names[index] for index in class_ids),
         seen=vocabulary.seen[class_ids],
-        masks=_as_kind(later.packed(queries[order].tolist(), sizes), masks) if later else _masks(picked, masks, size),
+        masks=packed_as(later.packed(queries[order].tolist(), sizes), masks) if later else as_kind(picked, masks, size),
         image_size=size,
     )
 
@@ -253,13 +253,16 @@ def _with_bits_later(mask_logits: MaskLogits, kind: str) -> DeviceLogits | None:
     return None
 
 
-def _as_kind(packed: PackedMasks, kind: str) -> PackedMasks | NDArray[np.bool_]:
-    return packed if kind == "packed" else packed.bitmaps()
+def packed_as(packed: PackedMasks, kind: str) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None:
+    """Packed masks as `postprocess` gives a kind of masks."""
+    if kind == "rle":
+        return tuple(packed.encoded(row) for row in range(len(packed)))
+    if kind == "none":
+        return None
+    return packed.bitmaps() if kind == "bitmap" else packed
 
 
-def _upsampled(
-    mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str, threads: int
-) -> list[Mask]:
+def upsampled(mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str, threads: int) -> list[Mask]:
     """Each query's mask at the output size, made where the logits are."""
     if isinstance(mask_logits, DeviceLogits):
         return mask_logits.upsampled(queries.tolist(), sizes, kind, threads)
@@ -278,9 +281,10 @@ def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int6
     return summed
 
 
-def _masks(
+def as_kind(
     found: Sequence[Mask], kind: str, size: Size
 ) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None:
+    """Upsampled masks as `postprocess` gives a kind of masks."""
     if kind == "none":
         return None
     encoded = tuple(mask.rle for mask in found if mask.rle is not None)
@@ -292,4 +296,4 @@ def _masks(
             bitmap[:] = rle.decode(mask)
         return bitmaps if kind == "bitmap" else PackedMasks.of(bitmaps)
     packed = PackedMasks(np.stack([mask.bits for mask in found if mask.bits is not None]), size)
-    return _as_kind(packed, kind)
+    return packed_as(packed, kind)
