@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from d2zero.cli.terminal import console, tracked
-from d2zero.data.splits import COCO_48_17
+from d2zero.data.splits import find_split
 from d2zero.evaluation.matching import IOU_THRESHOLDS, IOU_TYPES
 from d2zero_bench.cases import parse_counts
 from d2zero_bench.report import ratios
@@ -146,7 +146,7 @@ def measure(
     with TemporaryDirectory() as folder:
         for count in images:
             files = Path(folder, f"annotations-{count}.json"), Path(folder, f"detections-{count}.json")
-            write_drawn(*files, COCO_48_17, count, given.detections, SEED)
+            write_drawn(*files, find_split("coco-48-17"), count, given.detections, SEED)
 
             def one(name: str, _: int, count: int = count, files: tuple[Path, Path] = files) -> tuple[Sample, Metrics]:
                 return _run(name, files, count)
@@ -172,7 +172,7 @@ def _run(candidate: str, files: tuple[Path, Path], images: int) -> tuple[Sample,
 def _command(candidate: str, annotations: Path, detections: Path, output: Path) -> list[str]:
     if candidate == OURS:
         files = ["--detections", str(detections), "--annotations", str(annotations), "--json", str(output)]
-        return [sys.executable, "-m", "d2zero", "eval", "--split", COCO_48_17.name, "--mode", "gzsis", *files]
+        return [sys.executable, "-m", "d2zero", "eval", "--split", "coco-48-17", "--mode", "gzsis", *files]
     plain = [sys.executable, str(HERE / "plain_evaluation.py"), str(annotations), str(detections), str(output)]
     return plain if candidate == DEFAULTS else [*plain, "--thresholds", *map(str, IOU_THRESHOLDS)]
 
@@ -187,7 +187,8 @@ def _seen_and_unseen(content: dict[str, Any]) -> Metrics:
         ours = "per_class" in content[kind]
         classes = content[kind]["per_class"] if ours else content[kind]
         found |= {(kind, key, name): row[key] for name, row in classes.items()}
-        for group, names in (("seen", COCO_48_17.seen), ("unseen", COCO_48_17.unseen)):
+        split = find_split("coco-48-17")
+        for group, names in (("seen", split.seen), ("unseen", split.unseen)):
             rows = [row[key] for name, row in classes.items() if name in names]
             if rows:
                 found[kind, key, f"all {group}"] = content[kind][f"{group}_{key}"] if ours else mean(rows)

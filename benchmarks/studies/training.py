@@ -269,7 +269,7 @@ def measure(given: argparse.Namespace) -> int:
 def load(config: TrainConfig, given: argparse.Namespace) -> dict[int, list[float]]:
     """Measure only data loading, at the recipe's image size."""
     config = replace(config, augment=replace(config.augment, size=given.size or LOADED_SIZE), steps=10**6)
-    with training_set(config, given.data) as data:
+    with training_set(config, given.preset, given.data) as data:
         return loading_rates(data, config, Processes(0, 1, given.device), given.workers, given.seconds)
 
 

@@ -29,7 +29,7 @@ PREFETCHED = 2  # batches that a worker reads ahead, DataLoader's own choice
 
 
 @contextmanager
-def training_set(config: TrainConfig, data: Path | None) -> Iterator[TrainingSet]:
+def training_set(config: TrainConfig, split: str, data: Path | None) -> Iterator[TrainingSet]:
     """The training set of a COCO folder, whose zero-shot file is made if it is not there; or of drawn images.
 
     Raises:
@@ -38,7 +38,7 @@ def training_set(config: TrainConfig, data: Path | None) -> Iterator[TrainingSet
     if find_spec("pycocotools") is None:
         raise D2ZeroError("loading decodes masks with pycocotools, which is absent; pip install 'd2zero[train]'")
     with TemporaryDirectory() as temporary:
-        yield _drawn(config, Path(temporary)) if data is None else _of_coco(config, data, Path(temporary))
+        yield _drawn(config, Path(temporary)) if data is None else _of_coco(config, split, data, Path(temporary))
 
 
 def _drawn(config: TrainConfig, folder: Path) -> TrainingSet:
@@ -48,10 +48,10 @@ def _drawn(config: TrainConfig, folder: Path) -> TrainingSet:
     return TrainingSet(read_coco(annotations), images, shapes_vocabulary(), config.augment, config.cache)
 
 
-def _of_coco(config: TrainConfig, data: Path, temporary: Path) -> TrainingSet:
-    split = find_split(config.split)
+def _of_coco(config: TrainConfig, name: str, data: Path, temporary: Path) -> TrainingSet:
+    split = find_split(name)
     try:
-        annotations = find_annotations(data, config.split, "seen")
+        annotations = find_annotations(data, name, "seen")
     except D2ZeroError:
         sources = sorted((data / "annotations").glob("instances_train20??.json"))
         if len(sources) != 1:

@@ -1,4 +1,4 @@
-"""`d2zero data`: zero-shot annotation files from COCO's own, and the drawn data set."""
+"""`d2zero data`: zero-shot annotation files from any COCO file, and the drawn data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,21 @@ app = typer.Typer(help="Prepare data sets for zero-shot training and evaluation.
 
 @app.command()
 def split(
+    annotations: Annotated[
+        Path | None,
+        typer.Argument(help="One COCO file to make training and test files from; leave it out with --data."),
+    ] = None,
     data: Annotated[
-        Path, typer.Option("--data", help="COCO's folder, with annotations/instances_train20XX.json and …val….")
-    ],
-    split: Annotated[str, typer.Option("--split", help="coco-48-17 or coco-65-15.")],
+        Path | None, typer.Option("--data", help="COCO's folder, with annotations/instances_train20XX.json and …val….")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json) that names classes.")
+    ] = None,
+    unseen: Annotated[
+        str | None,
+        typer.Option("--unseen", help="Instead of --split: unseen classes, 'a, b' or a file; all others are seen."),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="The split's name, with --unseen.")] = "own",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; DIR/annotations/ZSIS by default.")
     ] = None,
@@ -29,18 +40,36 @@ def split(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
-    """Build the zero-shot training and test files from COCO's own annotations."""
+    """Build zero-shot training and test files: images with unseen instances are left out of training."""
     from d2zero.data.coco import read_coco
-    from d2zero.data.splits import find_split
+    from d2zero.data.splits import Split, find_split
     from d2zero.data.zero_shot import write_split
+    from d2zero.text.arrays import read_names
 
-    chosen = find_split(split)
-    train = train_json or _source(data, "train")
-    val = val_json or _source(data, "val")
-    output = output or data / "annotations" / "ZSIS"
+    if (split is None) == (unseen is None):
+        raise D2ZeroError("give either --split NAME (or a file), or --unseen 'a, b'")
+    if annotations is not None and any((data, train_json, val_json)):
+        raise D2ZeroError("give one annotation file, or --data (--train-json, --val-json), not both")
+    if annotations is None and data is None and not (train_json and val_json):
+        raise D2ZeroError("give an annotation file, --data DIR, or --train-json and --val-json")
+    chosen = find_split(split) if split is not None else None
+    if output is None:
+        if data is None:
+            raise D2ZeroError("say where to write with --output DIR")
+        output = data / "annotations" / "ZSIS"
     check_output(output, folder=True)
-    for part in write_split(read_coco(train), read_coco(val), chosen, output, force):
+    if annotations is not None:
+        train = val = read_coco(annotations)
+    else:
+        train, val = (
+            read_coco(path or _source(data, part)) for path, part in ((train_json, "train"), (val_json, "val"))
+        )
+    if chosen is None:
+        chosen = Split.without(name, list(dict.fromkeys([*train.categories, *val.categories])), read_names(str(unseen)))
+    for part in write_split(train, val, chosen, output, force):
         print(f"{part.path}: {part.images} images, {part.annotations} instances")
+    if unseen is not None:
+        print(f"{chosen.save(output / f'{chosen.name}.yaml')}: the split, for --split")
 
 
 @app.command()
@@ -64,7 +93,9 @@ def shapes(
     )
 
 
-def _source(data: Path, part: str) -> Path:
+def _source(data: Path | None, part: str) -> Path:
+    if data is None:
+        raise D2ZeroError(f"give --{part}-json, or --data DIR to find it in")
     folder = data / "annotations"
     if not folder.is_dir():
         raise D2ZeroError(f"{data} has no folder 'annotations'; --data takes COCO's folder")

@@ -43,7 +43,8 @@ def evaluate(
     ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The folder of its images, if not in DIR.")] = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="coco-48-17 or coco-65-15; the checkpoint's own by default.")
+        str | None,
+        typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json); the model's own by default."),
     ] = None,
     vocabulary: Annotated[
         Path | None,
@@ -176,7 +177,7 @@ def _model(
 
     model = open_segmenter(checkpoint, providers, device, vocabulary, threads)
     if split:
-        check_split(model.vocabulary, find_split(split).name)
+        check_split(model.vocabulary, find_split(split))
     return model
 
 

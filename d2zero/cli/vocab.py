@@ -11,7 +11,12 @@ from d2zero_runtime.formats import format_of, is_exported, read_exported
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
-SplitName = Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15: which classes are seen.")]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json): which classes are seen.")
+]
+Unseen = Annotated[
+    str | None, typer.Option("--unseen", help="Classes that training will not see: 'a, b', or a .txt or .json file.")
+]
 
 
 @app.command()
@@ -35,6 +40,7 @@ def npy(
         str, typer.Option("--names", help="A .txt or .json file of K names, 'a, b, c', or 'coco' for COCO's 80.")
     ],
     split: SplitName = None,
+    unseen: Unseen = None,
     encoder: Annotated[
         str,
         typer.Option("--encoder", help="Their text encoder; vocabularies of different encoders do not mix."),
@@ -43,7 +49,7 @@ def npy(
     """Make a vocabulary from a NumPy array and a list of names; with --split, of its classes in its order."""
     from d2zero.text.arrays import read_array, read_names
 
-    _write(read_array(file, read_names(names), split, encoder), output)
+    _write(_flagged(read_array(file, read_names(names), encoder), split, unseen), output)
 
 
 @app.command()
@@ -55,12 +61,13 @@ def clip(
     weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
     model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",
     split: SplitName = None,
+    unseen: Unseen = None,
 ) -> None:
     """Make a vocabulary from text, with a CLIP text encoder (needs the extra 'clip')."""
-    from d2zero.text.arrays import read_names, with_split
+    from d2zero.text.arrays import read_names
     from d2zero.text.clip import encode_names
 
-    _write(with_split(encode_names(read_names(names), model, weights), split), output)
+    _write(_flagged(encode_names(read_names(names), model, weights), split, unseen), output)
 
 
 @app.command()
@@ -114,6 +121,18 @@ def set_default(
         )
     format_of(model).replace_vocabulary(model, classes)
     print(f"{model}: now {len(classes)} classes ({len(classes.unseen_names)} unseen)")
+
+
+def _flagged(vocabulary: Vocabulary, split: str | None, unseen: str | None) -> Vocabulary:
+    """A vocabulary with what a split, or a list of names, says of which classes are seen."""
+    from d2zero.data.splits import find_split, with_split, with_unseen
+    from d2zero.text.arrays import read_names
+
+    if split and unseen:
+        raise D2ZeroError("give either --split or --unseen: both say which classes are seen")
+    if unseen is not None:
+        return with_unseen(vocabulary, read_names(unseen))
+    return with_split(vocabulary, find_split(split) if split else None)
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

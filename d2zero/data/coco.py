@@ -25,6 +25,7 @@ from d2zero.data.coco_values import (
     tidy,
 )
 from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable
+from d2zero.data.splits import file_tail
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import join_truncated
 
@@ -230,7 +231,7 @@ class _Reading:
 def find_annotations(data: Path, split: str, part: str) -> Path:
     """The one annotation file of a part in a data folder.
 
-    Looks for `instances_*_{part}_{split}.json` in DIR/annotations and DIR/annotations/ZSIS, as published
+    Looks for `*_{part}_{split}.json` in DIR/annotations and DIR/annotations/ZSIS, as published
     and as written by `d2zero data`. `split` is a name such as `coco-48-17`.
 
     Raises:
@@ -238,8 +239,8 @@ def find_annotations(data: Path, split: str, part: str) -> Path:
     """
     if not data.is_dir():
         raise D2ZeroError(f"data folder {data} does not exist")
-    tail = split.removeprefix("coco-").replace("-", "_")
-    pattern = f"instances_*_{part}_{tail}.json"
+    tail = file_tail(split)
+    pattern = f"*_{part}_{tail}.json"
     found = [path for sub in ("annotations/ZSIS", "annotations") for path in sorted((data / sub).glob(pattern))]
     found = [path for path in found if not ("unseen_only" in path.name and len(found) > 1)]
     if not found:

@@ -1,14 +1,31 @@
-"""The zero-shot splits: which classes training may see, in the published order.
+"""Zero-shot splits: which classes training may see.
 
-A split is data: an ordered tuple of seen names and one of unseen names. The order of the names is the order
-of the columns in published embedding files and of the categories in published annotation files.
+A split is data: an ordered tuple of seen names and one of unseen names, read from a file. Those of COCO are packaged;
+the order of their names is the order of the columns in published embedding files and of the categories in published
+annotation files.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.checked_json import checked, refuse_unknown
 from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import atomic_write
+
+PACKAGED = ("coco-48-17", "coco-65-15")
+SUFFIXES = (".yaml", ".yml", ".json")
+LARGEST_FILE = 64 << 20  # bytes of a split
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # fmt: off
 COCO_IDS = {  # COCO's 80 names -> category ids, in COCO's order
@@ -29,16 +46,59 @@ COCO_IDS = {  # COCO's 80 names -> category ids, in COCO's order
 
 @dataclass(frozen=True)
 class Split:
-    """Seen and unseen class names, each in the published order."""
+    """Seen and unseen class names, each in order.
+
+    Args:
+        name: Names the split in files and vocabularies: letters, digits, `.`, `_` and `-`.
+        seen: Classes that training may see.
+        unseen: Classes that it may not.
+        groups: Further groups of names to report accuracy for, such as LVIS's `rare`, `common` and `frequent`.
+
+    Raises:
+        D2ZeroError: The name cannot be part of a file's, a class is given twice, or a group has others.
+    """
 
     name: str
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise D2ZeroError(f"a split's name has letters, digits, '.', '_' and '-', got {self.name!r}")
+        repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            raise D2ZeroError(
+                f"split {self.name} names {join_truncated(repeated)} more than once, or as seen and unseen"
+            )
+        if not self.seen:
+            raise D2ZeroError(f"split {self.name} has no seen classes")
+        for group, names in self.groups.items():
+            unknown = sorted(set(names) - set(self.names))
+            if unknown:
+                raise D2ZeroError(f"group {group} of split {self.name} has {join_truncated(unknown)}, not in the split")
+
+    @classmethod
+    def without(cls, name: str, classes: Sequence[str], unseen: Sequence[str]) -> "Split":
+        """The split of some classes, a few of which are unseen.
+
+        Raises:
+            D2ZeroError: An unseen class is not among them.
+        """
+        unknown = [entry for entry in unseen if entry not in set(classes)]
+        if unknown:
+            raise D2ZeroError(f"unseen classes {join_truncated(unknown)} are not among {join_truncated(classes, 10)}")
+        return cls(name, tuple(entry for entry in classes if entry not in set(unseen)), tuple(unseen))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Seen names, then unseen names."""
         return self.seen + self.unseen
+
+    @property
+    def tail(self) -> str:
+        """How files of the split end: `48_17` for COCO's."""
+        return file_tail(self.name)
 
     def is_seen(self, names: Iterable[str]) -> list[bool]:
         """One flag per name.
@@ -46,66 +106,150 @@ class Split:
         Raises:
             D2ZeroError: A name is not of this split.
         """
-        names = list(names)
-        unknown = [name for name in names if name not in self.names]
+        names, known = list(names), set(self.names)
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise D2ZeroError(f"{join_truncated(unknown)} not in split {self.name} ({len(self.names)} classes)")
-        return [name in self.seen for name in names]
+        seen = set(self.seen)
+        return [name in seen for name in names]
+
+    def save(self, path: Path) -> Path:
+        """Write the split as `.yaml` or `.json`, atomically, and return its path."""
+        content: dict[str, Any] = {"name": self.name, "seen": list(self.seen), "unseen": list(self.unseen)}
+        if self.groups:
+            content["groups"] = {group: list(names) for group, names in self.groups.items()}
+        text = json.dumps(content, indent=1, ensure_ascii=False) if _suffix(path) == ".json" else _yaml_text(content)
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return path
 
 
-# fmt: off
-COCO_48_17 = Split(
-    "coco-48-17",
-    seen=(
-        "person", "bicycle", "car", "motorcycle", "truck", "boat", "bench", "bird", "horse", "sheep", "zebra",
-        "giraffe", "backpack", "handbag", "skis", "kite", "surfboard", "bottle", "spoon", "bowl", "banana", "apple",
-        "orange", "broccoli", "carrot", "pizza", "donut", "chair", "bed", "tv", "laptop", "remote", "microwave", "oven",
-        "refrigerator", "book", "clock", "vase", "toothbrush", "train", "bear", "suitcase", "frisbee", "fork",
-        "sandwich", "toilet", "mouse", "toaster",
-    ),
-    unseen=(
-        "bus", "dog", "cow", "elephant", "umbrella", "tie", "skateboard", "cup", "knife", "cake", "couch", "keyboard",
-        "sink", "scissors", "airplane", "cat", "snowboard",
-    ),
-)
-_UNSEEN_15 = (
-    "airplane", "train", "parking meter", "cat", "bear", "suitcase", "frisbee", "snowboard", "fork", "sandwich",
-    "hot dog", "toilet", "mouse", "toaster", "hair drier",
-)
-# fmt: on
-COCO_65_15 = Split("coco-65-15", seen=tuple(name for name in COCO_IDS if name not in _UNSEEN_15), unseen=_UNSEEN_15)
-SPLITS = {split.name: split for split in (COCO_48_17, COCO_65_15)}
+def file_tail(split: str) -> str:
+    """How files of a split end, by its name."""
+    return split.removeprefix("coco-").replace("-", "_")
 
 
-def find_split(name: str) -> Split:
-    """The split of that name; `48_17` and `coco-48-17` are the same.
+def find_split(name: str | Path) -> Split:
+    """A split by its file, or a packaged one by its name; `48_17` and `coco-48-17` are the same.
 
     Raises:
-        D2ZeroError: There is no such split.
+        D2ZeroError: There is no such split, or its file cannot be used.
     """
-    key = name.lower().replace("_", "-")
+    path = Path(name)
+    if path.suffix.lower() in SUFFIXES:
+        return read_split(path)
+    key = str(name).lower().replace("_", "-")
     key = key if key.startswith("coco-") else f"coco-{key}"
-    if key not in SPLITS:
-        raise D2ZeroError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
-    return SPLITS[key]
+    if key not in PACKAGED:
+        raise D2ZeroError(
+            f"split must be one of {', '.join(PACKAGED)} or a file ({', '.join(SUFFIXES)}), got {str(name)!r}"
+        )
+    return _packaged(key)
 
 
-def check_split(vocabulary: Vocabulary, split: str) -> None:
+@cache
+def _packaged(name: str) -> Split:
+    content = files("d2zero.data").joinpath("split_files", f"{name}.yaml").read_text(encoding="utf-8")
+    return checked(Split, _parsed_yaml(content, name), name)
+
+
+def read_split(path: Path) -> Split:
+    """Read a split: `name`, `seen`, `unseen` and perhaps `groups`, in YAML or JSON.
+
+    Raises:
+        D2ZeroError: The file is absent, is neither, or is no split.
+    """
+    kind = _suffix(path)
+    if not path.is_file():
+        raise D2ZeroError(f"split {path} does not exist; expected a packaged one ({', '.join(PACKAGED)}) or a file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise D2ZeroError(f"{path} is larger than any split ({LARGEST_FILE >> 20} MB)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if kind == ".json" else _parsed_yaml(text, str(path))
+    except (ValueError, RecursionError) as error:
+        raise D2ZeroError(f"{path} is not JSON in UTF-8: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise D2ZeroError(f"{path} is no split: expected name, seen and unseen, got {type(values).__name__}")
+    refuse_unknown(Split, values, f"fields in {path}:")
+    try:
+        return checked(Split, {"name": path.stem, "unseen": [], **values}, str(path), ("groups",), "correct it")
+    except D2ZeroError as error:
+        raise error if str(path) in str(error) else D2ZeroError(f"{path}: {error}") from error
+
+
+def with_split(vocabulary: Vocabulary, split: Split | None) -> Vocabulary:
+    """Keep a split's classes, in its order, and set which are seen; without a split, as it is.
+
+    Raises:
+        D2ZeroError: The vocabulary lacks classes of the split.
+    """
+    if split is None:
+        return vocabulary
+    lacking = [name for name in split.names if name not in set(vocabulary.names)]
+    if lacking:
+        raise D2ZeroError(f"the names lack {len(lacking)} classes of split {split.name}: {join_truncated(lacking)}")
+    return replace(
+        vocabulary.select(split.names),
+        seen=np.array(split.is_seen(split.names)),
+        source={**vocabulary.source, "split": split.name},
+    )
+
+
+def with_unseen(vocabulary: Vocabulary, unseen: Iterable[str]) -> Vocabulary:
+    """The same classes, of which some are unseen and all others seen.
+
+    Raises:
+        D2ZeroError: The vocabulary lacks one.
+    """
+    names = set(unseen)
+    unknown = sorted(names - set(vocabulary.names))
+    if unknown:
+        raise D2ZeroError(f"--unseen names {join_truncated(unknown)}, which the vocabulary lacks")
+    seen = np.array([name not in names for name in vocabulary.names])
+    source = {key: value for key, value in vocabulary.source.items() if key != "split"}
+    return replace(vocabulary, seen=seen, source=source)
+
+
+def check_split(vocabulary: Vocabulary, split: Split) -> None:
     """Refuse a vocabulary of another split.
 
     Raises:
         D2ZeroError: Its record, or its seen and unseen names, are of another split.
     """
     recorded = vocabulary.source.get("split")
-    if recorded and recorded != split:
-        raise D2ZeroError(f"the vocabulary is of split {recorded}, this needs {split}; make it with --split {split}")
-    if split in SPLITS:
-        wrong = sorted(set(SPLITS[split].seen) ^ set(vocabulary.seen_names))
-        if wrong:
-            raise D2ZeroError(
-                f"the vocabulary's seen classes are not those of split {split}: {len(wrong)} differ"
-                f" ({join_truncated(wrong)});"
-                f" make it with --split {split}"
-            )
-    if not vocabulary.seen.any():
-        raise D2ZeroError("the vocabulary has no seen classes to train on")
+    if recorded and recorded != split.name:
+        raise D2ZeroError(
+            f"the vocabulary is of split {recorded}, this needs {split.name}; make it with --split {split.name}"
+        )
+    wrong = sorted(set(split.seen) ^ set(vocabulary.seen_names))
+    if wrong:
+        raise D2ZeroError(
+            f"the vocabulary's seen classes are not those of split {split.name}: {len(wrong)} differ"
+            f" ({join_truncated(wrong)}); make it with --split {split.name}"
+        )
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise D2ZeroError(f"a split is a file of {', '.join(SUFFIXES)}, got {path.name!r}")
+    return suffix
+
+
+def _parsed_yaml(text: str, where: str) -> Any:
+    """YAML whose scalars are texts: a class called `no` or `1984` is no truth value and no number."""
+    import yaml
+
+    try:
+        return yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise D2ZeroError(f"{where} is not YAML: {reason}") from error
+
+
+def _yaml_text(content: dict[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
+    return text

@@ -1,4 +1,4 @@
-"""The zero-shot annotation files, built from COCO's own.
+"""Zero-shot annotation files, built from a COCO file and a split.
 
 Training keeps images without any unseen instance; tests keep images with at least one. Files and their
 names are laid out as the published ones.
@@ -57,14 +57,13 @@ def write_split(
         D2ZeroError: A source lacks categories of the split, a part would be empty, or files exist that may not
             be replaced.
     """
-    tail = split.name.removeprefix("coco-").replace("-", "_")
     parts: list[tuple[str, str, dict[str, Any]]] = []
     if train is not None:
         parts.append((train.path.stem, "seen", training_part(train, split)))
     if val is not None:
         parts.append((val.path.stem, "gzsi", test_part(val, split, split.names)))
         parts.append((val.path.stem, "unseen", test_part(val, split, split.unseen)))
-    there = [path for stem, part, _ in parts if (path := output / f"{stem}_{part}_{tail}.json").exists()]
+    there = [path for stem, part, _ in parts if (path := output / f"{stem}_{part}_{split.tail}.json").exists()]
     if there and not replace:
         raise D2ZeroError(
             f"{join_truncated(there)} exist already; replace them with --force, or choose another --output"
@@ -73,7 +72,7 @@ def write_split(
     for stem, part, content in parts:
         if not content["annotations"]:
             raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
-        path = output / f"{stem}_{part}_{tail}.json"
+        path = output / f"{stem}_{part}_{split.tail}.json"
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(content))
         written.append(Part(path, len(content["images"]), len(content["annotations"])))
@@ -84,7 +83,7 @@ def _ids(source: CocoFile, names: tuple[str, ...]) -> set[Id]:
     lacking = [name for name in names if name not in source.categories]
     if lacking:
         raise D2ZeroError(
-            f"{source.path} lacks categories of the split: {join_truncated(lacking)}; expected COCO's own file"
+            f"{source.path} lacks categories of the split: {join_truncated(lacking)}; expected a file with all of them"
         )
     return {source.categories[name] for name in names}
 

@@ -1,14 +1,12 @@
 """Vocabularies from arrays of embeddings and lists of names."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from d2zero.data.splits import COCO_IDS, find_split
+from d2zero.data.splits import COCO_IDS
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.vocabulary import damage
 
 
@@ -37,12 +35,11 @@ def read_names(text: str) -> list[str]:
     return names
 
 
-def read_array(path: Path, names: list[str], split: str | None, encoder: str) -> Vocabulary:
+def read_array(path: Path, names: list[str], encoder: str = "") -> Vocabulary:
     """A vocabulary from a `.npy` file (K, D).
 
     Raises:
-        D2ZeroError: The file is absent or no array, its rows do not match the names, or it lacks classes of
-            the split.
+        D2ZeroError: The file is absent or no array, or its rows do not match the names.
     """
     if not path.is_file():
         raise D2ZeroError(f"embedding file {path} does not exist")
@@ -54,25 +51,4 @@ def read_array(path: Path, names: list[str], split: str | None, encoder: str) ->
         raise D2ZeroError(f"{path} must hold one (K, D) array of numbers, got shape {np.shape(array)}")
     if len(array) != len(names):
         raise D2ZeroError(f"{path} has {len(array)} rows, but {len(names)} names were given")
-    vocabulary = Vocabulary(tuple(names), array.astype(np.float32), source={"encoder": encoder} if encoder else {})
-    return with_split(vocabulary, split)
-
-
-def with_split(vocabulary: Vocabulary, split: str | None) -> Vocabulary:
-    """Keep a split's classes, in its order, and set which are seen; without a split, as it is.
-
-    Raises:
-        D2ZeroError: The vocabulary lacks classes of the split.
-    """
-    if split is None:
-        return vocabulary
-    chosen = find_split(split)
-    lacking = [name for name in chosen.names if name not in vocabulary.names]
-    if lacking:
-        raise D2ZeroError(f"the names lack {len(lacking)} classes of split {chosen.name}: {join_truncated(lacking)}")
-    vocabulary = vocabulary.select(chosen.names)
-    return replace(
-        vocabulary,
-        seen=np.array(chosen.is_seen(chosen.names)),
-        source={**vocabulary.source, "split": chosen.name},
-    )
+    return Vocabulary(tuple(names), array.astype(np.float32), source={"encoder": encoder} if encoder else {})

@@ -56,7 +56,6 @@ class OptimConfig:
 class TrainConfig:
     """A training run."""
 
-    split: str
     steps: int
     batch_size: int = 16  # of all processes together
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -90,12 +89,12 @@ class TrainConfig:
 
 def coco_48_17() -> TrainConfig:
     """The published 48/17 run."""
-    return TrainConfig("coco-48-17", steps=140_350, optim=OptimConfig(milestones=(126_315, 133_333)))
+    return TrainConfig(steps=140_350, optim=OptimConfig(milestones=(126_315, 133_333)))
 
 
 def coco_65_15() -> TrainConfig:
     """The published 65/15 run."""
-    return TrainConfig("coco-65-15", steps=210_525, optim=OptimConfig(milestones=(189_472, 200_000)))
+    return TrainConfig(steps=210_525, optim=OptimConfig(milestones=(189_472, 200_000)))
 
 
 def shapes() -> TrainConfig:
@@ -120,7 +119,6 @@ def shapes() -> TrainConfig:
         preprocessing=Preprocessing(shortest_edge=96, longest_edge=160),
     )
     return TrainConfig(
-        "shapes",
         steps=2000,
         model=model,
         loss=LossConfig(num_points=256),

@@ -12,7 +12,6 @@ from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_exactly, read_arrays
 from d2zero.data.coco import CocoFile, find_annotations, find_image_folder, read_coco
-from d2zero.data.splits import check_split
 from d2zero.data.training_set import TrainingSet
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.model import D2Zero, build
@@ -48,7 +47,8 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         D2ZeroError: Inputs are missing or do not belong together, or the folder holds another run.
     """
     vocabulary = Vocabulary.load(inputs.vocabulary)
-    check_split(vocabulary, config.split)
+    if not vocabulary.seen.any():
+        raise D2ZeroError("the vocabulary has no seen classes to train on")
     if vocabulary.synonyms:
         raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
     config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
@@ -56,7 +56,10 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     if (output / STATE_FILE).exists() and not resume:
         raise D2ZeroError(f"{output} already holds a run; continue it with --resume, or choose another folder")
-    path = inputs.annotations or find_annotations(inputs.data, config.split, "seen")
+    split = str(vocabulary.source.get("split", ""))
+    if not inputs.annotations and not split:
+        raise D2ZeroError("the vocabulary records no split: name the training file with --annotations")
+    path = inputs.annotations or find_annotations(inputs.data, split, "seen")
     images = inputs.images or find_image_folder(inputs.data, path)
     data = TrainingSet(read_coco(path, leave_out=True), images, vocabulary, config.augment, config.cache)
     torch.manual_seed(config.seed)
@@ -68,7 +71,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     output.mkdir(parents=True, exist_ok=True)
     with joined(device) as processes:
         record = Record(output, config.steps, config.log_every, processes.is_main)
-        draw = _drawer(config, inputs.data)
+        draw = _drawer(config, inputs.data, split)
         # No name for the step or the run: on torch 2.10 a process hung that still held the network after this block.
         return _finished(Run(TrainingStep(config, model, processes), output, data, record, draw), resume, path)
 
@@ -87,12 +90,12 @@ def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
     return finished
 
 
-def _drawer(config: TrainConfig, data: Path) -> Callable[[D2Zero, Path], None] | None:
+def _drawer(config: TrainConfig, data: Path, split: str) -> Callable[[D2Zero, Path], None] | None:
     """Draws predictions on a few test images, if the test files are there."""
     if not config.picture_every:
         return None
     try:
-        path = find_annotations(data, config.split, "gzsi")
+        path = find_annotations(data, split, "gzsi")
         annotations, folder = read_coco(path, leave_out=True), find_image_folder(data, path)
     except D2ZeroError as error:
         logger.warning("no pictures are drawn: %s", error)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from d2zero.data.coco import decode_mask, read_coco
-from d2zero.data.splits import COCO_48_17
+from d2zero.data.splits import find_split
 from d2zero_runtime import D2ZeroError
 from studies import speed_tables
+
+COCO_48_17 = find_split("coco-48-17")
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 evaluation = pytest.importorskip("studies.evaluation")

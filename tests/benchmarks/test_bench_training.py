@@ -137,7 +137,7 @@ def test_loading_is_compared_with_the_fastest_variant(rates: dict[int, list[floa
 
 def test_a_coco_folder_without_zero_shot_files_is_loaded(shared: Path) -> None:
     config = replace(coco_48_17(), batch_size=2, workers=0)
-    with training_set(config, shared / "data/coco_tiny") as data:
+    with training_set(config, "coco-48-17", shared / "data/coco_tiny") as data:
         assert len(data) == 45
         assert loading_rate(data, config, Processes(0, 1, CPU), 0.0) > 0
 

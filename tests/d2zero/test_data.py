@@ -17,11 +17,14 @@ from torchvision.transforms.v2 import functional as transforms
 from d2zero.data.augment import AugmentConfig, JitterOnto, training_transform
 from d2zero.data.coco import decode_mask, find_annotations, find_image_folder, read_coco
 from d2zero.data.shapes import SPLIT, ShapesConfig, draw_image, vocabulary, write_dataset
-from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS, find_split
+from d2zero.data.splits import COCO_IDS, find_split
 from d2zero.data.training_set import SampleKey, StepSampler, TrainingSet, collate
 from d2zero.data.zero_shot import test_part as unseen_part
 from d2zero.data.zero_shot import training_part, write_split
 from d2zero_runtime import D2ZeroError, Preprocessing, Vocabulary, read_image
+
+COCO_48_17 = find_split("coco-48-17")
+COCO_65_15 = find_split("coco-65-15")
 
 AUGMENT = AugmentConfig(size=96, scale_range=(1.0, 1.0))
 
@@ -46,7 +49,7 @@ def test_embedding_files_hold_the_same_vector_for_a_name(shared: Path) -> None:
 
 def test_split_names() -> None:
     assert find_split("48_17") is find_split("coco-48-17") is COCO_48_17
-    with pytest.raises(D2ZeroError, match="coco-48-17, coco-65-15, got '50_50'"):
+    with pytest.raises(D2ZeroError, match=r"coco-48-17, coco-65-15 or a file .*, got '50_50'"):
         find_split("50_50")
 
 

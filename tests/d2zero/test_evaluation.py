@@ -15,13 +15,15 @@ from commands import Command, Outcome
 from d2zero.checkpoints.files import save_model
 from d2zero.data import json_stream
 from d2zero.data.coco import open_coco, read_coco
-from d2zero.data.splits import COCO_48_17
+from d2zero.data.splits import find_split
 from d2zero.evaluation.matching import IOU_THRESHOLDS
 from d2zero.evaluation.metrics import harmonic_mean, score, score_detections
 from d2zero.evaluation.result_entries import open_results
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+
+COCO_48_17 = find_split("coco-48-17")
 
 COCO = pytest.importorskip("pycocotools.coco").COCO
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval

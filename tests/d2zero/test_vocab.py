@@ -8,9 +8,12 @@ import pytest
 import torch
 from commands import Command
 
-from d2zero.data.splits import COCO_48_17, COCO_65_15, COCO_IDS, Split
+from d2zero.data.splits import COCO_IDS, Split, find_split
 from d2zero.text.clip import TEMPLATES, encode_names
 from d2zero_runtime import Vocabulary
+
+COCO_48_17 = find_split("coco-48-17")
+COCO_65_15 = find_split("coco-65-15")
 
 open_clip = pytest.importorskip("open_clip")
 
