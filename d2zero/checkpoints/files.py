@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from d2zero.checkpoints.published import load_exactly, require_exactly
+from d2zero.checkpoints.runs import checkpoint_file
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -33,8 +35,17 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
     path = Path(path)
     if path.suffix != ".safetensors":
         raise D2ZeroError(f"a checkpoint is saved as .safetensors, got {path.name!r}")
+    contract = description(model, notes)
+    arrays = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(path) as partial:
+        save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
+    return path
+
+
+def description(model: D2Zero, notes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of its model beside the arrays, as plain data."""
     vocabulary = model.vocabulary
-    contract = {
+    return {
         "format_version": FORMAT_VERSION,
         "config": model.config.to_dict(),
         "vocabulary": {
@@ -46,25 +57,25 @@ def save_model(model: D2Zero, path: str | os.PathLike[str], notes: dict[str, Any
         },
         "notes": notes or {},
     }
-    arrays = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_write(path) as partial:
-        save_file(arrays, partial, metadata={_KEY: json.dumps(contract)})
-    return path
 
 
 def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> D2Zero:
     """Load a checkpoint as a model in evaluation mode.
 
+    Args:
+        path: A `.safetensors` file, a run's `last.pt`, or its folder (see `checkpoint_file`).
+        device: Where the model shall be.
+
     Raises:
         D2ZeroError: The file is absent, damaged, of a newer version, or no checkpoint of ours.
     """
-    path = Path(path)
-    description, arrays = _read(path)
+    path = checkpoint_file(path)
+    described, arrays = _read(path)
     try:
-        config = ModelConfig.from_dict(description.config)
+        config = ModelConfig.from_dict(described.config)
         if "class_embeddings" not in arrays:
             raise D2ZeroError("it lacks the class embeddings")
-        words = description.vocabulary
+        words = described.vocabulary
         vocabulary = Vocabulary(
             names=words.names,
             embeddings=arrays["class_embeddings"].float().numpy(),
@@ -123,7 +134,9 @@ class _Description:
 def _read(path: Path) -> tuple[_Description, dict[str, torch.Tensor]]:
     if not path.exists():
         raise D2ZeroError(f"checkpoint {path} does not exist")
-    if path.suffix in (".pth", ".pt", ".pkl"):
+    if path.suffix == ".pt":
+        return _read_state(path)
+    if path.suffix in (".pth", ".pkl"):
         raise D2ZeroError(
             f"{path} is not a .safetensors checkpoint; turn a published one into it with `d2zero convert`"
         )
@@ -138,10 +151,42 @@ def _read(path: Path) -> tuple[_Description, dict[str, torch.Tensor]]:
         raise D2ZeroError(
             f"{path} holds weights but no d2zero model description; turn it into one with `d2zero convert`"
         )
+    return _described(metadata[_KEY], path), arrays
+
+
+def _described(text: str, path: Path) -> _Description:
     where = f"{path}: the model description"
-    values = parse_object(metadata[_KEY], where)
+    values = parse_object(text, where)
     refuse_newer(values.get("format_version", 0), FORMAT_VERSION, str(path), "the checkpoint's format")
-    return checked(_Description, values, where), arrays
+    return checked(_Description, values, where)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a training run's state, of which nothing is executed.
+
+    Raises:
+        D2ZeroError: The file is damaged, or no state of a run.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise D2ZeroError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
+    wanted = {"step", "config", "model", "optimizer", "scaler", "inputs", "bad_files", "pending"}
+    missing = wanted - state.keys() if isinstance(state, dict) else wanted
+    if missing:
+        raise D2ZeroError(
+            f"{path} is not the state of a training run of d2zero: it lacks {join_truncated(sorted(missing))};"
+            " turn a published checkpoint into .safetensors with `d2zero convert`"
+        )
+    return state
+
+
+def _read_state(path: Path) -> tuple[_Description, dict[str, torch.Tensor]]:
+    """The model in a run's state, averaged if the run averages it."""
+    state = read_state(path)
+    if "description" not in state:
+        raise D2ZeroError(f"{path} is of an older d2zero, and names no classes; continue its run with --resume first")
+    return _described(state["description"], path), state["ema"]["model"] if state.get("ema") else state["model"]
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

@@ -30,7 +30,7 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders.")
+        Path | None, typer.Option("--data", help="The data folder: annotations/ and image folders; or a .yaml.")
     ] = None,
     mode: Annotated[
         str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste; several, with commas, share one pass.")
@@ -87,10 +87,12 @@ def evaluate(
         summaries = _of_detections(detections, annotations, split, vocabulary, modes)
     else:
         from d2zero.checkpoints.files import file_hash
+        from d2zero.checkpoints.runs import checkpoint_file
         from d2zero.cli.terminal import tracked
         from d2zero.evaluation.run import EvaluationRun
 
         assert checkpoint is not None
+        checkpoint = checkpoint_file(checkpoint)
         model = _model(checkpoint, vocabulary, split, provider, device, threads)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
@@ -143,7 +145,7 @@ def _of_detections(
         raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
     if vocabulary is not None:
         classes = Vocabulary.load(vocabulary)
-        chosen = Split(f"of {vocabulary.name}", classes.seen_names, classes.unseen_names)
+        chosen = Split("vocabulary", classes.seen_names, classes.unseen_names)
     else:
         chosen = find_split(str(split))
     with open_coco(annotations) as truth:
@@ -190,21 +192,13 @@ def _split_name(model: Segmenter, split: str | None) -> str:
 def _test_data(
     data: Path | None, annotations: Path | None, images: Path | None, split: str, modes: list[Mode]
 ) -> "tuple[CocoFile, Path]":
-    from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+    from d2zero.data.coco import read_coco
+    from d2zero.data.dataset import Dataset
 
-    if annotations is None:
-        if data is None:
-            raise D2ZeroError("give --data DIR, or --annotations FILE with --images DIR")
-        if not split:
-            raise D2ZeroError("the model does not say its split; give --split or --annotations")
-        annotations = find_annotations(data, split, "unseen" if modes == [Mode.ZSIS] else "gzsi")
-    truth = read_coco(annotations)
+    part = Dataset.of(data).with_val(annotations, images).test_part(split, modes)
+    truth = read_coco(part.annotations)
     _report_without_pixels(truth)
-    if images is None:
-        if data is None:
-            raise D2ZeroError("give --images DIR (or --data DIR) to find the images of the annotations")
-        images = find_image_folder(data, annotations)
-    return truth, images
+    return truth, part.images
 
 
 def _draw(run: "EvaluationRun", file: Path, title: str) -> None:

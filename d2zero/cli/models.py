@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2zero.checkpoints.runs import checkpoint_file
 from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load
 from d2zero_runtime.formats import EXPORTED_SUFFIXES, is_exported
 
@@ -29,7 +30,7 @@ def open_segmenter(
     """Open a checkpoint or an exported model; torch is imported for a checkpoint only.
 
     Args:
-        path: `.safetensors`, or what `d2zero export` writes.
+        path: `.safetensors`, a run's folder or `last.pt`, or what `d2zero export` writes.
         providers: An exported model's, as `d2zero_runtime.load` takes them.
         device: Where a checkpoint runs (auto, cpu or cuda:N), or the GPU of an engine or a `.pt2` (cuda:N).
         vocabulary: Other classes to use.
@@ -38,6 +39,7 @@ def open_segmenter(
     Raises:
         D2ZeroError: A file cannot be used, or an option is for the other kind of model.
     """
+    path = checkpoint_file(path)
     if is_exported(path):
         if device != "auto" and path.suffix == ".onnx":
             raise D2ZeroError("--device is not for .onnx files, which run where --provider says")

@@ -150,7 +150,7 @@ def find_split(name: str | Path) -> Split:
 @cache
 def _packaged(name: str) -> Split:
     content = files("d2zero.data").joinpath("split_files", f"{name}.yaml").read_text(encoding="utf-8")
-    return checked(Split, _parsed_yaml(content, name), name)
+    return checked(Split, parsed_yaml(content, name), name)
 
 
 def read_split(path: Path) -> Split:
@@ -166,7 +166,7 @@ def read_split(path: Path) -> Split:
         raise D2ZeroError(f"{path} is larger than any split ({LARGEST_FILE >> 20} MB)")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if kind == ".json" else _parsed_yaml(text, str(path))
+        values = json.loads(text) if kind == ".json" else parsed_yaml(text, str(path))
     except (ValueError, RecursionError) as error:
         raise D2ZeroError(f"{path} is not JSON in UTF-8: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -237,7 +237,7 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _parsed_yaml(text: str, where: str) -> Any:
+def parsed_yaml(text: str, where: str) -> Any:
     """YAML whose scalars are texts: a class called `no` or `1984` is no truth value and no number."""
     import yaml
 

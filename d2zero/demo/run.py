@@ -16,14 +16,15 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
 from d2zero.checkpoints.files import file_hash, load_model
+from d2zero.checkpoints.runs import MODEL_FILE, STATE_FILE
 from d2zero.data.coco import read_coco
+from d2zero.data.dataset import Dataset
 from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
-from d2zero.training.loop import MODEL_FILE, STATE_FILE
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 
@@ -70,7 +71,10 @@ def run_demo(
     if train:
         config = with_settings(shapes(), settings or [])
         trained = start(
-            config, Inputs(data, data / "vocabulary.npz"), output / "run", resume=(output / "run" / STATE_FILE).exists()
+            config,
+            Inputs(Dataset(data), data / "vocabulary.npz"),
+            output / "run",
+            resume=(output / "run" / STATE_FILE).exists(),
         )
         checkpoint = trained or output / "run" / MODEL_FILE
     else:

@@ -1,5 +1,6 @@
 """Weights and sizes of the training loss, as published."""
 
+import math
 from dataclasses import dataclass
 
 from d2zero_runtime import D2ZeroError
@@ -20,6 +21,9 @@ class LossConfig:
     unseen_temperature: float = 0.1  # τ of the similarity of seen to unseen classes (not published)
 
     def __post_init__(self) -> None:
+        for name in ("class_weight", "mask_weight", "dice_weight", "background_weight", "unseen_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise D2ZeroError(f"loss.{name} must not be negative, got {getattr(self, name)}")
         if self.num_points < 1:
             raise D2ZeroError(f"loss.num_points must be at least 1, got {self.num_points}")
         if self.oversample_ratio < 1 or not 0 <= self.importance_ratio <= 1:

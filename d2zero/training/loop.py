@@ -6,8 +6,9 @@ moment continues from its last checkpoint with the same losses as an uninterrupt
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from d2zero.checkpoints.files import save_model
+from d2zero.checkpoints.files import description, read_state, save_model
+from d2zero.checkpoints.runs import BEST_FILE, KEPT_FOLDER, MODEL_FILE, STATE_FILE
 from d2zero.data.training_set import TrainingSet
 from d2zero.model import D2Zero
-from d2zero.training.config import TrainConfig, config_to_dict
+from d2zero.training.config import TrainConfig, config_from_dict, config_to_dict
 from d2zero.training.distributed import Processes
 from d2zero.training.loader import training_loader
 from d2zero.training.memory import keep_freed_memory
@@ -29,8 +31,12 @@ from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import atomic_write
 
-STATE_FILE = "last.pt"  # everything a resume needs
-MODEL_FILE = "model.safetensors"  # the finished model
+logger = logging.getLogger("d2zero")
+
+# What a resume may change: the first group changes losses by rounding at most, the second is said.
+_FREE = {"workers", "cache", "deformable", "log_every", "checkpoint_every", "keep_every", "picture_every"}
+_FREE |= {"eval_every", "eval_images", "epochs"}
+_SAID = {"steps", *(f"optim.{name}" for name in ("lr", "schedule", "milestones", "gamma", "final_factor"))}
 
 
 @dataclass
@@ -42,7 +48,9 @@ class Run:
     data: TrainingSet
     record: Record
     draw: Callable[[D2Zero, Path], None] | None = None  # draws predictions into a file, every `picture_every` steps
+    evaluate: Callable[[D2Zero], dict[str, Any]] | None = None  # metrics, every `eval_every` steps
     step: int = 0  # steps done
+    best: float = -1.0  # the score of the best evaluation
     bad_files: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -65,7 +73,7 @@ class Run:
         keep_freed_memory()
         self.training_step.prepare()
         optimizer = self.training_step.optimizer
-        self.model.train()
+        self.training_step.train()
         with self.record as record:
             for batch in training_loader(self.data, self.config, self.processes, self.step):
                 losses, gradient_norm = self.training_step(self.step, batch)
@@ -73,19 +81,39 @@ class Run:
                 for problem in batch.problems:
                     self.bad_files[problem] = self.bad_files.get(problem, 0) + 1
                 record.step(self.step, losses, gradient_norm, optimizer.param_groups[-1]["lr"])
+                if self.evaluate and self._is_due(self.config.eval_every):
+                    self._evaluate(self.evaluate)
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     self.save_state()
+                if self._is_due(self.config.keep_every):
+                    self._save(self.output / KEPT_FOLDER / f"step_{self.step:06d}.safetensors")
                 if self.draw and self.config.picture_every and self.step % self.config.picture_every == 0:
                     self._draw_pictures()
-        if self.processes.is_main:
-            save_model(self.model.eval(), self.output / MODEL_FILE, {"training": config_to_dict(self.config)})
+        self._save(self.output / MODEL_FILE)
         return self.output / MODEL_FILE
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
+
+    def _evaluate(self, evaluate: Callable[[D2Zero], dict[str, Any]]) -> None:
+        """Before the state is saved: a run that is killed in between evaluates again."""
+        metrics = evaluate(self.training_step.shown)
+        self.training_step.train()
+        self.record.evaluation(self.step, metrics)
+        score = best_by(metrics)
+        if score > self.best:
+            self.best = score
+            self._save(self.output / BEST_FILE, metrics)
+
+    def _save(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
+        if self.processes.is_main:
+            notes = {"training": config_to_dict(self.config), "step": self.step, "metrics": metrics or {}}
+            save_model(self.training_step.shown, path, notes)
 
     def _draw_pictures(self) -> None:
         if self.processes.is_main and self.draw:
-            self.model.eval()
-            self.draw(self.model, self.output / "pictures" / f"step_{self.step:06d}.png")
-            self.model.train()
+            self.draw(self.training_step.shown, self.output / "pictures" / f"step_{self.step:06d}.png")
+            self.training_step.train()
         if self.processes.count > 1:
             dist.barrier()
 
@@ -103,6 +131,9 @@ class Run:
             "inputs": self._inputs(),
             "bad_files": self.bad_files,
             "pending": self.record.pending,
+            "best": self.best,
+            "description": json.dumps(description(self.training_step.shown)),
+            "ema": self.training_step.average_state(),
         }
         path = self.output / STATE_FILE
         try:
@@ -123,10 +154,13 @@ class Run:
         Raises:
             D2ZeroError: It is absent, damaged, or of a run with other settings.
         """
-        state = read_state(self.output)
-        ours = config_to_dict(self.config)
-        theirs = {"compile": False, "tf32": False, **json.loads(state["config"])}
-        differing = _differences(ours, theirs)
+        state = run_state(self.output)
+        stored = config_from_dict(json.loads(state["config"]), f"the state of {self.output}")
+        ours, theirs = config_to_dict(self.config), config_to_dict(stored)
+        changes = {name: text for name, text in _differences(ours, theirs) if name not in _FREE}
+        for name in [name for name in changes if name in _SAID]:
+            logger.warning("the run goes on with another %s", changes.pop(name))
+        differing = list(changes.values())
         if differing:
             raise D2ZeroError(
                 f"{self.output} was begun with other settings"
@@ -141,6 +175,8 @@ class Run:
                 )
         self.model.load_state_dict(state["model"])
         training = self.training_step
+        training.load_average(state.get("ema"))
+        self.best = state.get("best", -1.0)
         load_optimizer(training.optimizer, state["optimizer"])
         if state["scaler"]:  # a device without float16 leaves it empty
             training.scaler.load_state_dict(state["scaler"])
@@ -167,7 +203,7 @@ class Run:
         return sorted({problem for found in gathered for problem in found})
 
 
-def read_state(output: Path) -> dict[str, Any]:
+def run_state(output: Path) -> dict[str, Any]:
     """The content of a run's last checkpoint.
 
     Raises:
@@ -176,24 +212,29 @@ def read_state(output: Path) -> dict[str, Any]:
     path = output / STATE_FILE
     if not path.is_file():
         raise D2ZeroError(f"{output} has no checkpoint ({STATE_FILE}) to resume from; start without --resume")
-    try:
-        state: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise D2ZeroError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
-    missing = {"step", "config", "model", "optimizer", "scaler", "inputs", "bad_files", "pending"} - state.keys()
-    if missing:
-        raise D2ZeroError(f"{path} is not a checkpoint of this d2zero: it lacks {join_truncated(sorted(missing))}")
-    return state
+    return read_state(path)
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the settings that differ, leaving out those that change the losses by rounding at most."""
-    free = {"workers", "cache", "deformable", "log_every", "checkpoint_every", "picture_every"}
-    found = []
+def stored_config(output: Path) -> TrainConfig:
+    """The settings of the run in a folder, as its last checkpoint has them.
+
+    Raises:
+        D2ZeroError: There is none, or it is damaged.
+    """
+    return config_from_dict(json.loads(run_state(output)["config"]), f"the state of {output}")
+
+
+def best_by(metrics: dict[str, Any]) -> float:
+    """What evaluations are compared by: the harmonic mean, or what there is where one kind of class is missing."""
+    found = (metrics.get(key) for key in ("hm_ap50", "unseen_ap50", "seen_ap50"))
+    return next((float(value) for value in found if value is not None), 0.0)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of the settings that differ, each with both values."""
     for key in sorted(ours.keys() | theirs.keys()):
         left, right = ours.get(key), theirs.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found += _differences(left, right, f"{prefix}{key}.")
-        elif left != right and f"{prefix}{key}" not in free:
-            found.append(f"{prefix}{key}: now {left}, then {right}")
-    return found
+            yield from _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}", f"{prefix}{key}: now {left}, then {right}"

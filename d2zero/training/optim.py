@@ -46,9 +46,9 @@ def build_optimizer(model: D2Zero, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a state saved on any device; whether steps are fused remains as the optimiser was built."""
+    """Take up a state saved on any device; fused or not, and the learning rate, remain as the optimiser was built."""
     groups = [
-        {**saved, "fused": own["fused"]}
+        {**saved, **{key: own[key] for key in ("fused", "initial_lr") if key in own}}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
@@ -56,13 +56,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """What the learning rate is multiplied by at a step, counted from 0."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    warmup_steps = _in_steps(config.warmup_steps, steps)
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     if config.schedule == "cosine":
         progress = step / max(1, steps)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return warmup * (config.final_factor + (1 - config.final_factor) * cosine)
-    passed = sum(step >= milestone for milestone in config.milestones)
+    passed = sum(step >= _in_steps(milestone, steps) for milestone in config.milestones)
     return float(warmup * config.gamma**passed)
+
+
+def _in_steps(length: float, steps: int) -> float:
+    return length * steps if length < 1 else length
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from d2zero.evaluation.metrics import METRICS
 from d2zero_runtime.files import atomic_write
 
 
@@ -80,6 +81,18 @@ class Record:
         if self.active:
             self.progress.stop()
             self.writer.close()
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Note the metrics of an evaluation after a step."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "evaluation": metrics}) + "\n")
+        for name, value in metrics.items():
+            if value is not None:
+                self.writer.add_scalar(f"evaluation/{name}", value, step)
+        shown = ", ".join(f"{METRICS[name].label} {value:.2f}" for name, value in metrics.items() if value is not None)
+        self.console.print(f"step {step}: {shown}", highlight=False)
 
     def step(self, step: int, losses: dict[str, Tensor], gradient_norm: Tensor, lr: float) -> None:
         """Note a finished step."""

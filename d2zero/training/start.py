@@ -1,43 +1,87 @@
 """From the user's inputs to a training run: checks them and puts them together."""
 
+import json
 import logging
+import shlex
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_exactly, read_arrays
-from d2zero.data.coco import CocoFile, find_annotations, find_image_folder, read_coco
+from d2zero.checkpoints.runs import CONFIG_FILE, STATE_FILE
+from d2zero.data.coco import CocoFile, read_coco
+from d2zero.data.dataset import Dataset
+from d2zero.data.splits import Split, with_split
 from d2zero.data.training_set import TrainingSet
+from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
+from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero, build
-from d2zero.training.config import TrainConfig
+from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.distributed import joined
-from d2zero.training.loop import STATE_FILE, Run
+from d2zero.training.loop import Run
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
-from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import write_text
 
 logger = logging.getLogger("d2zero")
 
 PICTURES = 6
+EVALUATION_FOLDER = "evaluation"  # of the run's, while it is evaluated
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of a run."""
+    """What a run is begun with, beside its settings.
 
-    data: Path
-    vocabulary: Path
-    annotations: Path | None = None
-    images: Path | None = None
+    Args:
+        data: Where the annotations and images are.
+        vocabulary: Seen and unseen classes; the data set's own if left out.
+        split: Says which classes of the vocabulary are seen, instead of the vocabulary itself.
+        init: A checkpoint whose weights to start from.
+        skip: Parts of it that are not taken, such as `classifier`.
+        backbone_weights: ImageNet weights of the backbone.
+    """
+
+    data: Dataset
+    vocabulary: Path | None = None
+    split: Split | None = None
     init: Path | None = None
+    skip: tuple[str, ...] = ()
     backbone_weights: Path | None = None
+
+    def classes(self) -> Vocabulary:
+        """The vocabulary to train with.
+
+        Raises:
+            D2ZeroError: There is none, or it cannot be trained with.
+        """
+        path = self.vocabulary or self.data.vocabulary
+        if path is None:
+            raise D2ZeroError("training needs classes: give --vocabulary V.npz, or name it in the data set's YAML file")
+        vocabulary = with_split(Vocabulary.load(path), self.split)
+        if not vocabulary.seen.any():
+            raise D2ZeroError("the vocabulary has no seen classes to train on")
+        if vocabulary.synonyms:
+            raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
+        return vocabulary
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """What is evaluated on, and drawn, during training."""
+
+    annotations: CocoFile
+    images: Path
 
 
 def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = False, device: str = "auto") -> Path | None:
@@ -46,40 +90,76 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     Raises:
         D2ZeroError: Inputs are missing or do not belong together, or the folder holds another run.
     """
-    vocabulary = Vocabulary.load(inputs.vocabulary)
-    if not vocabulary.seen.any():
-        raise D2ZeroError("the vocabulary has no seen classes to train on")
-    if vocabulary.synonyms:
-        raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
+    vocabulary = inputs.classes()
     config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     if (output / STATE_FILE).exists() and not resume:
         raise D2ZeroError(f"{output} already holds a run; continue it with --resume, or choose another folder")
     split = str(vocabulary.source.get("split", ""))
-    if not inputs.annotations and not split:
-        raise D2ZeroError("the vocabulary records no split: name the training file with --annotations")
-    path = inputs.annotations or find_annotations(inputs.data, split, "seen")
-    images = inputs.images or find_image_folder(inputs.data, path)
-    data = TrainingSet(read_coco(path, leave_out=True), images, vocabulary, config.augment, config.cache)
+    part = inputs.data.training_part(split)
+    data = TrainingSet(
+        read_coco(part.annotations, leave_out=True), part.images, vocabulary, config.augment, config.cache
+    )
+    config = config.for_images(len(data))
     torch.manual_seed(config.seed)
     model = build(config.model, vocabulary)
     if inputs.init:
-        load_exactly(model, load_model(inputs.init).state_dict())
+        start_from(model, load_model(inputs.init), inputs.skip)
     if inputs.backbone_weights:
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
+    validation = _validation(config, inputs.data, split)
+    evaluate = _evaluator(config, model, validation, output) if config.eval_every and validation else None
+    draw = _drawer(validation) if config.picture_every and validation else None
     output.mkdir(parents=True, exist_ok=True)
     with joined(device) as processes:
         record = Record(output, config.steps, config.log_every, processes.is_main)
-        draw = _drawer(config, inputs.data, split)
-        # No name for the step or the run: on torch 2.10 a process hung that still held the network after this block.
-        return _finished(Run(TrainingStep(config, model, processes), output, data, record, draw), resume, path)
+        return _finished(  # no name for the run: on torch 2.10 a process hung that held the network after this block
+            Run(TrainingStep(config, model, processes), output, data, record, draw, evaluate), resume, part.annotations
+        )
+
+
+def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
+    """Take over another model's weights.
+
+    Args:
+        model: Filled.
+        source: Has weights for all of it, except what is skipped.
+        skip: Parts that keep their own weights, by the beginning of their names.
+
+    Raises:
+        D2ZeroError: An array is missing, left over or of another shape; or a part to skip has no array.
+    """
+    arrays, own = source.state_dict(), model.state_dict()
+
+    def skipped(name: str) -> bool:
+        return any(name == part or name.startswith(f"{part}.") for part in skip)
+
+    unknown = [part for part in skip if not any(n == part or n.startswith(f"{part}.") for n in (*arrays, *own))]
+    if unknown:
+        raise D2ZeroError(f"--init-skip names {join_truncated(unknown)}, which neither model has")
+    taken = {name: value for name, value in arrays.items() if not skipped(name)}
+    kept = {name: value for name, value in own.items() if skipped(name)}
+    load_exactly(model, {**taken, **kept})
+    if kept:
+        logger.warning("%d arrays begin anew, not from the checkpoint: %s", len(kept), join_truncated(kept, 5))
+
+
+def next_command(model: Path, inputs: Inputs) -> str:
+    """The command that evaluates a finished model, or one that shows what it finds where nothing is to evaluate on."""
+    try:
+        part = inputs.data.test_part(str(inputs.classes().source.get("split", "")), [Mode.GZSIS])
+    except D2ZeroError:
+        return shlex.join(["d2zero", "predict", "PHOTOS", "-m", str(model), "-o", "found"])
+    files = ["--annotations", str(part.annotations), "--images", str(part.images)]
+    return shlex.join(["d2zero", "eval", str(model), *files])
 
 
 def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
     if resume:
         run.resume()
     if run.processes.is_main:
+        write_text(run.output / CONFIG_FILE, json.dumps(config_to_dict(run.config), indent=1))
         _announce(run, annotations)
     finished = run.train()
     problems = run.all_bad_files()
@@ -90,16 +170,51 @@ def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
     return finished
 
 
-def _drawer(config: TrainConfig, data: Path, split: str) -> Callable[[D2Zero, Path], None] | None:
-    """Draws predictions on a few test images, if the test files are there."""
-    if not config.picture_every:
+def _validation(config: TrainConfig, data: Dataset, split: str) -> _Validation | None:
+    """Test files, if they are there.
+
+    Raises:
+        D2ZeroError: They are not, and evaluations are wanted.
+    """
+    if not config.picture_every and not config.eval_every:
         return None
     try:
-        path = find_annotations(data, split, "gzsi")
-        annotations, folder = read_coco(path, leave_out=True), find_image_folder(data, path)
+        part = data.test_part(split, [Mode.GZSIS])
+        return _Validation(read_coco(part.annotations, leave_out=True), part.images)
     except D2ZeroError as error:
+        if config.eval_every:
+            raise D2ZeroError(f"nothing to evaluate on: {error}; or give --val-annotations and --val-images") from error
         logger.warning("no pictures are drawn: %s", error)
         return None
+
+
+def _evaluator(
+    config: TrainConfig, model: D2Zero, validation: _Validation, output: Path
+) -> Callable[[D2Zero], dict[str, Any]]:
+    """Computes the metrics of a model; what cannot be evaluated is refused now, not after hours."""
+
+    def run_of(evaluated: D2Zero) -> EvaluationRun:
+        folder = output / EVALUATION_FOLDER
+        limit = config.eval_images or None
+        return EvaluationRun(
+            evaluated.segmenter(), validation.annotations, validation.images, folder, [Mode.GZSIS], limit=limit
+        )
+
+    run_of(model)
+
+    def evaluate(evaluated: D2Zero) -> dict[str, Any]:
+        run = run_of(evaluated)
+        shutil.rmtree(run.folder, ignore_errors=True)  # of a step before, or of a run that was killed
+        masks = run.run()[Mode.GZSIS]["segm"]
+        shutil.rmtree(run.folder, ignore_errors=True)
+        return {key: masks.get(key) for key in METRICS if key in masks}
+
+    return evaluate
+
+
+def _drawer(validation: _Validation) -> Callable[[D2Zero, Path], None]:
+    """Draws predictions on a few test images."""
+    annotations, folder = validation.annotations, validation.images
     chosen = list(annotations.annotations)[:PICTURES]
 
     def draw(model: D2Zero, file: Path) -> None:
@@ -116,7 +231,8 @@ def _announce(run: Run, annotations: Path) -> None:
     print(
         f"{len(run.data)} images of {annotations.name}, {len(run.model.vocabulary.seen_names)} seen classes,"
         f" {parameters:.1f} M parameters, {run.processes.count} process(es) on {run.processes.device},"
-        f" steps {run.step} to {run.config.steps}",
+        f" steps {run.step} to {run.config.steps} of {run.config.batch_size} images"
+        f" ({run.config.steps * run.config.batch_size / len(run.data):.3g} epochs), lr {run.config.optim.lr:g}",
         file=sys.stderr,
     )
     if run.data.missing:

@@ -4,14 +4,16 @@ The loop (`d2zero.training.loop`) and the study of it (`benchmarks/studies/train
 batches come from, and what becomes of a step's losses, is left to them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
@@ -46,6 +48,7 @@ class TrainingStep:
         model.to(device)
         model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         model.set_deformable(deformable_function(config.deformable))
+        self.frozen = frozen_parts(model, config.freeze)
         self.optimizer = build_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.scale_watch = ScaleWatch(self.scaler)
@@ -59,6 +62,31 @@ class TrainingStep:
         self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
         self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
         self.network: Callable[..., list[HeadOutput]] = model
+        self.averaged = _averaged(model, config.ema)
+
+    @property
+    def shown(self) -> D2Zero:
+        """The model to evaluate and to save: with the average of the weights, if there is one."""
+        averaged = self.averaged.module if self.averaged else None
+        return averaged if isinstance(averaged, D2Zero) else self.model
+
+    def average_state(self) -> dict[str, Any]:
+        """What a resume needs of the average of the weights; empty without one."""
+        if not self.averaged:
+            return {}
+        return {"model": self.averaged.module.state_dict(), "updates": int(self.averaged.n_averaged)}
+
+    def load_average(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `average_state` returned."""
+        if self.averaged and state:
+            self.averaged.module.load_state_dict(state["model"])
+            self.averaged.n_averaged.fill_(state["updates"])
+
+    def train(self) -> None:
+        """Put the model into training mode, except its frozen parts."""
+        self.model.train()
+        for part in self.frozen:
+            part.eval()
 
     def prepare(self) -> None:
         """Join the processes and compile, once the model has the weights to begin with."""
@@ -105,22 +133,41 @@ class TrainingStep:
     def _step(self, step: int, batch: Batch, finished: Callable[[str], None]) -> tuple[dict[str, Tensor], Tensor]:
         torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + self.processes.rank)  # dropout
         set_lr(self.optimizer, lr_factor(step, self.config.steps, self.config.optim))
-        losses = self._losses(batch)
-        total = torch.stack(list(losses.values())).sum()
-        self._check_finite(total, losses, batch, step)  # waits for the device
-        self.scale_watch.check(step)
-        finished("forward")
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        finished("backward")
+        count = self.config.accumulate
+        parts = [self._gradients(step, index, part, finished) for index, part in enumerate(batch.parts(count))]
+        losses = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
         self.scaler.unscale_(self.optimizer)
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         if not self.scaler.is_enabled():  # with float16, the scaler skips such a step and scales down
             self._check_finite(gradient_norm, {"gradient": gradient_norm}, batch, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
         finished("optimiser")
-        return self._of_all_processes({"loss": total, **losses}), gradient_norm
+        return self._of_all_processes(losses), gradient_norm
+
+    def _gradients(self, step: int, index: int, part: Batch, finished: Callable[[str], None]) -> dict[str, Tensor]:
+        """Add up the gradients of a part of a batch, each part weighing the same; returns its share of the losses."""
+        count = self.config.accumulate
+        with self._synchronised(last=index == count - 1):
+            losses = {name: loss / count for name, loss in self._losses(part).items()}
+            total = torch.stack(list(losses.values())).sum()
+            self._check_finite(total, losses, part, step)  # waits for the device
+            if index == 0:
+                self.scale_watch.check(step)
+            finished("forward")
+            self.scaler.scale(total).backward()
+            finished("backward")
+        return {"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients cross between the processes with the last part of a batch."""
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        synchronised: AbstractContextManager[None] = self.network.no_sync()
+        return synchronised
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         device = self.processes.device
@@ -157,6 +204,31 @@ class TrainingStep:
             dist.all_reduce(values)
             values = values / self.processes.count
         return dict(zip(losses, values.unbind(), strict=True))
+
+
+def frozen_parts(model: D2Zero, names: Sequence[str]) -> list[nn.Module]:
+    """Parts of a model by their names, such as `backbone`, whose parameters need no gradient from now on.
+
+    Raises:
+        D2ZeroError: There is no such part, or nothing is left to train.
+    """
+    parts = []
+    for name in names:
+        try:
+            parts.append(model.get_submodule(name) if name else model.get_submodule("?"))
+        except AttributeError:
+            known = join_truncated([part for part, _ in model.named_children()], 10)
+            raise D2ZeroError(f"freeze names {name!r}, which the model lacks; its parts are {known}") from None
+    for part in parts:
+        part.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise D2ZeroError("freeze leaves nothing to train")
+    return parts
+
+
+def _averaged(model: D2Zero, decay: float) -> AveragedModel | None:
+    """A copy of the model whose weights follow it; its buffers are the model's."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
 
 
 @contextmanager

@@ -4,14 +4,15 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2zero.checkpoints.runs import checkpoint_file
 from d2zero.cli.terminal import BuildProgress, console, tracked
-from d2zero_runtime import D2ZeroError
+from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.backends.tensorrt.environment import SDKS, require_tensorrt
 from d2zero_runtime.errors import optional
@@ -21,6 +22,7 @@ from d2zero_runtime.masks.postprocess import Mode
 from d2zero_runtime.sources import expand
 
 if TYPE_CHECKING:
+    from d2zero.model import D2Zero
     from d2zero_export.engine_options import EngineOptions
     from d2zero_export.options import OnnxOptions, Pt2Options
     from d2zero_export.parity import RawParity
@@ -33,9 +35,16 @@ SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "tensorrt-rtx": ".engine", "
 
 def export(
     model: Annotated[
-        Path, typer.Argument(help="A checkpoint (.safetensors); for an engine also an exported model (.onnx).")
+        Path,
+        typer.Argument(help="A checkpoint (.safetensors) or a run's folder; for an engine also an exported .onnx."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx, .engine or .pt2).")],
+    vocabulary: Annotated[
+        Path | None, typer.Option("--vocabulary", "-v", help="Classes inside, instead of the checkpoint's (.npz).")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Which of the --vocabulary's classes are seen: a name or a file.")
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
@@ -126,7 +135,13 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX or .pt2, or build a TensorRT engine; verified before it counts as done."""
     _check_target(output, target)
+    model = checkpoint_file(model)
     exported = model.suffix == ".onnx"
+    if split and not vocabulary:
+        raise D2ZeroError("--split goes with --vocabulary")
+    source = _Source(model, vocabulary, split)
+    if exported and vocabulary:
+        raise D2ZeroError(f"{model} is exported already; change its classes with `d2zero vocab set`")
     engine = None
     if target in SDKS:
         from d2zero_export.engine import EngineOptions, require_builder
@@ -186,7 +201,9 @@ def export(
             raise D2ZeroError("--end-to-end is for an .onnx or an engine")
         if calibration or quantize_for:
             raise D2ZeroError("--calibration and --quantize-for are for --precision int8 of an .onnx or an engine")
-        _export_pt2(model, output, Pt2Options(device=compile_for or local_device(), **graph))
+        _export_pt2(
+            _Source(model, vocabulary, split), output, Pt2Options(device=compile_for or local_device(), **graph)
+        )
         return
     given = {"masks": masks, "max_detections": max_detections, "mode": Mode.parse(mode) if mode else None}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -205,7 +222,7 @@ def export(
             f"{file}, where the network would be written on the way to the engine, exists; give it as the model to"
             " build from it, or another --output"
         )
-    _export_onnx(model, file, options)
+    _export_onnx(source, file, options)
     if engine:
         _build(file, output, engine, model)
 
@@ -220,13 +237,32 @@ def _check_target(output: Path, target: str) -> None:
     check_output(output)
 
 
-def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None:
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, and the classes to export it with."""
+
+    checkpoint: Path
+    vocabulary: Path | None = None
+    split: str | None = None
+
+    def load(self) -> "tuple[D2Zero, str]":
+        """The model, and its file's hash."""
+        from d2zero.checkpoints.files import file_hash, load_model
+        from d2zero.data.splits import find_split, with_split
+
+        model = load_model(self.checkpoint)
+        if self.vocabulary:
+            split = find_split(self.split) if self.split else None
+            model.set_vocabulary(with_split(Vocabulary.load(self.vocabulary), split))
+        return model, file_hash(self.checkpoint)
+
+
+def _export_onnx(source: _Source, output: Path, options: "OnnxOptions") -> None:
     optional("onnxscript")  # asks for the extra that brings torch, too, where neither is installed
-    from d2zero.checkpoints.files import file_hash, load_model
     from d2zero_export.onnx_export import export_onnx
 
-    model = load_model(checkpoint)
-    parity = export_onnx(model, output, options, file_hash(checkpoint), _stage)
+    model, checkpoint_hash = source.load()
+    parity = export_onnx(model, output, options, checkpoint_hash, _stage)
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {options.precision}, {len(model.vocabulary)} classes inside")
     _show_parity(parity)
@@ -234,14 +270,13 @@ def _export_onnx(checkpoint: Path, output: Path, options: "OnnxOptions") -> None
         print("end to end: the instances that the runtime makes of the network's output")
 
 
-def _export_pt2(checkpoint: Path, output: Path, options: "Pt2Options") -> None:
+def _export_pt2(source: _Source, output: Path, options: "Pt2Options") -> None:
     import torch
 
-    from d2zero.checkpoints.files import file_hash, load_model
     from d2zero_export.pt2_export import export_pt2, hardware
 
-    model = load_model(checkpoint)
-    parity = export_pt2(model, output, options, file_hash(checkpoint), _stage)
+    model, checkpoint_hash = source.load()
+    parity = export_pt2(model, output, options, checkpoint_hash, _stage)
     size = output.stat().st_size / 1e6
     machine = hardware(options.device)
     print(f"{output}: {size:.1f} MB, {options.precision}, for {machine} with torch {torch.__version__}")
@@ -281,6 +316,7 @@ def _build(onnx_file: Path, output: Path, options: "EngineOptions", checkpoint: 
         from d2zero.checkpoints.files import load_model
 
         reference = as_exported(load_model(checkpoint), metadata.contract).segmenter()
+        reference.set_vocabulary(metadata.vocabulary)
     else:
         reference = load(onnx_file)
     built = load(output)

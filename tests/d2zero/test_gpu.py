@@ -14,6 +14,7 @@ import torch
 from deformable_cases import Case, assert_equals_float64, case, outputs
 from models import published_model, published_vocabulary
 
+from d2zero.data.dataset import Dataset
 from d2zero.model import D2Zero, deformable
 from d2zero.model.deformable import triton_sample
 from d2zero.model.masked_attention import masked_attention
@@ -66,7 +67,7 @@ def test_a_batch_equals_its_images_one_by_one(small_model: D2Zero) -> None:
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
 def test_training_in_every_precision(shapes_data: Path, tmp_path: Path, precision: str) -> None:
     settings = [f"precision={precision}", "steps=30", "log_every=1", "optim.warmup_steps=5"]
-    inputs = Inputs(shapes_data, shapes_data / "vocabulary.npz")
+    inputs = Inputs(Dataset(shapes_data), shapes_data / "vocabulary.npz")
     start(with_settings(shapes(), settings), inputs, tmp_path / "run", device="cuda")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
