@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from d2zero.cores import usable_cores
+
 PACKAGES = (
     "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "openvino", "transformers",
     "tensorrt", "pillow", "pycocotools",
@@ -26,7 +28,7 @@ def environment(command: Sequence[str], threads: int | None, program: str = "d2z
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(cpuinfo),
         "instructions": instructions(cpuinfo),
-        "cores": _cores(),
+        "cores": usable_cores(),
         "memory_gb": _memory_gb(),
         "gpu": _gpu(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -64,11 +66,6 @@ def instructions(cpuinfo: str) -> str | None:
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     known = found[1].split() if found else []
     return ", ".join(name for name in INSTRUCTIONS if name in known) or None
-
-
-def _cores() -> int | None:
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count()
 
 
 def _memory_gb() -> float | None:

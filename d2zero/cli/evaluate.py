@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,14 +66,25 @@ def evaluate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
+        typer.Option(
+            "--threads",
+            min=1,
+            help="CPU threads of the network; if left out, the library chooses, and several processes share the cores.",
+        ),
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", min=1, help="Processes that share the images, on one machine's CPU or one GPU."),
+    ] = 1,
     provider: Annotated[
         list[str] | None,
         typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
     ] = None,
 ) -> None:
-    """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means."""
+    """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means.
+
+    Start it with `torchrun` to share the images among several GPUs or machines.
+    """
     modes = [Mode.parse(name.strip()) for name in mode.split(",")]
     if (checkpoint is None) == (detections is None):
         raise D2ZeroError("give either a checkpoint or --detections FILE")
@@ -80,25 +93,30 @@ def evaluate(
     check_output(pictures, "--pictures")
     if pictures and pictures.suffix.lower() not in PICTURE_SUFFIXES:
         raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
-    if detections is not None and any((data, images, output, pictures, limit)):
+    if detections is not None and any((data, images, output, pictures, limit, jobs > 1)):
         raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
-    run = None
+    _check_processes(jobs, detections)
+    run, summaries = None, None
     if detections is not None:
         summaries = _of_detections(detections, annotations, split, vocabulary, modes)
     else:
         from d2zero.checkpoints.files import file_hash
         from d2zero.checkpoints.runs import checkpoint_file
-        from d2zero.cli.terminal import tracked
+        from d2zero.cli.models import open_segmenter
         from d2zero.evaluation.run import EvaluationRun
 
         assert checkpoint is not None
         checkpoint = checkpoint_file(checkpoint)
+        threads = threads or _threads_each(checkpoint, jobs)
         model = _model(checkpoint, vocabulary, split, provider, device, threads)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, identity, limit)
-        summaries = run.run(tracked)
+        open_model = partial(open_segmenter, checkpoint, provider, device, vocabulary, threads)
+        summaries = _metrics(run, open_model, jobs, "cpu" if checkpoint.suffix == ".onnx" else device)
+        if summaries is None:
+            return
         if run.kept:
             known = f"{run.kept} of {len(run.image_ids)} images were evaluated before, and not again"
             print(f"{known}: their detections are in {run.folder}", file=sys.stderr)
@@ -110,6 +128,46 @@ def evaluate(
         print(f"all metrics: {json_file}", file=sys.stderr)
     if pictures and run is not None:
         _draw(run, pictures, checkpoint.name if checkpoint else "")
+
+
+def _check_processes(jobs: int, detections: Path | None) -> None:
+    """Refuse what cannot be shared out; of the processes that `torchrun` started, only the main one warns."""
+    from d2zero.evaluation.processes import torchrun
+
+    started = torchrun()
+    if started.count > 1 and jobs > 1:
+        raise D2ZeroError("--jobs starts processes itself; leave it out, or start the command without torchrun")
+    if started.count > 1 and detections is not None:
+        raise D2ZeroError("--detections are evaluated by one process; start the command without torchrun")
+    if started.rank:
+        logger.setLevel(logging.ERROR)
+
+
+def _threads_each(checkpoint: Path, jobs: int) -> int | None:
+    """Several processes on one machine share its cores; a single one leaves the number to its library."""
+    from d2zero.cores import usable_cores
+    from d2zero.evaluation.processes import torchrun
+    from d2zero_runtime.formats import format_of, is_exported
+
+    processes = max(jobs, torchrun().local_count)
+    if processes == 1 or (is_exported(checkpoint) and not format_of(checkpoint).takes_threads):
+        return None
+    return max(1, usable_cores() // processes)
+
+
+def _metrics(
+    run: "EvaluationRun", open_model: Callable[[], Segmenter], jobs: int, device: str
+) -> dict[Mode, dict[str, Any]] | None:
+    """Evaluate in this process, in workers, or as one of `torchrun`'s processes: None in all but the main one."""
+    from d2zero.cli.terminal import tracked
+    from d2zero.evaluation.processes import run_jobs, run_joined, torchrun
+
+    if jobs > 1:
+        run.model.close()  # the workers open their own
+        return run_jobs(run, open_model, jobs, tracked)
+    if torchrun().count > 1:
+        return run_joined(run, device, tracked)
+    return run.run(tracked)
 
 
 def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
@@ -176,8 +234,9 @@ def _model(
 ) -> Segmenter:
     from d2zero.cli.models import open_segmenter
     from d2zero.data.splits import check_split, find_split
+    from d2zero.evaluation.processes import torchrun
 
-    model = open_segmenter(checkpoint, providers, device, vocabulary, threads)
+    model = open_segmenter(checkpoint, providers, device, vocabulary, threads, torchrun().local_rank)
     if split:
         check_split(model.vocabulary, find_split(split))
     return model

@@ -1,17 +1,23 @@
 """Evaluating a model over an annotation file's images: resumable, in flat memory.
 
 Detections are appended to one file per mode, one line per image, as they are made. A run that was stopped continues
-after the last whole line. The metrics are then computed from the files, image by image.
+with the images that have no whole line. The metrics are then computed from the files, image by image.
+
+Several processes share the images (`d2zero.evaluation.processes` starts or joins them): one makes the plan, each
+evaluates a share of it and appends to a file of its own, and one sums up what is in all files.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +29,10 @@ from d2zero.evaluation.metrics import ZeroShotScores, in_order
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
 from d2zero_runtime.errors import join_truncated
 
+if sys.platform != "win32":
+    import fcntl
+
+PATIENCE = 5.0  # seconds in which a process that outlives its killed parent gives up its files
 Progress = Callable[[Iterator[list[Id]], int, str], Iterator[list[Id]]]
 
 
@@ -92,43 +102,70 @@ class EvaluationRun:
         self.folder = self.output / self._identity()[:12]
 
     def run(self, progress: Progress | None = None) -> dict[Mode, dict[str, Any]]:
-        """Evaluate what is left to evaluate and sum up.
+        """Evaluate what is left to evaluate and sum up, in this process.
 
         Returns:
-            Metrics by mode, as of `ZeroShotScores.summary`, with `unreadable` image files added.
+            As of `summaries`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for mode in self.modes:
-            _drop_cut_line(self._file(mode))
+        self.evaluate(self.plan(), progress=progress)
+        return self.summaries()
+
+    def plan(self) -> list[list[Id]]:
+        """The images that are left to evaluate, in batches; to be made before any process evaluates some of them."""
         done = set.intersection(*(self._done(mode) for mode in self.modes))
         left = [number for number in self.image_ids if number not in done]
         self.kept = len(self.image_ids) - len(left)
-        batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
+        return [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
+
+    def evaluate(self, batches: Sequence[list[Id]], shard: int = 0, progress: Progress | None = None) -> None:
+        """Evaluate batches of a plan and append the detections to a shard's files.
+
+        Args:
+            batches: All of the plan, or this process's share.
+            shard: The number of the process; no two write the same files.
+            progress: Shows how far it has come; a batch has been written when the next one is asked for.
+
+        Raises:
+            D2ZeroError: Another evaluation is writing the shard's files.
+        """
+        if not batches:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         steps = progress(iter(batches), len(batches), "evaluating") if progress else iter(batches)
-        with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self._read, batches[0]) if batches else None
+        with ExitStack() as files, ThreadPoolExecutor(1) as reader:
+            streams = {mode: files.enter_context(_appending(self._file(mode, shard))) for mode in self.modes}
+            pending = reader.submit(self._read, batches[0])
             for index, batch in enumerate(steps):
-                assert pending is not None
                 pictures = pending.result()
                 if index + 1 < len(batches):
                     pending = reader.submit(self._read, batches[index + 1])
-                self._predict(batch, pictures)
+                self._predict(batch, pictures, streams)
+
+    def summaries(self) -> dict[Mode, dict[str, Any]]:
+        """Metrics by mode, as of `ZeroShotScores.summary`, from all shards; with `unreadable` image files added.
+
+        Raises:
+            D2ZeroError: Images are left to evaluate.
+        """
         return {mode: self._sum_up(mode) for mode in self.modes}
 
     def detections(self, mode: Mode, image_ids: Sequence[Id]) -> dict[Id, Detections]:
         """What was found in some of the images that have been evaluated."""
         names, wanted = self.annotations.names, set(image_ids)
         found = {}
-        for line, *_ in self._lines(mode):
-            if line["image_id"] in wanted:
+        for line in self._lines(mode):
+            if line["image_id"] in wanted and "unreadable" not in line:
                 entry = self.annotations.images[line["image_id"]]
                 size = (entry["height"], entry["width"])
                 found[line["image_id"]] = Detections.from_coco(line["detections"], names, self.model.vocabulary, size)
-                if len(found) == len(wanted):
+                wanted.remove(line["image_id"])
+                if not wanted:
                     break
-        return found
+        return {number: found[number] for number in image_ids if number in found}
 
-    def _predict(self, image_ids: list[Id], pictures: list[NDArray[np.uint8] | None]) -> None:
+    def _predict(
+        self, image_ids: list[Id], pictures: list[NDArray[np.uint8] | None], streams: Mapping[Mode, IO[bytes]]
+    ) -> None:
         readable = [
             (number, picture) for number, picture in zip(image_ids, pictures, strict=True) if picture is not None
         ]
@@ -143,13 +180,13 @@ class EvaluationRun:
                 for (number, _), detections in zip(readable, found, strict=True):
                     known = detections.named(self.annotations.categories)  # others are not evaluated
                     entries[mode, number] = known.to_coco(number, self.annotations.categories)
-        for mode in self.modes:
-            with self._file(mode).open("a") as stream:
-                for number in image_ids:
-                    line: dict[str, Any] = {"image_id": number, "detections": entries.get((mode, number), [])}
-                    if number in self.unreadable:
-                        line["unreadable"] = self.unreadable[number]
-                    stream.write(json.dumps(line) + "\n")
+        for mode, stream in streams.items():
+            for number in image_ids:
+                line: dict[str, Any] = {"image_id": number, "detections": entries.get((mode, number), [])}
+                if number in self.unreadable:
+                    line["unreadable"] = self.unreadable[number]
+                stream.write(json.dumps(line).encode() + b"\n")
+            stream.flush()
 
     def _read(self, image_ids: list[Id]) -> list[NDArray[np.uint8] | None]:
         pictures: list[NDArray[np.uint8] | None] = []
@@ -164,38 +201,44 @@ class EvaluationRun:
         return pictures
 
     def _sum_up(self, mode: Mode) -> dict[str, Any]:
-        """In the order of image ids, as COCO's evaluation goes: a run that was stopped may have another."""
+        """In the order of image ids, as COCO's evaluation goes: files have them as they were evaluated."""
         scores = ZeroShotScores(self.annotations, self.model.vocabulary.seen_names)
-        unreadable: dict[Id, str] = {}
-        with self._file(mode).open("rb") as stream:
-            evaluated = EntriesOnDisk(stream)
-            for line, start, end in self._lines(mode):
-                if "unreadable" in line:  # a later run may have read it
-                    unreadable[line["image_id"]] = line["unreadable"]
-                elif line["image_id"] not in evaluated:
-                    evaluated.note(line["image_id"], start, end)
-            ids = in_order(self.image_ids)
+        ids, unreadable = in_order(self.image_ids), dict[Id, str]()
+        evaluated: dict[Id, EntriesOnDisk] = {}  # the file that has it
+        with ExitStack() as files:
+            for path in self._files(mode):
+                lines = EntriesOnDisk(files.enter_context(path.open("rb")))
+                for line, start, end in _whole_lines(path):
+                    if "unreadable" in line:  # a later run may have read it
+                        unreadable[line["image_id"]] = line["unreadable"]
+                    elif line["image_id"] not in evaluated:
+                        lines.note(line["image_id"], start, end)
+                        evaluated[line["image_id"]] = lines
+            missing = [number for number in ids if number not in evaluated and number not in unreadable]
+            if missing:
+                raise D2ZeroError(
+                    f"{len(missing)} of {len(ids)} images have no detections in {self.folder}; all processes have to"
+                    " write there, with the same model: run the command again to evaluate the rest"
+                )
             for number in ids:
-                scores.add(number, evaluated[number][0]["detections"] if number in evaluated else [])
+                scores.add(number, evaluated[number][number][0]["detections"] if number in evaluated else [])
         lost = [unreadable[number] for number in ids if number not in evaluated]
         return {**scores.summary(mode), "unreadable": lost}
 
     def _done(self, mode: Mode) -> set[Id]:
-        return {line["image_id"] for line, *_ in self._lines(mode) if "unreadable" not in line}
+        return {line["image_id"] for line in self._lines(mode) if "unreadable" not in line}
 
-    def _lines(self, mode: Mode) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """Each line with the place where it begins and the place after it."""
-        if not self._file(mode).exists():
-            return
-        end = 0
-        with self._file(mode).open("rb") as stream:
-            for line in stream:
-                start, end = end, end + len(line)
-                if line.endswith(b"\n"):  # else: cut short when the run was stopped
-                    yield json.loads(line), start, end
+    def _lines(self, mode: Mode) -> Iterator[dict[str, Any]]:
+        for path in self._files(mode):
+            for line, *_ in _whole_lines(path):
+                yield line
 
-    def _file(self, mode: Mode) -> Path:
-        return self.folder / f"detections_{mode}.jsonl"
+    def _files(self, mode: Mode) -> list[Path]:
+        """Those of all shards, of however many processes earlier runs had."""
+        return sorted(self.folder.glob(f"detections_{mode}.*jsonl"))
+
+    def _file(self, mode: Mode, shard: int) -> Path:
+        return self.folder / (f"detections_{mode}.{shard}.jsonl" if shard else f"detections_{mode}.jsonl")
 
     def _identity(self) -> str:
         """A digest of all that detections depend on."""
@@ -210,18 +253,56 @@ class EvaluationRun:
         return digest.hexdigest()
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Remove a last line that has no end, reading back from the file's end only as far as needed."""
-    if not path.exists():
-        return
-    with path.open("rb+") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 65_536)
-            stream.seek(start)
-            newline = stream.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                stream.truncate(start + newline + 1)
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Each line with the place where it begins and the place after it."""
+    end = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):  # cut short when its process was stopped
                 return
-            end = start
-        stream.truncate(0)
+            start, end = end, end + len(line)
+            yield json.loads(line), start, end
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[IO[bytes]]:
+    """A file of lines to append to, for one process at a time.
+
+    Raises:
+        D2ZeroError: Another process has it.
+    """
+    with path.open("ab+") as stream:
+        _lock(stream, path)
+        _drop_cut_line(stream)
+        yield stream
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Until the file is closed or the process ends, however it does; nothing where files cannot be locked."""
+    if sys.platform == "win32":
+        return
+    deadline = time.monotonic() + PATIENCE
+    with suppress(OSError):  # some file systems have no locks
+        while True:
+            try:
+                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise D2ZeroError(
+                        f"another evaluation is writing {path}; wait until it has ended, or choose another --output"
+                    ) from None
+                time.sleep(0.05)
+
+
+def _drop_cut_line(stream: IO[bytes]) -> None:
+    """Remove a last line that has no end, reading back from the file's end only as far as needed."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65_536)
+        stream.seek(start)
+        newline = stream.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    stream.truncate(end)

@@ -6,10 +6,10 @@ A recipe says nothing about data: the vocabulary says which classes are seen.
 import json
 import logging
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from d2zero.cores import usable_cores
 from d2zero.data.augment import AugmentConfig
 from d2zero.losses.config import LossConfig
 from d2zero.model import ModelConfig
@@ -28,8 +28,7 @@ DEFORMABLE = (DeformableImpl.GRID_SAMPLE, DeformableImpl.GATHER, DeformableImpl.
 
 def default_workers() -> int:
     """Four, or as many as there are cores that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)  # Linux only
-    return min(4, len(usable(0)) if usable else os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 @dataclass(frozen=True)

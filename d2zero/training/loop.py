@@ -48,7 +48,7 @@ class Run:
     data: TrainingSet
     record: Record
     draw: Callable[[D2Zero, Path], None] | None = None  # draws predictions into a file, every `picture_every` steps
-    evaluate: Callable[[D2Zero], dict[str, Any]] | None = None  # metrics, every `eval_every` steps
+    evaluate: Callable[[D2Zero, Processes], dict[str, Any]] | None = None  # metrics, every `eval_every` steps
     step: int = 0  # steps done
     best: float = -1.0  # the score of the best evaluation
     bad_files: dict[str, int] = field(default_factory=dict)
@@ -95,9 +95,9 @@ class Run:
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _evaluate(self, evaluate: Callable[[D2Zero], dict[str, Any]]) -> None:
+    def _evaluate(self, evaluate: Callable[[D2Zero, Processes], dict[str, Any]]) -> None:
         """Before the state is saved: a run that is killed in between evaluates again."""
-        metrics = evaluate(self.training_step.shown)
+        metrics = evaluate(self.training_step.shown, self.processes)
         self.training_step.train()
         self.record.evaluation(self.step, metrics)
         score = best_by(metrics)
@@ -114,8 +114,7 @@ class Run:
         if self.processes.is_main and self.draw:
             self.draw(self.training_step.shown, self.output / "pictures" / f"step_{self.step:06d}.png")
             self.training_step.train()
-        if self.processes.count > 1:
-            dist.barrier()
+        self.processes.wait()
 
     def save_state(self) -> None:
         """Write everything a resume needs, atomically."""

@@ -25,7 +25,7 @@ from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero, build
 from d2zero.training.config import TrainConfig, config_to_dict
-from d2zero.training.distributed import joined
+from d2zero.training.distributed import Processes, joined
 from d2zero.training.loop import Run
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep
@@ -190,8 +190,8 @@ def _validation(config: TrainConfig, data: Dataset, split: str) -> _Validation |
 
 def _evaluator(
     config: TrainConfig, model: D2Zero, validation: _Validation, output: Path
-) -> Callable[[D2Zero], dict[str, Any]]:
-    """Computes the metrics of a model; what cannot be evaluated is refused now, not after hours."""
+) -> Callable[[D2Zero, Processes], dict[str, Any]]:
+    """Computes the metrics of a model, each process some images; what cannot be evaluated is refused now."""
 
     def run_of(evaluated: D2Zero) -> EvaluationRun:
         folder = output / EVALUATION_FOLDER
@@ -202,11 +202,19 @@ def _evaluator(
 
     run_of(model)
 
-    def evaluate(evaluated: D2Zero) -> dict[str, Any]:
+    def evaluate(evaluated: D2Zero, processes: Processes) -> dict[str, Any]:
         run = run_of(evaluated)
-        shutil.rmtree(run.folder, ignore_errors=True)  # of a step before, or of a run that was killed
-        masks = run.run()[Mode.GZSIS]["segm"]
-        shutil.rmtree(run.folder, ignore_errors=True)
+        if processes.is_main:
+            shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed
+        processes.wait()
+        batches = run.plan()[processes.rank :: processes.count]
+        processes.wait()
+        run.evaluate(batches, processes.rank)
+        processes.wait()
+        if not processes.is_main:
+            return {}
+        masks = run.summaries()[Mode.GZSIS]["segm"]
+        shutil.rmtree(run.folder)
         return {key: masks.get(key) for key in METRICS if key in masks}
 
     return evaluate
