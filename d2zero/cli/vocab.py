@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero.cli.terminal import tracked
+from d2zero_runtime import D2ZeroError, TextEncoder, Vocabulary
+from d2zero_runtime.files import check_output
 from d2zero_runtime.formats import format_of, is_exported, read_exported
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
+NAMES = "'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'."
 SplitName = Annotated[str | None, typer.Option("--split", help="coco-48-17 or coco-65-15: which classes are seen.")]
 
 
@@ -48,9 +51,7 @@ def npy(
 
 @app.command()
 def clip(
-    names: Annotated[
-        str, typer.Argument(help="'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'.")
-    ],
+    names: Annotated[str, typer.Argument(help=NAMES)],
     output: Output,
     weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
     model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",
@@ -60,7 +61,27 @@ def clip(
     from d2zero.text.arrays import read_names, with_split
     from d2zero.text.clip import encode_names
 
-    _write(with_split(encode_names(read_names(names), model, weights), split), output)
+    _write(with_split(encode_names(read_names(names), model, weights, tracked), split), output)
+
+
+@app.command()
+def text(
+    names: Annotated[str, typer.Argument(help=NAMES)],
+    output: Output,
+    encoder: Annotated[
+        Path, typer.Option("--text-encoder", help="A text encoder (.onnx), made by `d2zero export-text`.")
+    ],
+    split: SplitName = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; the library chooses if left out.")
+    ] = None,
+) -> None:
+    """Make a vocabulary from text with an exported text encoder, without torch (needs the extras 'cpu' and 'text')."""
+    from d2zero.text.arrays import read_names, with_split
+
+    _check_output(output)
+    vocabulary = TextEncoder.load(encoder, threads=threads)(read_names(names), progress=tracked)
+    _write(with_split(vocabulary, split), output)
 
 
 @app.command()
@@ -130,8 +151,13 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return {word.strip(): name.strip() for word, name in (text.split("=") for text in texts)}
 
 
-def _write(vocabulary: Vocabulary, output: Path) -> None:
+def _check_output(output: Path) -> None:
     if output.suffix != ".npz":
         raise D2ZeroError(f"--output must end in .npz, got {output}")
+    check_output(output)
+
+
+def _write(vocabulary: Vocabulary, output: Path) -> None:
+    _check_output(output)
     vocabulary.save(output)
     print(f"{output}: {len(vocabulary.seen_names)} seen and {len(vocabulary.unseen_names)} unseen classes")

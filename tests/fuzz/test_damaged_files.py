@@ -27,6 +27,7 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero_runtime import D2ZeroError, Vocabulary, read_image
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.text_encoder import TextContract
 
 # A short slice with the other tests; `make fuzz` tries many more, and others each time.
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
@@ -144,6 +145,14 @@ def test_onnx_files(folder: Path, data: st.DataObject) -> None:
     (folder / "m.onnx").write_bytes(data.draw(damaged(whole)))
     for read in (read_contract, graph_inputs, without_default_embeddings):
         assert_result_or_one_line(partial(read, folder / "m.onnx"))
+
+
+TEXT_CONTRACT = TextContract("clip:tiny", ("a {}",), 77, 8, "{}", tools={"torch": "2"})
+
+
+@given(with_odd_value(json.loads(TEXT_CONTRACT.to_json())))
+def test_descriptions_of_text_encoders(values: Any) -> None:
+    assert_result_or_one_line(lambda: TextContract.from_json(json.dumps(values), "text.onnx"))
 
 
 RAW = packaged_checkpoint().read_bytes()
