@@ -85,6 +85,34 @@ def text(
 
 
 @app.command()
+def vectors(
+    file: Annotated[
+        Path,
+        typer.Argument(help="Word vectors: word2vec (text or binary), GloVe, or fastText's .vec; gzip is allowed."),
+    ],
+    names: Annotated[str, typer.Option("--names", help=f"{NAMES} 'coco' for COCO's 80.")],
+    output: Output,
+    split: SplitName = None,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            "--encoder",
+            help="Their name; vocabularies of different encoders do not mix. word2vec, glove or fasttext, by the format"
+            " of the file, if left out.",
+        ),
+    ] = "",
+) -> None:
+    """Make a vocabulary from a file of word vectors; names of several words are the mean of their words."""
+    from d2zero.text.arrays import read_names, with_split
+    from d2zero.text.vectors import read_vectors
+
+    _check_output(output)
+    vocabulary = read_vectors(file, read_names(names), encoder)
+    _write(with_split(vocabulary, split), output)
+    print(f"recorded as embeddings of {vocabulary.encoder}")
+
+
+@app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A vocabulary (.npz) or an exported model (.onnx, .engine, .pt2).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

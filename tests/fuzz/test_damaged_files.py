@@ -3,6 +3,7 @@
 What crashes or hangs ends the run. The cases are drawn by Hypothesis; a failing one is shown in its smallest form.
 """
 
+import gzip
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from tiny_model import contract, write_model
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import read_arrays
 from d2zero.demo.run import packaged_checkpoint
+from d2zero.text.vectors import read_vectors
 from d2zero_runtime import D2ZeroError, Vocabulary, read_image
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
@@ -153,6 +155,18 @@ TEXT_CONTRACT = TextContract("clip:tiny", ("a {}",), 77, 8, "{}", tools={"torch"
 @given(with_odd_value(json.loads(TEXT_CONTRACT.to_json())))
 def test_descriptions_of_text_encoders(values: Any) -> None:
     assert_result_or_one_line(lambda: TextContract.from_json(json.dumps(values), "text.onnx"))
+
+
+LINES = b"cat 0.5 1 -2e-3\ndog 1 2 3\n"
+PACKED = b"".join(word + b" " + struct.pack("<3f", 0.5, 1, 2) for word in (b"cat", b"dog"))
+VECTORS = {"glove": LINES, "word2vec": b"2 3\n" + LINES, "binary": b"2 3\n" + PACKED}
+VECTORS |= {f"{name}, compressed": gzip.compress(content, mtime=0) for name, content in VECTORS.items()}
+
+
+@given(st.sampled_from(sorted(VECTORS)).flatmap(lambda name: damaged(VECTORS[name])))
+def test_word_vectors(folder: Path, content: bytes) -> None:
+    (folder / "vectors").write_bytes(content)
+    assert_result_or_one_line(lambda: read_vectors(folder / "vectors", ["dog"]))
 
 
 RAW = packaged_checkpoint().read_bytes()
