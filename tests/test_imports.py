@@ -16,7 +16,7 @@ MAY_IMPORT = {  # package -> folder, and which of ours it may import
     "d2zero_export": ("export/d2zero_export", {"d2zero", "d2zero_runtime"}),
     "d2zero_bench": ("benchmarks/d2zero_bench", {"d2zero", "d2zero_runtime", "d2zero_export"}),
 }
-ROOMS = ["masks", "artifacts", "backends", "formats", "segmenter"]  # of the runtime; each imports only earlier ones
+ROOMS = ["masks", "artifacts", "backends", "segmenter", "end_to_end", "formats", "loading"]  # of the runtime, in order
 OURS = {"d2zero", "d2zero_runtime", "d2zero_export", "d2zero_bench", "studies"}
 
 

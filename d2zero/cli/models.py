@@ -1,10 +1,13 @@
 """Opening what a command was given as its model: a checkpoint or an exported model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from d2zero.checkpoints.runs import checkpoint_file
-from d2zero_runtime import D2ZeroError, Segmenter, Vocabulary, load
+from d2zero.cli.terminal import tracked
+from d2zero_runtime import D2ZeroError, Segmenter, TextEncoder, Vocabulary, load
+from d2zero_runtime.artifacts.text_encoder import TextContract
 from d2zero_runtime.backends.onnxruntime import Provider
 from d2zero_runtime.formats import EXPORTED_SUFFIXES, format_of, is_exported
 
@@ -76,3 +79,49 @@ def open_segmenter(
     if vocabulary:
         segmenter.set_vocabulary(Vocabulary.load(vocabulary))
     return segmenter
+
+
+@dataclass(frozen=True)
+class TypedNames:
+    """Classes typed for one run.
+
+    Args:
+        names: As the text encoder takes them.
+        file: The text encoder.
+        contract: What it says about itself.
+    """
+
+    names: list[str]
+    file: Path
+    contract: TextContract
+
+    @classmethod
+    def of(cls, names: str | None, text_encoder: Path | None, vocabulary: Path | None) -> "TypedNames | None":
+        """From the options of a command; None if no names were typed.
+
+        Raises:
+            D2ZeroError: The options do not go together, or a file cannot be read.
+        """
+        from d2zero.text.arrays import read_names
+
+        if names is None and text_encoder is None:
+            return None
+        if names is None or text_encoder is None:
+            raise D2ZeroError(
+                "--names and --text-encoder go together: the names, and a text encoder made by `d2zero export-text`"
+            )
+        if vocabulary:
+            raise D2ZeroError("--names and --vocabulary both give the classes; leave one out")
+        return cls(read_names(names), text_encoder, TextContract.read(text_encoder))
+
+    def give(self, segmenter: Segmenter, threads: int | None = None) -> None:
+        """Let a segmenter look for these classes: seen ones of its own vocabulary stay seen, all others are unseen.
+
+        Raises:
+            D2ZeroError: The model was trained with another encoder, or the names cannot be encoded.
+        """
+        own = segmenter.vocabulary
+        segmenter.contract.check_encoder(self.contract.width, self.contract.encoder, own)
+        seen = {name for name, flag in zip(own.names, own.seen, strict=True) if flag}
+        encoder = TextEncoder.load(self.file, threads=threads)
+        segmenter.set_vocabulary(encoder(self.names, seen=seen, progress=tracked))

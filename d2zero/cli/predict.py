@@ -13,7 +13,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2zero.cli.models import open_segmenter
+from d2zero.cli.models import TypedNames, open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter
 from d2zero.cli.terminal import console, plain, tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
@@ -35,6 +35,18 @@ def predict(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for pictures and detections.json.")],
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--names",
+            help="Other classes, typed: 'red mug, cat|kitty', or a .txt or .json file. Those that the model's own"
+            " vocabulary has as seen stay seen, all others are unseen. Needs --text-encoder.",
+        ),
+    ] = None,
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option("--text-encoder", help="For --names: a text encoder (.onnx), made by `d2zero export-text`."),
+    ] = None,
     mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
     score: Annotated[
         float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")
@@ -71,7 +83,10 @@ def predict(
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
     check_output(output, folder=True)
     chosen = Mode.parse(mode)
+    typed = TypedNames.of(names, text_encoder, vocabulary)
     segmenter = open_segmenter(model, provider, device, vocabulary, threads)
+    if typed:
+        typed.give(segmenter, threads)
     sources = [Path(str(item)) for item in expand(source, leave_out=output)]
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")

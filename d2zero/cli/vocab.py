@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero.cli.terminal import tracked
+from d2zero_runtime import D2ZeroError, TextEncoder, Vocabulary
+from d2zero_runtime.files import check_output
 from d2zero_runtime.formats import format_of, is_exported, read_exported
 
 app = typer.Typer(help="Make and look at vocabularies: class names with their text embeddings.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The vocabulary to write (.npz).")]
+NAMES = "'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'."
 SplitName = Annotated[
     str | None, typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json): which classes are seen.")
 ]
@@ -54,9 +57,7 @@ def npy(
 
 @app.command()
 def clip(
-    names: Annotated[
-        str, typer.Argument(help="'cat, dog', or a .txt or .json file of names; synonyms as 'sofa|couch'.")
-    ],
+    names: Annotated[str, typer.Argument(help=NAMES)],
     output: Output,
     weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
     model: Annotated[str, typer.Option("--model", help="The CLIP architecture, as open_clip names it.")] = "ViT-B-16",
@@ -67,7 +68,57 @@ def clip(
     from d2zero.text.arrays import read_names
     from d2zero.text.clip import encode_names
 
-    _write(_flagged(encode_names(read_names(names), model, weights), split, unseen), output)
+    _write(_flagged(encode_names(read_names(names), model, weights, tracked), split, unseen), output)
+
+
+@app.command()
+def text(
+    names: Annotated[str, typer.Argument(help=NAMES)],
+    output: Output,
+    encoder: Annotated[
+        Path, typer.Option("--text-encoder", help="A text encoder (.onnx), made by `d2zero export-text`.")
+    ],
+    split: SplitName = None,
+    unseen: Unseen = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; the library chooses if left out.")
+    ] = None,
+) -> None:
+    """Make a vocabulary from text with an exported text encoder, without torch (needs the extras 'cpu' and 'text')."""
+    from d2zero.text.arrays import read_names
+
+    _check_output(output)
+    vocabulary = TextEncoder.load(encoder, threads=threads)(read_names(names), progress=tracked)
+    _write(_flagged(vocabulary, split, unseen), output)
+
+
+@app.command()
+def vectors(
+    file: Annotated[
+        Path,
+        typer.Argument(help="Word vectors: word2vec (text or binary), GloVe, or fastText's .vec; gzip is allowed."),
+    ],
+    names: Annotated[str, typer.Option("--names", help=f"{NAMES} 'coco' for COCO's 80.")],
+    output: Output,
+    split: SplitName = None,
+    unseen: Unseen = None,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            "--encoder",
+            help="Their name; vocabularies of different encoders do not mix. word2vec, glove or fasttext, by the format"
+            " of the file, if left out.",
+        ),
+    ] = "",
+) -> None:
+    """Make a vocabulary from a file of word vectors; names of several words are the mean of their words."""
+    from d2zero.text.arrays import read_names
+    from d2zero.text.vectors import read_vectors
+
+    _check_output(output)
+    vocabulary = read_vectors(file, read_names(names), encoder)
+    _write(_flagged(vocabulary, split, unseen), output)
+    print(f"recorded as embeddings of {vocabulary.encoder}")
 
 
 @app.command()
@@ -149,8 +200,13 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return {word.strip(): name.strip() for word, name in (text.split("=") for text in texts)}
 
 
-def _write(vocabulary: Vocabulary, output: Path) -> None:
+def _check_output(output: Path) -> None:
     if output.suffix != ".npz":
         raise D2ZeroError(f"--output must end in .npz, got {output}")
+    check_output(output)
+
+
+def _write(vocabulary: Vocabulary, output: Path) -> None:
+    _check_output(output)
     vocabulary.save(output)
     print(f"{output}: {len(vocabulary.seen_names)} seen and {len(vocabulary.unseen_names)} unseen classes")

@@ -1,1 +1,1 @@
-"""Class embeddings: word2vec files, arrays, CLIP."""
+"""Class embeddings: published word2vec files, files of word vectors, arrays, CLIP."""

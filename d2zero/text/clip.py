@@ -1,35 +1,50 @@
-"""Class embeddings from a CLIP text encoder (open_clip), averaged over prompt templates.
+"""Class embeddings from a CLIP text encoder in torch (open_clip); prompts and averages are the runtime's."""
 
-As published: each template's feature is L2-normalised, their mean is L2-normalised; a name with synonyms
-(`sofa|couch`, or `, ` as in LVIS) averages over those as well.
-"""
-
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.errors import join_truncated
-
-TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-    "A photo of a {} in the scene",
-)
+from d2zero_runtime.text.prompts import Progress, embed_names
 
 
-def encode_names(names: list[str], model: str, weights: Path) -> Vocabulary:
-    """Embed class names with a CLIP model's text encoder.
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A CLIP model of open_clip, in evaluation mode.
 
     Args:
-        names: Class names; `a|b` are synonyms, the first of which names the class.
+        name: Its architecture.
+        model: Has `encode_text`.
+        tokenizer: Makes token ids (P, L) of P texts.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def encoder(self) -> str:
+        """Its name in vocabularies."""
+        return f"clip:{self.name}"
+
+    def encode(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Features of texts, (P, D) float32, L2-normalised."""
+        with torch.inference_mode():
+            features_PD = self.model.encode_text(self.tokenizer(list(prompts))).float()
+            normalised: NDArray[np.float32] = torch.nn.functional.normalize(features_PD, dim=-1).numpy()
+            return normalised
+
+
+def load_clip(model: str, weights: Path) -> Clip:
+    """Load a CLIP model.
+
+    Args:
         model: An architecture that open_clip knows.
         weights: Its weights; loaded without executing pickled code.
 
@@ -44,23 +59,25 @@ def encode_names(names: list[str], model: str, weights: Path) -> Vocabulary:
     if not weights.is_file():
         raise D2ZeroError(f"CLIP weights {weights} do not exist")
     try:
-        encoder = open_clip.create_model(model, pretrained=str(weights)).eval()
+        loaded = open_clip.create_model(model, pretrained=str(weights)).eval()
     except Exception as error:  # torch and open_clip raise many kinds
         reason = str(error).strip().splitlines()[0]
         raise D2ZeroError(f"{weights} does not fit {model}, or is damaged: {reason}") from error
-    tokenizer = open_clip.get_tokenizer(model)
-    rows = []
-    with torch.inference_mode():
-        for name in names:
-            prompts = [template.format(word) for word in _synonyms(name) for template in TEMPLATES]
-            features = torch.nn.functional.normalize(encoder.encode_text(tokenizer(prompts)).float(), dim=-1)
-            rows.append(torch.nn.functional.normalize(features.mean(0), dim=-1).numpy())
-    return Vocabulary(
-        names=tuple(_synonyms(name)[0] for name in names),
-        embeddings=np.stack(rows) if rows else np.zeros((0, 0), np.float32),
-        source={"encoder": f"clip:{model}", "templates": list(TEMPLATES)},
-    )
+    return Clip(model, loaded, open_clip.get_tokenizer(model))
 
 
-def _synonyms(name: str) -> list[str]:
-    return [word.strip() for word in re.split(r"\||, ", name) if word.strip()] or [name]
+def encode_names(names: list[str], model: str, weights: Path, progress: Progress | None = None) -> Vocabulary:
+    """Embed class names with a CLIP model's text encoder.
+
+    Args:
+        names: Class names; `a|b` are synonyms, the first of which names the class.
+        model: As `load_clip` takes it.
+        weights: As `load_clip` takes them.
+        progress: Shows how far it has come.
+
+    Raises:
+        D2ZeroError: The names cannot be those of a vocabulary, the architecture is unknown, or the weights are absent
+            or do not fit.
+    """
+    clip = load_clip(model, weights)
+    return embed_names(names, clip.encode, clip.encoder, progress=progress)

@@ -13,6 +13,7 @@ from d2zero.data.splits import Split
 from d2zero_runtime import D2ZeroError, Vocabulary
 
 WIDTH = 300  # values of a word2vec vector
+NORM = 0.76663  # of every vector in the published files
 
 
 def read_word2vec(path: Path, split: Split) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""`d2zero export` and `d2zero verify`: a checkpoint as one file without torch, and whether it is the same model."""
+"""`d2zero export`, `export-text` and `verify`: models as files without torch, and whether they are the same models."""
 
 import json
 import logging
@@ -225,6 +225,21 @@ def export(
     _export_onnx(source, file, options)
     if engine:
         _build(file, output, engine, model)
+
+
+def export_text(
+    model: Annotated[str, typer.Argument(help="The CLIP architecture, as open_clip names it, such as ViT-B-16.")],
+    weights: Annotated[Path, typer.Option("--weights", help="The CLIP model's weights (open_clip or OpenAI).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write (.onnx).")],
+) -> None:
+    """Export a CLIP model's text encoder to ONNX, to type names where there is no torch; verified against open_clip."""
+    check_output(output)
+    for package in ("onnxscript", "open_clip", "tokenizers", "ftfy", "onnxruntime"):
+        optional(package)
+    from d2zero_export.text_export import export_text_encoder
+
+    difference = export_text_encoder(model, weights, output, _stage)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, embeddings of names within {difference:.1e} of open_clip's")
 
 
 def _check_target(output: Path, target: str) -> None:

@@ -105,7 +105,7 @@ def _write(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract, path:
     written.CopyFrom(proto)
     _add_vocabulary(written, model, contract)
     written.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
-    _check(written)
+    check_graph(written)
     onnx.save(written, path)
 
 
@@ -127,7 +127,8 @@ def graph_of(model: D2Zero, options: OnnxOptions, stage: Callable[[str], None] =
     stage("trace")
     program = trace(prepared, options)
     stage("rewrite")
-    return _rewritten(_translate(program))
+    inputs = ["images", EMBEDDINGS_INPUT][: len(program.graph_signature.user_inputs)]
+    return _rewritten(translate(program, inputs, _OUTPUTS))
 
 
 def shortened(model: D2Zero, options: GraphOptions) -> D2Zero:
@@ -177,12 +178,18 @@ def trace(
         return torch.export.export(graph, given, dynamic_shapes=tuple(shapes), strict=False)
 
 
-def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+def translate(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    """A traced graph as ONNX, without traces of the machine that made it.
+
+    Args:
+        program: The graph.
+        inputs: Names for its inputs.
+        outputs: Names for its outputs.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    inputs = ["images", EMBEDDINGS_INPUT][: len(program.graph_signature.user_inputs)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -191,21 +198,21 @@ def _translate(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=inputs,
-                output_names=_OUTPUTS,
+                output_names=outputs,
                 verbose=False,
             )
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     proto: onnx.ModelProto = translated.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
     return proto
 
 
 def _rewritten(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Readable names, and no traces of the machine that made the file."""
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
+    """Readable names."""
     names = (("batch", "", "height", "width"), ("classes", ""))
     for entry, dims in zip(proto.graph.input, names, strict=False):
         for dim, name in zip(entry.type.tensor_type.shape.dim, dims, strict=True):
@@ -248,15 +255,22 @@ def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, che
         tf32=options.tf32,
         opset=OPSET,
         checkpoint=checkpoint_hash,
-        tools={
-            "d2zero": d2zero.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "onnx", "onnxscript")},
-        },
+        tools=tools("torch", "onnx", "onnxscript"),
     )
 
 
-def _check(proto: onnx.ModelProto) -> None:
+def tools(*packages: str) -> dict[str, str]:
+    """Versions of what makes a file."""
+    versions = {name: version(name) for name in packages}
+    return {"d2zero": d2zero.__version__, "python": platform.python_version(), **versions}
+
+
+def check_graph(proto: onnx.ModelProto) -> None:
+    """Refuse a graph that not every backend can run.
+
+    Raises:
+        D2ZeroError: Names what is wrong.
+    """
     onnx.checker.check_model(proto)
     operators = {node.op_type for node in proto.graph.node}
     wrong = sorted(operators & FORBIDDEN)

@@ -14,6 +14,8 @@ EXTRAS = {  # packages that an extra of ours installs; any other comes with `tra
     "onnx": "export",
     "onnxscript": "export",
     "open_clip": "clip",
+    "tokenizers": "text",
+    "ftfy": "text",
     "supervision": "viz",
     "pandas": "viz",
     "psutil": "bench",

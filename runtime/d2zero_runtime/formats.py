@@ -149,13 +149,26 @@ def _as_list(providers: Providers | None) -> list[Provider]:
     return list(providers)
 
 
+def onnxruntime_providers(providers: Providers | None, what: str, hint: str = "") -> list[Provider]:
+    """Providers of a file that only ONNX Runtime runs here; the CPU if none are given.
+
+    Args:
+        providers: As `load` takes them.
+        what: Which file it is, for the message.
+        hint: What else can be done.
+
+    Raises:
+        D2ZeroError: One is unknown, or OpenVINO's.
+    """
+    chosen = _listed(providers or "cpu")
+    if any((entry if isinstance(entry, str) else entry[0]) in OPENVINO for entry in chosen):
+        raise D2ZeroError(f"{what}, which this runtime runs with ONNX Runtime: leave out openvino{hint}")
+    return chosen
+
+
 def _open_end_to_end(path: Path, contract: ModelContract, vocabulary: Vocabulary, options: LoadOptions) -> Segmenter:
-    chosen = _listed(options.providers or "cpu")
-    if any(entry in OPENVINO for entry in chosen):
-        raise D2ZeroError(
-            f"{path} is an end-to-end file, which this runtime runs with ONNX Runtime: leave out openvino, or give the"
-            " file to OpenVINO itself (docs/end-to-end.md)"
-        )
+    hint = ", or give the file to OpenVINO itself (docs/end-to-end.md)"
+    chosen = onnxruntime_providers(options.providers, f"{path} is an end-to-end file", hint)
     backend = EndToEndBackend(path, chosen, options.threads, contract.tf32, options.session_options)
     return EndToEndSegmenter(backend, contract, vocabulary)
 

@@ -52,7 +52,7 @@ class Vocabulary:
     synonyms: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_names(self.names)
+        check_names(self.names)
         names = tuple(str(name) for name in self.names)  # NumPy's texts become Python's
         embeddings = _floats(self.embeddings)
         count = len(names)
@@ -242,15 +242,32 @@ def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary
     Raises:
         D2ZeroError: Its width or its encoder differs from the model's.
     """
-    if vocabulary.width != text_dim:
+    check_encoder(vocabulary.width, vocabulary.encoder, text_dim, previous.encoder if previous else "")
+
+
+def check_encoder(width: int, encoder: str, text_dim: int, trained_with: str, what: str = "the vocabulary") -> None:
+    """Refuse embeddings that a model cannot use.
+
+    Args:
+        width: Theirs.
+        encoder: Theirs, or an empty string if it is not known.
+        text_dim: The width that the model reads.
+        trained_with: The encoder that the model was trained with, or an empty string.
+        what: What they are of, for the message.
+
+    Raises:
+        D2ZeroError: Width or encoder differ.
+    """
+    if width != text_dim:
         raise D2ZeroError(
-            f"the model reads class embeddings of width {text_dim}, the vocabulary has {vocabulary.width}"
-            f" (encoder {vocabulary.encoder or 'unknown'}); use the encoder that the model was trained with"
+            f"the model reads class embeddings of width {text_dim}, {what} has {width}"
+            f" (encoder {encoder or 'unknown'}); use the encoder that the model was trained with"
+            f"{f', {trained_with}' if trained_with else ''}"
         )
-    if previous and previous.encoder and vocabulary.encoder and previous.encoder != vocabulary.encoder:
+    if trained_with and encoder and trained_with != encoder:
         raise D2ZeroError(
-            f"the model was trained with embeddings of {previous.encoder}, the vocabulary's are of"
-            f" {vocabulary.encoder}; the two do not mix"
+            f"the model was trained with embeddings of {trained_with}, {what} has those of {encoder}, and the two do"
+            f" not mix; make them with {trained_with} (`d2zero vocab --help`)"
         )
 
 
@@ -262,7 +279,12 @@ def _floats(embeddings: NDArray[Any]) -> NDArray[np.float32]:
         return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _check_names(names: tuple[str, ...]) -> None:
+def check_names(names: tuple[str, ...]) -> None:
+    """Refuse what cannot be a vocabulary's names.
+
+    Raises:
+        D2ZeroError: There are none, or one is empty, given twice, or no text.
+    """
     wrong = next((name for name in names if not isinstance(name, str)), None)
     if wrong is not None:
         raise D2ZeroError(f"class names must be texts, got {wrong!r}")

@@ -136,7 +136,7 @@ CASES = [
     ("vocab show text.json", "is not a vocabulary"),
     ("vocab show three.npy", "make a vocabulary of it with `d2zero vocab npy`"),
     ("vocab npy three.npy --names latin.txt -o v.npz", "is not UTF-8 text"),
-    ("vocab npy three.npy --names a,b,c -o text.json/v.npz", "cannot use"),
+    ("vocab npy three.npy --names a,b,c -o text.json/v.npz", "cannot be written"),
     ("vocab word2vec half.txt --split coco-48-17 -o v.npz", "has 150 rows, a word2vec file has 300"),
     ("vocab word2vec nothing.txt --split coco-48-17 -o v.npz", "is empty"),
     ("data split --data empty --split coco-48-17", "has no folder 'annotations'"),

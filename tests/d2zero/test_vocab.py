@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from tiny_clip import NAME, write_weights
 
 from d2zero.data.splits import COCO_IDS, Split, find_split
-from d2zero.text.clip import TEMPLATES, encode_names
+from d2zero.text.clip import encode_names
 from d2zero_runtime import Vocabulary
+from d2zero_runtime.text.prompts import TEMPLATES
 
 COCO_48_17 = find_split("coco-48-17")
 COCO_65_15 = find_split("coco-65-15")
@@ -57,18 +59,7 @@ def test_lvis_names_from_a_file(shared: Path, tmp_path: Path, command: Command) 
 
 @pytest.fixture(scope="module")
 def random_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A CLIP model small enough for a test, with drawn weights, known to open_clip by its name."""
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    (folder / "tiny-test-clip.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-test-clip").state_dict(), folder / "weights.pt")
-    return "tiny-test-clip", folder / "weights.pt"
+    return NAME, write_weights(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_features_are_averaged_over_templates_and_synonyms(random_clip: tuple[str, Path]) -> None:

@@ -3,6 +3,7 @@
 What crashes or hangs ends the run. The cases are drawn by Hypothesis; a failing one is shown in its smallest form.
 """
 
+import gzip
 import io
 import json
 import os
@@ -24,9 +25,11 @@ from tiny_model import contract, write_model
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import read_arrays
 from d2zero.demo.run import packaged_checkpoint
+from d2zero.text.vectors import read_vectors
 from d2zero_runtime import D2ZeroError, Vocabulary, read_image
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.text_encoder import TextContract
 
 # A short slice with the other tests; `make fuzz` tries many more, and others each time.
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
@@ -144,6 +147,26 @@ def test_onnx_files(folder: Path, data: st.DataObject) -> None:
     (folder / "m.onnx").write_bytes(data.draw(damaged(whole)))
     for read in (read_contract, graph_inputs, without_default_embeddings):
         assert_result_or_one_line(partial(read, folder / "m.onnx"))
+
+
+TEXT_CONTRACT = TextContract("clip:tiny", ("a {}",), 77, 8, "{}", tools={"torch": "2"})
+
+
+@given(with_odd_value(json.loads(TEXT_CONTRACT.to_json())))
+def test_descriptions_of_text_encoders(values: Any) -> None:
+    assert_result_or_one_line(lambda: TextContract.from_json(json.dumps(values), "text.onnx"))
+
+
+LINES = b"cat 0.5 1 -2e-3\ndog 1 2 3\n"
+PACKED = b"".join(word + b" " + struct.pack("<3f", 0.5, 1, 2) for word in (b"cat", b"dog"))
+VECTORS = {"glove": LINES, "word2vec": b"2 3\n" + LINES, "binary": b"2 3\n" + PACKED}
+VECTORS |= {f"{name}, compressed": gzip.compress(content, mtime=0) for name, content in VECTORS.items()}
+
+
+@given(st.sampled_from(sorted(VECTORS)).flatmap(lambda name: damaged(VECTORS[name])))
+def test_word_vectors(folder: Path, content: bytes) -> None:
+    (folder / "vectors").write_bytes(content)
+    assert_result_or_one_line(lambda: read_vectors(folder / "vectors", ["dog"]))
 
 
 RAW = packaged_checkpoint().read_bytes()

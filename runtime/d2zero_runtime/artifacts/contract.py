@@ -12,7 +12,7 @@ from d2zero_runtime.checked_json import checked, parse_object, refuse_newer, ref
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Preprocessing, with_new_names
 from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, SOFTMAX_TEMPERATURE, Mode, selection
-from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+from d2zero_runtime.vocabulary import Vocabulary, check_encoder, check_vocabulary
 
 CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
@@ -25,6 +25,10 @@ ACTIVE_INPUT = "active"  # of end-to-end files: the classes that compete, an inp
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
 MaskOutput = Literal["packed", "logits"]
 END_TO_END_MODES = (Mode.GZSIS, Mode.ZSIS)
+_BAKED = (
+    "the model was exported with --bake: its classes are constants, only names and flags can change; export it without"
+    " --bake for other classes"
+)
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,17 @@ class ModelContract:
                 raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
             self.end_to_end.competing(vocabulary)
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
-            raise D2ZeroError(
-                "the model was exported with --bake: its classes are constants, only names and flags can change;"
-                " export it without --bake for other classes"
-            )
+            raise D2ZeroError(_BAKED)
+
+    def check_encoder(self, width: int, encoder: str, default: Vocabulary) -> None:
+        """Refuse a text encoder whose vocabularies the model cannot use, before names are encoded.
+
+        Raises:
+            D2ZeroError: Its width or name do not fit, or the model's embeddings are constants.
+        """
+        check_encoder(width, encoder, self.text_dim, default.encoder, "the text encoder")
+        if self.baked:
+            raise D2ZeroError(_BAKED)
 
 
 def embeddings_to_json(embeddings_KD: NDArray[np.float32]) -> dict[str, Any]:

@@ -67,6 +67,18 @@ def read_contract(path: Path) -> tuple[ModelContract, Vocabulary]:
             raise D2ZeroError(f"{path}: {error}") from error
 
 
+def read_metadata(path: Path, key: str) -> str | None:
+    """An entry of the file's metadata, or None if there is none of that key.
+
+    Raises:
+        D2ZeroError: The file is absent, damaged or no ONNX file.
+    """
+    with _mapped(path) as buffer, _undamaged(path):
+        entry = _metadata_entry(buffer, key)
+        values = _parts(buffer, entry, 2) if entry else []
+        return _value(buffer, values[0]).decode() if values else None
+
+
 @contextmanager
 def _undamaged(path: Path) -> Iterator[None]:
     """Say which file is damaged where its bytes are no messages."""
@@ -136,13 +148,20 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _contract_entry(buffer: Buffer, path: Path) -> _Field:
+def _metadata_entry(buffer: Buffer, key: str) -> _Field | None:
     for part in _fields(buffer, 0, len(buffer)):
         if part.number == _METADATA:
             inner = {field.number: field for field in _fields(buffer, part.body, part.end)}
-            if 1 in inner and _value(buffer, inner[1]) == CONTRACT_KEY.encode():
+            if 1 in inner and _value(buffer, inner[1]) == key.encode():
                 return part
-    raise D2ZeroError(f"{path} carries no d2zero contract; export a checkpoint with `d2zero export`")
+    return None
+
+
+def _contract_entry(buffer: Buffer, path: Path) -> _Field:
+    entry = _metadata_entry(buffer, CONTRACT_KEY)
+    if entry is None:
+        raise D2ZeroError(f"{path} carries no d2zero contract; export a checkpoint with `d2zero export`")
+    return entry
 
 
 def _contract_field(buffer: Buffer, path: Path) -> _Field:

@@ -6,23 +6,23 @@ and nothing is copied that does not have to be. What was asked for is what runs,
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, IMAGES_INPUT, PIXELS_INPUT
+from d2zero_runtime.artifacts.text_encoder import FEATURES_OUTPUT, TOKENS_INPUT
 from d2zero_runtime.backends.base import Backend, Images, LatestUpload
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
-T = TypeVar("T", contravariant=True)
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 ONNXRUNTIME = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
-FLOAT, UINT8 = "tensor(float)", "tensor(uint8)"
+FLOAT, UINT8, INT64 = "tensor(float)", "tensor(uint8)", "tensor(int64)"
 
 
-class _Session(Backend[T]):
+class Session:
     """A graph in an ONNX Runtime session.
 
     Args:
@@ -40,6 +40,8 @@ class _Session(Backend[T]):
             the GPU are missing, a session option is not ONNX Runtime's, or the file cannot be run.
     """
 
+    name: str
+    on_gpu: bool
     _inputs: ClassVar[Mapping[str, tuple[str, int]]]  # type and rank by name
     _outputs: ClassVar[Mapping[str, str]]  # type by name
 
@@ -106,8 +108,8 @@ class _Session(Backend[T]):
         return binding
 
 
-class OnnxBackend(_Session[Images]):
-    """A network in an ONNX Runtime session; its arguments are those of `_Session`."""
+class OnnxBackend(Session, Backend[Images]):
+    """A network in an ONNX Runtime session; its arguments are those of `Session`."""
 
     _inputs: ClassVar = {IMAGES_INPUT: (FLOAT, 4), EMBEDDINGS_INPUT: (FLOAT, 2)}
     _outputs: ClassVar = {"class_logits": FLOAT, "mask_logits": FLOAT}
@@ -140,11 +142,11 @@ class OnnxBackend(_Session[Images]):
         return run_once
 
 
-class EndToEndBackend(_Session[NDArray[np.uint8]]):
-    """A file from pixels to detections in an ONNX Runtime session; its arguments are those of `_Session`."""
+class EndToEndBackend(Session, Backend[NDArray[np.uint8]]):
+    """A file from pixels to detections in an ONNX Runtime session; its arguments are those of `Session`."""
 
     _inputs: ClassVar = {PIXELS_INPUT: (UINT8, 4), EMBEDDINGS_INPUT: (FLOAT, 2), ACTIVE_INPUT: ("tensor(bool)", 1)}
-    _outputs: ClassVar = {"boxes": FLOAT, "scores": FLOAT, "class_ids": "tensor(int64)", "masks": f"{UINT8} or {FLOAT}"}
+    _outputs: ClassVar = {"boxes": FLOAT, "scores": FLOAT, "class_ids": INT64, "masks": f"{UINT8} or {FLOAT}"}
 
     def run(self, images_B3HW: NDArray[np.uint8], embeddings_KD: NDArray[np.float32] | None) -> NoReturn:
         """Refuses: such a file hands over no logits."""
@@ -170,6 +172,18 @@ class EndToEndBackend(_Session[NDArray[np.uint8]]):
         """
         inputs = {PIXELS_INPUT: pixels_BHW3} | ({} if active_K is None else {ACTIVE_INPUT: active_K})
         return self._ran(self._bound(inputs, embeddings_KD))
+
+
+class TextSession(Session):
+    """A text encoder in an ONNX Runtime session; its arguments are those of `Session`."""
+
+    _inputs: ClassVar = {TOKENS_INPUT: (INT64, 2)}
+    _outputs: ClassVar = {FEATURES_OUTPUT: FLOAT}
+
+    def encode(self, token_ids_PL: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features (P, D), float32."""
+        (features_PD,) = self._ran(self._bound({TOKENS_INPUT: token_ids_PL}, None))
+        return features_PD
 
 
 def _cannot_run(error: Exception) -> D2ZeroError:
