@@ -143,7 +143,7 @@ def _of_detections(
         raise D2ZeroError("a file of detections was made in one mode; give that one as --mode")
     if vocabulary is not None:
         classes = Vocabulary.load(vocabulary)
-        chosen = Split(f"of {vocabulary.name}", classes.seen_names, classes.unseen_names)
+        chosen = Split("vocabulary", classes.seen_names, classes.unseen_names)
     else:
         chosen = find_split(str(split))
     with open_coco(annotations) as truth:
