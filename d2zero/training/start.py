@@ -12,7 +12,7 @@ from d2zero.checkpoints.backbone import load_backbone
 from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.published import load_exactly, read_arrays
 from d2zero.data.coco import CocoFile, find_annotations, find_image_folder, read_coco
-from d2zero.data.training_set import TrainingSet
+from d2zero.data.training_set import TrainingSet, require_trainable
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.model import D2Zero, build
 from d2zero.training.config import TrainConfig
@@ -47,10 +47,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         D2ZeroError: Inputs are missing or do not belong together, or the folder holds another run.
     """
     vocabulary = Vocabulary.load(inputs.vocabulary)
-    if not vocabulary.seen.any():
-        raise D2ZeroError("the vocabulary has no seen classes to train on")
-    if vocabulary.synonyms:
-        raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
+    require_trainable(vocabulary)
     config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
