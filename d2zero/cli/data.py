@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from d2zero.cli.check import check
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output
 
 app = typer.Typer(help="Prepare data sets for zero-shot training and evaluation.", no_args_is_help=True)
+app.command("check")(check)
 
 
 @app.command()

@@ -185,6 +185,8 @@ def test_names_and_ids_of_open_images(open_images: Path, shapes_data: Path, tmp_
     assert outcome.code == 0, outcome.err
     split = find_split(tmp_path / "out/own.yaml")
     assert split.unseen == ("Fork, knife", "/m/0k4j") and set(split.names) == set(NAMES.values())
+    checked = command("data", "check", open_images, "--images", shapes_data / "val", "--for", "evaluation")
+    assert checked.code == 0 and "Tank / armoured: vehicle" in checked.out, checked.err
     results = [
         {**{key: entry[key] for key in ("image_id", "category_id", "segmentation")}, "score": 0.9}
         for entry in json.loads(open_images.read_text())["annotations"]
