@@ -1,15 +1,19 @@
-"""`d2zero data`: zero-shot annotation files from any COCO file, and the drawn data set."""
+"""`d2zero data`: zero-shot annotation files from any COCO or LVIS file, and the drawn data set."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2zero.cli.check import check
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output
 
 app = typer.Typer(help="Prepare data sets for zero-shot training and evaluation.", no_args_is_help=True)
+app.command("check")(check)
 
 
 @app.command()
@@ -26,9 +30,20 @@ def split(
     ] = None,
     unseen: Annotated[
         str | None,
-        typer.Option("--unseen", help="Instead of --split: unseen classes, 'a, b' or a file; all others are seen."),
+        typer.Option(
+            "--unseen",
+            help="Instead of --split: unseen classes, 'a, b', or a .txt or .json file, which names with commas need."
+            " All others are seen.",
+        ),
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="The split's name, with --unseen.")] = "own",
+    unseen_frequency: Annotated[
+        str | None,
+        typer.Option(
+            "--unseen-frequency",
+            help="Instead of --split, of an LVIS file: rare, common or frequent classes are unseen.",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="The split's name, with --unseen or --unseen-frequency.")] = "own",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; DIR/annotations/ZSIS by default.")
     ] = None,
@@ -46,8 +61,8 @@ def split(
     from d2zero.data.zero_shot import write_split
     from d2zero.text.arrays import read_names
 
-    if (split is None) == (unseen is None):
-        raise D2ZeroError("give either --split NAME (or a file), or --unseen 'a, b'")
+    if sum(value is not None for value in (split, unseen, unseen_frequency)) != 1:
+        raise D2ZeroError("give either --split NAME (or a file), --unseen 'a, b' or --unseen-frequency rare")
     if annotations is not None and any((data, train_json, val_json)):
         raise D2ZeroError("give one annotation file, or --data (--train-json, --val-json), not both")
     if annotations is None and data is None and not (train_json and val_json):
@@ -65,11 +80,23 @@ def split(
             read_coco(path or _source(data, part)) for path, part in ((train_json, "train"), (val_json, "val"))
         )
     if chosen is None:
-        chosen = Split.without(name, list(dict.fromkeys([*train.categories, *val.categories])), read_names(str(unseen)))
+        groups = {**val.groups, **train.groups}
+        hidden = read_names(unseen) if unseen is not None else _of_frequency(groups, str(unseen_frequency), train.path)
+        chosen = Split.without(name, list(dict.fromkeys([*train.categories, *val.categories])), hidden)
+        chosen = replace(chosen, groups=groups)
     for part in write_split(train, val, chosen, output, force):
         print(f"{part.path}: {part.images} images, {part.annotations} instances")
-    if unseen is not None:
+    if split is None:
         print(f"{chosen.save(output / f'{chosen.name}.yaml')}: the split, for --split")
+
+
+def _of_frequency(groups: Mapping[str, tuple[str, ...]], frequency: str, path: Path) -> tuple[str, ...]:
+    """Classes of the frequency that an LVIS file says."""
+    if not groups:
+        raise D2ZeroError(f"{path} does not say how frequent its classes are, as LVIS does; use --unseen or --split")
+    if frequency not in groups:
+        raise D2ZeroError(f"--unseen-frequency must be one of {', '.join(groups)}, got {frequency!r}")
+    return groups[frequency]
 
 
 @app.command()

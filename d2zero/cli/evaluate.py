@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,6 +111,7 @@ def evaluate(
         threads = threads or _threads_each(checkpoint, jobs)
         model = _model(checkpoint, vocabulary, split, provider, device, threads)
         truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
+        truth = _grouped(truth, split)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, identity, limit)
@@ -172,13 +174,21 @@ def _metrics(
 
 def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
     from d2zero.cli.terminal import console
-    from d2zero.evaluation.table import per_class_table, summary_table
+    from d2zero.evaluation.table import groups_table, per_class_table, summary_table
 
     screen = console()
     for summary in summaries:
         screen.print(summary_table(summary))
+        if "groups" in summary["segm"]:
+            screen.print(groups_table(summary))
         if per_class:
             screen.print(per_class_table(summary))
+    if "unverified" in summaries[0]:
+        print(
+            f"images say which classes were looked for: {summaries[0]['unverified']} of {summaries[0]['detections']}"
+            " detections are of others and do not count",
+            file=sys.stderr,
+        )
     unreadable = summaries[0].get("unreadable")
     if unreadable:
         logger.warning(
@@ -210,7 +220,15 @@ def _of_detections(
         _report_without_pixels(truth)
         chosen.is_seen(truth.categories)  # refuses a file of another split
         with open_results(detections, truth) as found:
-            return {modes[0]: score(truth, found, chosen.seen, modes[0])}
+            return {modes[0]: score(_grouped(truth, split), found, chosen.seen, modes[0])}
+
+
+def _grouped(truth: "CocoFile", split: str | None) -> "CocoFile":
+    """The groups of classes that a split has take the place of the file's own."""
+    from d2zero.data.splits import find_split
+
+    groups = find_split(split).groups if split else {}
+    return replace(truth, groups=groups) if groups else truth
 
 
 def _report_without_pixels(truth: "CocoFile") -> None:

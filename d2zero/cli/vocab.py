@@ -18,7 +18,11 @@ SplitName = Annotated[
     str | None, typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json): which classes are seen.")
 ]
 Unseen = Annotated[
-    str | None, typer.Option("--unseen", help="Classes that training will not see: 'a, b', or a .txt or .json file.")
+    str | None,
+    typer.Option(
+        "--unseen",
+        help="Classes that training will not see: 'a, b', or a .txt or .json file, which names with commas need.",
+    ),
 ]
 
 

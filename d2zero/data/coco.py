@@ -1,7 +1,7 @@
 """COCO annotation files: reading them, finding them in a data folder, decoding their masks."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero.data.coco_entries import checked_categories, checked_images, lacking
+from d2zero.data.coco_entries import (
+    ABSENT,
+    check_verified,
+    checked_categories,
+    checked_images,
+    frequency_groups,
+    lacking,
+)
 from d2zero.data.coco_values import (
     NO_PIXEL,
     Id,
@@ -28,6 +35,8 @@ from d2zero.data.json_stream import EntriesOnDisk, JsonStream, open_seekable
 from d2zero.data.splits import file_tail
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.images import size_of
+from d2zero_runtime.sources import image_size
 
 PARTS = ("images", "annotations", "categories")
 KEYS = frozenset(("id", "image_id", "category_id"))  # of annotations, besides the mask
@@ -60,12 +69,15 @@ class CocoFile:
 
     Args:
         path: Where it came from.
-        images: Image entries by id, in the file's order.
+        images: Image entries by id, in the file's order. Those of LVIS have lists of category ids: `neg_category_ids`
+            of classes that are verified to be absent, `not_exhaustive_category_ids` of classes some of whose instances
+            may not be annotated.
         annotations: Annotation entries by image id; images without any are left out. `iscrowd` is 0 or 1; `bbox` and
             `area` are there if they are usable numbers.
         categories: Category ids by name, in the file's order.
         left_out: Annotations that could not be used; none unless they were to be left out.
         without_pixels: Ids of annotations that are kept although their masks have no pixel, as pycocotools keeps them.
+        groups: Class names by group, to report accuracy for: LVIS's `rare`, `common` and `frequent`.
     """
 
     path: Path
@@ -74,6 +86,12 @@ class CocoFile:
     categories: dict[str, Id]
     left_out: Unusable = field(default_factory=Unusable)
     without_pixels: list[Any] = field(default_factory=list)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def is_federated(self) -> bool:
+        """Whether each image says which classes were looked for, as in LVIS; else, all were."""
+        return ABSENT in next(iter(self.images.values()), {})
 
     @property
     def names(self) -> dict[Id, str]:
@@ -152,7 +170,9 @@ class _Reading:
         self._refuse_foreign(dict.fromkeys(categories.values()))
         if self._unusable.count and not self._leave_out:
             raise D2ZeroError(f"{self._path}: {self._unusable}; correct or remove them")
-        return CocoFile(self._path, self._images, annotations, categories, self._unusable, self._without_pixels)
+        check_verified(self._path, self._images, dict.fromkeys(categories.values()))
+        groups = frequency_groups(self._path, lists["categories"])
+        return CocoFile(self._path, self._images, annotations, categories, self._unusable, self._without_pixels, groups)
 
     def _lists(self, text: JsonStream) -> tuple[dict[str, list[Any]], int | None]:
         """The parts that are lists, that of annotations empty; and where that is, if it still has to be read."""
@@ -267,6 +287,35 @@ def find_image_folder(data: Path, annotations: Path) -> Path:
     raise D2ZeroError(f"{data} has no folder of images for {annotations.name}; name one with --images")
 
 
+def image_path(folder: Path, image: Mapping[str, Any]) -> Path:
+    """The file of an image entry; of one that is named by its address at COCO, also without the address's folder."""
+    paths = [folder / name for name in _file_names(image)]
+    return next((path for path in paths[:-1] if path.exists()), paths[-1])
+
+
+def missing_images(annotations: CocoFile, folder: Path, image_ids: Iterable[Id]) -> list[Id]:
+    """Those of some images whose files are not there; folders are listed once, which is faster than to ask per file."""
+    listed: dict[Path, set[str]] = {}
+
+    def is_there(path: Path) -> bool:
+        if path.parent not in listed:
+            listed[path.parent] = {found.name for found in path.parent.iterdir()} if path.parent.is_dir() else set()
+        return path.name in listed[path.parent]
+
+    return [
+        number
+        for number in image_ids
+        if not any(is_there(folder / name) for name in _file_names(annotations.images[number]))
+    ]
+
+
+def _file_names(image: Mapping[str, Any]) -> list[str]:
+    """Where an image may be in a folder: COCO's names are unique without the folders of its addresses."""
+    name: str = image["file_name"]
+    by_address = "/" in name and str(image.get("coco_url", "")).endswith(f"/{name}")
+    return [name, name.rpartition("/")[2]] if by_address else [name]
+
+
 def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDArray[np.uint8]:
     """An annotation file's image (H, W, 3) uint8 RGB, of the size that the file says.
 
@@ -274,11 +323,25 @@ def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDAr
         D2ZeroError: It cannot be read, or has another size, so that masks would not fit it.
     """
     entry = annotations.images[image_id]
-    image = read_image(folder / entry["file_name"])
-    expected = (entry["height"], entry["width"])
-    if image.shape[:2] != expected:
-        raise D2ZeroError(f"{entry['file_name']} is {image.shape[:2]} (height, width), its annotations say {expected}")
+    image = read_image(image_path(folder, entry))
+    _require_size(entry, size_of(image))
     return image
+
+
+def check_listed_size(annotations: CocoFile, folder: Path, image_id: Id) -> None:
+    """As `read_listed_image`, but reads no more of the file than its size.
+
+    Raises:
+        D2ZeroError: It is absent, no image, or has another size.
+    """
+    entry = annotations.images[image_id]
+    _require_size(entry, image_size(image_path(folder, entry)))
+
+
+def _require_size(image: Mapping[str, Any], size: Size) -> None:
+    expected = (image["height"], image["width"])
+    if size != expected:
+        raise D2ZeroError(f"{image['file_name']} is {size} (height, width), its annotations say {expected}")
 
 
 def encode_mask(annotation: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -87,7 +87,10 @@ class Split:
         """
         unknown = [entry for entry in unseen if entry not in set(classes)]
         if unknown:
-            raise D2ZeroError(f"unseen classes {join_truncated(unknown)} are not among {join_truncated(classes, 10)}")
+            raise D2ZeroError(
+                f"unseen classes {join_truncated(unknown)} are not among {join_truncated(classes, 10)}"
+                f"{_comma_hint(classes)}"
+            )
         return cls(name, tuple(entry for entry in classes if entry not in set(unseen)), tuple(unseen))
 
     @property
@@ -112,6 +115,11 @@ class Split:
             raise D2ZeroError(f"{join_truncated(unknown)} not in split {self.name} ({len(self.names)} classes)")
         seen = set(self.seen)
         return [name in seen for name in names]
+
+    def as_vocabulary(self) -> Vocabulary:
+        """Its classes without their embeddings, for what asks only which are seen."""
+        flags = np.array([True] * len(self.seen) + [False] * len(self.unseen))
+        return Vocabulary(self.names, np.ones((len(flags), 1), np.float32), flags)
 
     def save(self, path: Path) -> Path:
         """Write the split as `.yaml` or `.json`, atomically, and return its path."""
@@ -205,7 +213,9 @@ def with_unseen(vocabulary: Vocabulary, unseen: Iterable[str]) -> Vocabulary:
     names = set(unseen)
     unknown = sorted(names - set(vocabulary.names))
     if unknown:
-        raise D2ZeroError(f"--unseen names {join_truncated(unknown)}, which the vocabulary lacks")
+        raise D2ZeroError(
+            f"--unseen names {join_truncated(unknown)}, which the vocabulary lacks{_comma_hint(vocabulary.names)}"
+        )
     seen = np.array([name not in names for name in vocabulary.names])
     source = {key: value for key, value in vocabulary.source.items() if key != "split"}
     return replace(vocabulary, seen=seen, source=source)
@@ -228,6 +238,12 @@ def check_split(vocabulary: Vocabulary, split: Split) -> None:
             f"the vocabulary's seen classes are not those of split {split.name}: {len(wrong)} differ"
             f" ({join_truncated(wrong)}); make it with --split {split.name}"
         )
+
+
+def _comma_hint(names: Iterable[str]) -> str:
+    """What to do where a name may have been taken for several."""
+    with_comma = next((name for name in names if "," in name), None)
+    return f"; names with commas ({with_comma!r}) are given in a file, one per line" if with_comma else ""
 
 
 def _suffix(path: Path) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
 from d2zero.data.augment import AugmentConfig, training_transform
-from d2zero.data.coco import CocoFile, read_listed_image
+from d2zero.data.coco import CocoFile, missing_images, read_listed_image
 from d2zero.data.coco_values import Id, decoded
 from d2zero.data.targets import Targets
 from d2zero_runtime import D2ZeroError, Vocabulary
@@ -81,6 +81,18 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets])
 
 
+def require_trainable(vocabulary: Vocabulary) -> None:
+    """Refuse a vocabulary that cannot be trained with.
+
+    Raises:
+        D2ZeroError: It has no seen classes, or synonyms.
+    """
+    if not vocabulary.seen.any():
+        raise D2ZeroError("the vocabulary has no seen classes to train on")
+    if vocabulary.synonyms:
+        raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
+
+
 class TrainingSet(Dataset[Sample]):
     """Images of an annotation file that hold at least one usable instance of a seen class.
 
@@ -113,7 +125,6 @@ class TrainingSet(Dataset[Sample]):
         self.cache: dict[Id, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]] | None = (
             {} if cache else None
         )
-        present = {path.name for path in images.iterdir()} if images.is_dir() else set()
         usable = [number for number in annotations.images if self._instances(number)]
         if not usable:
             reason = f"; {annotations.left_out}" if annotations.left_out.count else ""
@@ -121,10 +132,9 @@ class TrainingSet(Dataset[Sample]):
                 f"{annotations.path} holds no instance of the vocabulary's seen classes"
                 f" ({join_truncated(label_of)}){reason}"
             )
-        file_names = {number: annotations.images[number]["file_name"] for number in usable}
-        self.missing = [name for name in file_names.values() if Path(name).name == name and name not in present]
-        absent = set(self.missing)
-        self.image_ids = [number for number in usable if file_names[number] not in absent]
+        missing = dict.fromkeys(missing_images(annotations, images, usable))
+        self.missing = [annotations.images[number]["file_name"] for number in missing]
+        self.image_ids = [number for number in usable if number not in missing]
         if not self.image_ids:
             raise D2ZeroError(
                 f"none of the {len(usable)} images of {annotations.path.name} is in {images}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2zero.data.coco import CocoFile
+from d2zero.data.coco_entries import FREQUENCIES, VERIFIED
 from d2zero.data.coco_values import Id
 from d2zero.data.splits import Split
 from d2zero_runtime import D2ZeroError
@@ -94,8 +95,17 @@ def _content(source: CocoFile, image_ids: list[Id], names: tuple[str, ...]) -> d
         entry for number in image_ids for entry in source.annotations[number] if entry["category_id"] in kept
     ]
     used = {entry["image_id"] for entry in annotations}
-    return {
-        "images": [entry for number, entry in source.images.items() if number in used],
-        "annotations": annotations,
-        "categories": [{"id": source.categories[name], "name": name} for name in names],
+    letters = {
+        name: {"frequency": letter} for letter, group in FREQUENCIES.items() for name in source.groups.get(group, ())
     }
+    return {
+        "images": [_of_categories(entry, kept) for number, entry in source.images.items() if number in used],
+        "annotations": annotations,
+        "categories": [{"id": source.categories[name], "name": name, **letters.get(name, {})} for name in names],
+    }
+
+
+def _of_categories(image: dict[str, Any], kept: set[Id]) -> dict[str, Any]:
+    """An image's entry whose lists of categories have only some."""
+    lists = {key: [category for category in image[key] if category in kept] for key in VERIFIED if key in image}
+    return {**image, **lists}

@@ -33,6 +33,11 @@ def unmatched(detections: Entries) -> Flags:
     return Flags(np.zeros(len(sizes), np.uint16), np.array(ignored, np.uint16))
 
 
+def without_unmatched(flags: Flags) -> Flags:
+    """The same, but what matches nothing does not count: it may be an instance that nobody annotated."""
+    return flags._replace(ignored=flags.ignored | (np.uint16(ALL_LEVELS) & ~flags.hits))
+
+
 class Matcher:
     """Matches masks (`segm`) or boxes (`bbox`)."""
 

@@ -3,6 +3,11 @@
 Matching is left to `d2zero.evaluation.matching`. Accumulation is done here, in a form whose memory grows with
 only the number of detections: 16 bytes each, a score and flags.
 
+Where images say which classes were looked for, as in LVIS, its rules hold: detections of a class count only in
+images where it is annotated or verified to be absent; where not every instance is annotated, those that match
+nothing do not count. LVIS itself keeps 300 detections per image, of all classes together; here it is
+`MAX_DETECTIONS` per class and image, as in COCO.
+
 AP and Recall@100 are averaged over the classes that have annotations, in percent. `ap` is COCO's
 AP@[.5:.95].
 """
@@ -17,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
+from d2zero.data.coco_entries import ABSENT, INCOMPLETE
 from d2zero.data.coco_values import Id, encoded
 from d2zero.evaluation.matching import (
     IOU_THRESHOLDS,
@@ -27,6 +33,7 @@ from d2zero.evaluation.matching import (
     Flags,
     Matcher,
     unmatched,
+    without_unmatched,
 )
 from d2zero.evaluation.result_entries import by_image
 from d2zero_runtime import D2ZeroError, Mode
@@ -121,6 +128,7 @@ class ZeroShotScores:
         self.records: dict[Id, _ClassRecord] = defaultdict(_ClassRecord)
         self.images = 0
         self.detections = 0
+        self.unverified = 0  # detections of classes that nobody looked for in their images
         self._matchers = {kind: Matcher(kind) for kind in IOU_TYPES}
         self._categories = frozenset(annotations.categories.values())
 
@@ -138,16 +146,22 @@ class ZeroShotScores:
         self.detections += len(detections)
         for category, entries in truth.items():
             self.records[category].instances += sum(not entry.get("iscrowd") for entry in entries)
+        image = self.annotations.images[image_id]
+        absent, incomplete = image.get(ABSENT), image.get(INCOMPLETE, ())
         for category, entries in found.items():
+            if absent is not None and category not in truth and category not in absent:
+                self.unverified += len(entries)
+                continue
             best = sorted(entries, key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
-            self._add(category, self._complete(truth.get(category, ())), best)
+            self._add(category, self._complete(truth.get(category, ())), best, category not in incomplete)
 
-    def _add(self, category: Id, truth: Entries, detections: Entries) -> None:
+    def _add(self, category: Id, truth: Entries, detections: Entries, exhaustive: bool) -> None:
         record = self.records[category]
         record.scores.extend(entry["score"] for entry in detections)
         nothing = None if truth else unmatched(detections)  # in masks as in boxes
         for kind, matcher in self._matchers.items():
-            record.extend(kind, nothing or matcher.match(truth, detections))
+            flags = nothing or matcher.match(truth, detections)
+            record.extend(kind, flags if exhaustive else without_unmatched(flags))
 
     def _complete(self, entries: Iterable[dict[str, Any]]) -> Entries:
         """Annotations with all that matching needs; box and area from the mask where they are missing."""
@@ -186,9 +200,13 @@ class ZeroShotScores:
     def summary(self, mode: Mode) -> dict[str, Any]:
         """All metrics, in percent: `{"segm": …, "bbox": …, "images": …, "detections": …}`.
 
-        ZSIS looks only at unseen classes, whether or not the file annotates seen ones too.
+        ZSIS looks only at unseen classes, whether or not the file annotates seen ones too. Where the file has groups of
+        classes, each kind has their means as `groups`; where images say which classes were looked for, `unverified`
+        counts the detections of others.
         """
         metrics: dict[str, Any] = {kind: self._summary(kind, mode) for kind in IOU_TYPES}
+        if self.annotations.is_federated:
+            metrics["unverified"] = self.unverified
         return {
             "mode": str(mode),
             "images": self.images,
@@ -212,7 +230,9 @@ class ZeroShotScores:
                 **{f"recall{_percent(t)}": 100 * float(recall[_at(t)]) for t in (0.4, 0.5, 0.6)},
             }
         rows = list(per_class.values())
-        metrics = {key: _mean(rows, key) for key in ("ap", "ap40", "ap50", "ap60", "recall40", "recall50", "recall60")}
+        metrics: dict[str, Any] = {
+            key: _mean(rows, key) for key in ("ap", "ap40", "ap50", "ap60", "recall40", "recall50", "recall60")
+        }
         unseen = [row for row in rows if not row["seen"]]
         for key in ("ap", "ap50", "recall40", "recall50", "recall60"):
             metrics[f"unseen_{key}"] = _mean(unseen, key)
@@ -221,7 +241,16 @@ class ZeroShotScores:
             for key in ("ap", "ap50", "recall50"):
                 metrics[f"seen_{key}"] = _mean(seen, key)
                 metrics[f"hm_{key}"] = harmonic_mean(metrics[f"seen_{key}"], metrics[f"unseen_{key}"])
+        if self.annotations.groups:
+            metrics["groups"] = self._groups(per_class)
         return {**metrics, "per_class": per_class}
+
+    def _groups(self, per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for group, names in self.annotations.groups.items():
+            rows = [per_class[name] for name in names if name in per_class]
+            found[group] = {"classes": len(rows), **{key: _mean(rows, key) for key in ("ap", "ap50", "recall50")}}
+        return found
 
 
 def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:

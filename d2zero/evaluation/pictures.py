@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2zero.data.coco import CocoFile
+from d2zero.data.coco import CocoFile, image_path
 from d2zero.data.coco_values import Id, decoded
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary, read_image
@@ -46,7 +46,7 @@ def predictions(
     found = {}
     for image_id in image_ids:
         with suppress(D2ZeroError):
-            image = read_image(images / annotations.images[image_id]["file_name"])
+            image = read_image(image_path(images, annotations.images[image_id]))
             found[image_id] = model.predict([image], mode, score_threshold=SCORE_THRESHOLD)[0]
     return found
 
@@ -65,11 +65,23 @@ def draw_predictions(
     rows = []
     for image_id, detections in found.items():
         with suppress(D2ZeroError):  # a file that cannot be read; the evaluation has named it
-            image = read_image(images / annotations.images[image_id]["file_name"])
+            image = read_image(image_path(images, annotations.images[image_id]))
             shown = detections.above(SCORE_THRESHOLD).without_duplicates()
             truth = ground_truth(annotations, image_id, vocabulary)
             rows.append(SheetRow(image, truth.instances(with_scores=False), shown.instances()))
     return contact_sheet(rows, columns, title, cell)
+
+
+def draw_annotations(
+    annotations: CocoFile, images: Path, vocabulary: Vocabulary, image_ids: Sequence[Id], *, cell: int, title: str = ""
+) -> Image.Image:
+    """A contact sheet: each image beside its annotations; files that cannot be read are left out."""
+    rows = []
+    for image_id in image_ids:
+        with suppress(D2ZeroError):
+            image = read_image(image_path(images, annotations.images[image_id]))
+            rows.append(SheetRow(image, (), ground_truth(annotations, image_id, vocabulary).instances(False)))
+    return contact_sheet(rows, title=title, cell=cell, sides="left: image, right: annotations")
 
 
 def _box(mask: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]") -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero.data.coco import CocoFile, read_listed_image
+from d2zero.data.coco import CocoFile, missing_images, read_listed_image
 from d2zero.data.coco_values import Id
 from d2zero.data.json_stream import EntriesOnDisk
 from d2zero.evaluation.metrics import ZeroShotScores, in_order
@@ -42,14 +42,30 @@ def require_images(annotations: CocoFile, folder: Path, limit: int | None = None
     Raises:
         D2ZeroError: Says how many are missing.
     """
-    names = [entry["file_name"] for entry in annotations.images.values()][: limit or None]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if len(missing) == len(names):
-        raise D2ZeroError(f"none of the {len(names)} images of {annotations.path.name} is in {folder}")
+    ids = list(annotations.images)[: limit or None]
+    missing = [annotations.images[number]["file_name"] for number in missing_images(annotations, folder, ids)]
+    if len(missing) == len(ids):
+        raise D2ZeroError(f"none of the {len(ids)} images of {annotations.path.name} is in {folder}")
     if missing and all_of_them:
         raise D2ZeroError(
-            f"{len(missing)} of the {len(names)} images of {annotations.path.name} are not in {folder}"
+            f"{len(missing)} of the {len(ids)} images of {annotations.path.name} are not in {folder}"
             f" ({join_truncated(missing)}); accuracy needs all of them"
+        )
+
+
+def require_known_classes(annotations: CocoFile, names: Sequence[str]) -> None:
+    """Refuse an annotation file with instances of classes that are not among some names.
+
+    Raises:
+        D2ZeroError: Names them.
+    """
+    unknown = annotations.categories.keys() - set(names)
+    used = {entry["category_id"] for entries in annotations.annotations.values() for entry in entries}
+    lost = [name for name, number in annotations.categories.items() if name in unknown and number in used]
+    if lost:
+        raise D2ZeroError(
+            f"{annotations.path.name} has classes that the vocabulary lacks: {join_truncated(lost)}; evaluate with the"
+            " files of the model's own split, or give --vocabulary"
         )
 
 
@@ -84,16 +100,7 @@ class EvaluationRun:
     kept: int = field(default=0, init=False)  # images that an earlier run had evaluated
 
     def __post_init__(self) -> None:
-        vocabulary = self.model.vocabulary
-        unknown_names = [name for name in self.annotations.categories if name not in vocabulary.names]
-        used = {entry["category_id"] for entries in self.annotations.annotations.values() for entry in entries}
-        lost = [name for name in unknown_names if self.annotations.categories[name] in used]
-        if lost:
-            raise D2ZeroError(
-                f"{self.annotations.path.name} has classes that the vocabulary lacks:"
-                f" {join_truncated(lost)}; evaluate with the"
-                " files of the model's own split, or give --vocabulary"
-            )
+        require_known_classes(self.annotations, self.model.vocabulary.names)
         if not self.images.is_dir():
             raise D2ZeroError(f"image folder {self.images} does not exist")
         ids = list(self.annotations.images)

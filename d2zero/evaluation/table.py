@@ -42,3 +42,17 @@ def per_class_table(summary: Mapping[str, Any], kind: str = "segm") -> Table:
             *(_number(row[key]) for key in ("ap50", "recall50", "ap")),
         )
     return table
+
+
+def groups_table(summary: Mapping[str, Any]) -> Table:
+    """Means of each group of classes, such as LVIS's rare ones; masks and boxes in rows."""
+    table = Table(title=f"{summary['mode']}: groups of classes (percent)")
+    for column in ("group", ""):
+        table.add_column(column)
+    for column in ("classes", "AP50", "R@100", METRICS["ap"].label):
+        table.add_column(column, justify="right")
+    for kind, label in (("segm", "masks"), ("bbox", "boxes")):
+        for group, row in summary[kind]["groups"].items():
+            metrics = (_number(row[key]) for key in ("ap50", "recall50", "ap"))
+            table.add_row(Text(printable(group)), label, str(row["classes"]), *metrics)
+    return table

@@ -19,7 +19,7 @@ from d2zero.checkpoints.runs import CONFIG_FILE, STATE_FILE
 from d2zero.data.coco import CocoFile, read_coco
 from d2zero.data.dataset import Dataset
 from d2zero.data.splits import Split, with_split
-from d2zero.data.training_set import TrainingSet
+from d2zero.data.training_set import TrainingSet, require_trainable
 from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
@@ -69,10 +69,7 @@ class Inputs:
         if path is None:
             raise D2ZeroError("training needs classes: give --vocabulary V.npz, or name it in the data set's YAML file")
         vocabulary = with_split(Vocabulary.load(path), self.split)
-        if not vocabulary.seen.any():
-            raise D2ZeroError("the vocabulary has no seen classes to train on")
-        if vocabulary.synonyms:
-            raise D2ZeroError("training takes one embedding per class; leave synonyms for inference")
+        require_trainable(vocabulary)
         return vocabulary
 
 

@@ -91,7 +91,13 @@ class SheetRow:
     found: Sequence[Instance]
 
 
-def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", cell: int = 300) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[SheetRow],
+    columns: int = 3,
+    title: str = "",
+    cell: int = 300,
+    sides: str = "left: ground truth, right: prediction",
+) -> Image.Image:
     """Pairs of ground truth (left) and prediction (right), with a legend on top.
 
     Args:
@@ -99,13 +105,14 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 3, title: str = "", c
         columns: Pairs side by side.
         title: One line above.
         cell: Longest side of each picture in pixels.
+        sides: What the legend says of left and right.
     """
     gap, head = 10, 58
     pair = 2 * cell + 4
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * (pair + gap) + gap, head + lines * (cell + gap) + gap), (32, 34, 38))
     draw = ImageDraw.Draw(sheet)
-    legend = "left: ground truth, right: prediction; thick white outline and *: class never seen in training"
+    legend = f"{sides}; thick white outline and *: class never seen in training"
     for text, top, size, colour in ((title, 8, 20, (255, 255, 255)), (legend, 34, 14, (200, 204, 210))):
         font, text = font_for(text, size)
         draw.text((gap, top), text, fill=colour, font=font)

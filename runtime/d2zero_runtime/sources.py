@@ -1,18 +1,20 @@
 """Which images a source names (a file, a folder, a pattern, or what is in memory), and decoding them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from d2zero_runtime.errors import D2ZeroError, join_truncated
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 LARGEST_IMAGE = 89_478_485  # pixels; from here on Pillow warns of bombs
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # as Pillow calls them
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2"]
@@ -92,10 +94,29 @@ def open_rgb(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _converted(source, getattr(source, "filename", "") or "the image", in_place=False)
-    path = Path(source)
+    with _opened(Path(source)) as image:
+        return _converted(image, str(source), in_place=True)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image file, upright; its pixels are not read.
+
+    Raises:
+        D2ZeroError: The file is absent, empty, damaged at its beginning, or no image of `FORMATS`.
+    """
+    with _opened(Path(path)) as image:
+        if image.format == "PNG" and "exif" not in image.info:  # else Pillow decodes it, to look behind its pixels
+            return image.height, image.width
+        turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, whose pixels may still be to read; whatever goes wrong is said in one line."""
     try:
         with Image.open(path, formats=_readable()) as image:
-            return _converted(image, str(path), in_place=True)
+            yield image
     except D2ZeroError:
         raise
     except FileNotFoundError as error:

@@ -19,6 +19,11 @@ def test_a_split_is_what_was_saved(tmp_path: Path, suffix: str) -> None:
     assert find_split(str(tmp_path / f"s{suffix}")) == PETS
 
 
+def test_a_split_as_a_vocabulary() -> None:
+    words = PETS.as_vocabulary()
+    assert (words.seen_names, words.unseen_names) == (PETS.seen, PETS.unseen)
+
+
 def test_names_of_a_hand_written_file_are_texts(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("seen: [no, 1984, yes]\nunseen: [null]\n")
