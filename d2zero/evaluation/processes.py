@@ -1,8 +1,8 @@
 """One evaluation by many processes: those that `torchrun` started, or workers of this one.
 
 Both go the same way (`d2zero.evaluation.run`): one process plans, each evaluates every n-th batch of the plan into
-files of its own, one sums up. A fresh run has the batches of a single process, so its metrics are equal to the last
-digit. Processes may be killed at any moment, and another number of them can continue.
+files of its own, one sums up. A fresh run has the batches of a single process, so with as many threads its metrics are
+equal to the last digit. Processes may be killed at any moment, and another number of them can continue.
 """
 
 import logging
