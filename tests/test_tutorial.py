@@ -82,8 +82,8 @@ def test_every_command_of_the_page(
     assert Vocabulary.load("classes.npz").unseen_names == ("pet (dog)", "red mug")
     assert len(list(Path("found").glob("*.jpg"))) == 60
     assert Image.open("sheet.jpg").size[0] > 400
-    words = TextEncoder.load("text.onnx")(["zebra"])
-    assert words.names == ("zebra",) and words.encoder == load("mine.onnx").vocabulary.encoder
+    typed = TextEncoder.load("text.onnx")(["zebra"])
+    assert typed.names == ("zebra",) and typed.encoder == load("mine.onnx").vocabulary.encoder
     metrics = [_evaluated(flags) for flags in (["--jobs", "2"], [])]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "d2zero"]
     metrics.append(_evaluated([], torchrun))

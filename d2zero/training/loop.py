@@ -33,6 +33,8 @@ from d2zero_runtime.files import atomic_write
 
 logger = logging.getLogger("d2zero")
 
+EARLY = (100, 1000)  # steps after which pictures are drawn, too: what is wrong shows before hours have passed
+
 # What a resume may change: the first group changes losses by rounding at most, the second is said.
 _FREE = {"workers", "cache", "deformable", "log_every", "checkpoint_every", "keep_every", "picture_every"}
 _FREE |= {"eval_every", "eval_images", "epochs"}
@@ -87,7 +89,8 @@ class Run:
                     self.save_state()
                 if self._is_due(self.config.keep_every):
                     self._save(self.output / KEPT_FOLDER / f"step_{self.step:06d}.safetensors")
-                if self.draw and self.config.picture_every and self.step % self.config.picture_every == 0:
+                every = self.config.picture_every
+                if self.draw and every and (self.step in EARLY or self.step % every == 0):
                     self._draw_pictures()
         self._save(self.output / MODEL_FILE)
         return self.output / MODEL_FILE
