@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from d2zero.cores import usable_cores
+from d2zero.processes import usable_cores
 
 PACKAGES = (
     "d2zero", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "openvino", "transformers",

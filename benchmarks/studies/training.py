@@ -24,8 +24,8 @@ import torch
 
 from d2zero.cli.terminal import console, tracked
 from d2zero.devices import pick_device
+from d2zero.processes import Processes
 from d2zero.training.config import PRESETS, TrainConfig, config_to_dict, find_preset, with_settings
-from d2zero.training.distributed import Processes
 from d2zero.training.memory import keep_freed_memory
 from d2zero.training.step import PARTS
 from d2zero_bench.cases import parse_counts

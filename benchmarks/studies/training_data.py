@@ -17,8 +17,8 @@ from d2zero.data.shapes import vocabulary as shapes_vocabulary
 from d2zero.data.splits import find_split
 from d2zero.data.training_set import TrainingSet
 from d2zero.data.zero_shot import write_split
+from d2zero.processes import Processes
 from d2zero.training.config import TrainConfig
-from d2zero.training.distributed import Processes
 from d2zero.training.loader import training_loader
 from d2zero_bench.rounds import Rounds
 from d2zero_runtime import D2ZeroError, Vocabulary

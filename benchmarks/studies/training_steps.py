@@ -23,8 +23,8 @@ from torch import Tensor
 from d2zero.data.targets import Targets
 from d2zero.data.training_set import Batch
 from d2zero.model import D2Zero, build
+from d2zero.processes import Processes
 from d2zero.training.config import TrainConfig
-from d2zero.training.distributed import Processes
 from d2zero.training.step import PARTS, TrainingStep
 from d2zero_bench.memory import host_peak_mb, reset_host_peak
 from d2zero_bench.published import published_sampling

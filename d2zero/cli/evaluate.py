@@ -134,7 +134,7 @@ def evaluate(
 
 def _check_processes(jobs: int, detections: Path | None) -> None:
     """Refuse what cannot be shared out; of the processes that `torchrun` started, only the main one warns."""
-    from d2zero.evaluation.processes import torchrun
+    from d2zero.processes import torchrun
 
     started = torchrun()
     if started.count > 1 and jobs > 1:
@@ -147,8 +147,7 @@ def _check_processes(jobs: int, detections: Path | None) -> None:
 
 def _threads_each(checkpoint: Path, jobs: int) -> int | None:
     """Several processes on one machine share its cores; a single one leaves the number to its library."""
-    from d2zero.cores import usable_cores
-    from d2zero.evaluation.processes import torchrun
+    from d2zero.processes import torchrun, usable_cores
     from d2zero_runtime.formats import format_of, is_exported
 
     processes = max(jobs, torchrun().local_count)
@@ -162,7 +161,8 @@ def _metrics(
 ) -> dict[Mode, dict[str, Any]] | None:
     """Evaluate in this process, in workers, or as one of `torchrun`'s processes: None in all but the main one."""
     from d2zero.cli.terminal import tracked
-    from d2zero.evaluation.processes import run_jobs, run_joined, torchrun
+    from d2zero.evaluation.processes import run_jobs, run_joined
+    from d2zero.processes import torchrun
 
     if jobs > 1:
         run.model.close()  # the workers open their own
@@ -252,7 +252,7 @@ def _model(
 ) -> Segmenter:
     from d2zero.cli.models import open_segmenter
     from d2zero.data.splits import check_split, find_split
-    from d2zero.evaluation.processes import torchrun
+    from d2zero.processes import torchrun
 
     model = open_segmenter(checkpoint, providers, device, vocabulary, threads, torchrun().local_rank)
     if split:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,26 +20,11 @@ from typing import Any
 
 from d2zero.data.coco_values import Id
 from d2zero.evaluation.run import EvaluationRun, Progress
+from d2zero.processes import joined
 from d2zero_runtime import D2ZeroError, Mode, Segmenter
 
 LONGEST_WAIT = timedelta(days=7)  # of a process that has finished its share, for the others
 KEPT = "what was evaluated is kept; run the command again to continue"
-
-
-@dataclass(frozen=True)
-class Torchrun:
-    """This process among those that `torchrun` started, on all machines and on this one."""
-
-    rank: int
-    count: int
-    local_rank: int
-    local_count: int
-
-
-def torchrun() -> Torchrun:
-    """What `torchrun` says of this process, read without torch; without `torchrun`, it is the only one."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return Torchrun(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def run_joined(run: EvaluationRun, device: str, progress: Progress | None = None) -> dict[Mode, dict[str, Any]] | None:
@@ -57,8 +42,6 @@ def run_joined(run: EvaluationRun, device: str, progress: Progress | None = None
         D2ZeroError: Another process has ended before its share was evaluated.
     """
     import torch.distributed as dist
-
-    from d2zero.training.distributed import joined
 
     with joined(device, "gloo", LONGEST_WAIT) as processes:  # gloo, as they finish minutes apart
         plan: list[Any] = [run.plan(), run.folder] if processes.is_main else [None, None]

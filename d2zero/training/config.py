@@ -9,11 +9,11 @@ import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from d2zero.cores import usable_cores
 from d2zero.data.augment import AugmentConfig
 from d2zero.losses.config import LossConfig
 from d2zero.model import ModelConfig
 from d2zero.model.deformable import DeformableImpl
+from d2zero.processes import usable_cores
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import checked
 from d2zero_runtime.errors import join_truncated

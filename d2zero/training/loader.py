@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from d2zero.data.training_set import Batch, Sample, SampleKey, StepSampler, TrainingSet, collate
+from d2zero.processes import Processes
 from d2zero.training.config import TrainConfig
-from d2zero.training.distributed import Processes
 from d2zero_runtime import D2ZeroError
 
 

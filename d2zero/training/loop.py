@@ -20,8 +20,8 @@ from d2zero.checkpoints.files import description, read_state, save_model
 from d2zero.checkpoints.runs import BEST_FILE, KEPT_FOLDER, MODEL_FILE, STATE_FILE
 from d2zero.data.training_set import TrainingSet
 from d2zero.model import D2Zero
+from d2zero.processes import Processes
 from d2zero.training.config import TrainConfig, config_from_dict, config_to_dict
-from d2zero.training.distributed import Processes
 from d2zero.training.loader import training_loader
 from d2zero.training.memory import keep_freed_memory
 from d2zero.training.optim import load_optimizer

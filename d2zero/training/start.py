@@ -24,8 +24,8 @@ from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero, build
+from d2zero.processes import Processes, joined
 from d2zero.training.config import TrainConfig, config_to_dict
-from d2zero.training.distributed import Processes, joined
 from d2zero.training.loop import Run
 from d2zero.training.record import Record
 from d2zero.training.step import TrainingStep

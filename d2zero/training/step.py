@@ -19,8 +19,8 @@ from d2zero.data.training_set import Batch
 from d2zero.losses.criterion import Criterion
 from d2zero.model import D2Zero, HeadOutput
 from d2zero.model.deformable import FUNCTIONS, DeformableFunction, DeformableImpl
+from d2zero.processes import Processes
 from d2zero.training.config import TrainConfig
-from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch, build_optimizer, lr_factor, set_lr
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends.torch_math import float32_math

@@ -9,8 +9,8 @@ import torch
 
 from d2zero.losses.config import LossConfig
 from d2zero.model.deformable import DeformableAttention
+from d2zero.processes import Processes
 from d2zero.training.config import coco_48_17, shapes, with_settings
-from d2zero.training.distributed import Processes
 from d2zero.training.step import PARTS
 from d2zero_bench.published import published_sampling
 from d2zero_runtime import D2ZeroError

@@ -14,8 +14,8 @@ from d2zero.data.training_set import Batch
 from d2zero.losses.config import LossConfig
 from d2zero.losses.criterion import Criterion
 from d2zero.model import D2Zero, HeadOutput, deformable
+from d2zero.processes import Processes
 from d2zero.training.config import shapes, with_settings
-from d2zero.training.distributed import Processes
 from d2zero.training.optim import ScaleWatch
 from d2zero.training.step import TrainingStep
 from d2zero_bench.published import PublishedSegmenter

@@ -1,15 +1,36 @@
-"""One process or many: what `torchrun` set up, and the few things that depend on it."""
+"""One process or many: the cores that one may use, and what `torchrun` set up. Torch only where it is used."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
-from d2zero.devices import pick_device
+
+def usable_cores() -> int:
+    """Cores that this process may use; Linux can give it fewer than the machine has."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """This process among those that `torchrun` started, on all machines and on this one."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+
+
+def torchrun() -> Torchrun:
+    """What `torchrun` says of this process; without `torchrun`, it is the only one."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return Torchrun(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 @dataclass(frozen=True)
@@ -18,7 +39,7 @@ class Processes:
 
     rank: int
     count: int
-    device: torch.device
+    device: "torch.device"
 
     @property
     def is_main(self) -> bool:
@@ -28,6 +49,8 @@ class Processes:
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
@@ -40,15 +63,19 @@ def joined(device: str = "auto", backend: str | None = None, timeout: timedelta 
         backend: What they talk through; `nccl` on GPUs and `gloo` on CPUs if left out.
         timeout: The longest that one waits for the others; torch's own if left out.
     """
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = pick_device(device, local)
+    import torch
+    import torch.distributed as dist
+
+    from d2zero.devices import pick_device
+
+    started = torchrun()
+    chosen = pick_device(device, started.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if count > 1:
+    if started.count > 1:
         dist.init_process_group(backend or ("nccl" if chosen.type == "cuda" else "gloo"), timeout=timeout)
     try:
-        yield Processes(rank, count, chosen)
+        yield Processes(started.rank, started.count, chosen)
     finally:
-        if count > 1:
+        if started.count > 1:
             dist.destroy_process_group()
