@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from d2zero.cli.terminal import console, tracked
+from d2zero.data.splits import PACKAGED
 from d2zero.devices import pick_device
 from d2zero.processes import Processes
 from d2zero.training.config import PRESETS, TrainConfig, config_to_dict, find_preset, with_settings
@@ -269,7 +270,7 @@ def measure(given: argparse.Namespace) -> int:
 def load(config: TrainConfig, given: argparse.Namespace) -> dict[int, list[float]]:
     """Measure only data loading, at the recipe's image size."""
     config = replace(config, augment=replace(config.augment, size=given.size or LOADED_SIZE), steps=10**6)
-    with training_set(config, given.preset, given.data) as data:
+    with training_set(config, given.preset if given.preset in PACKAGED else PACKAGED[0], given.data) as data:
         return loading_rates(data, config, Processes(0, 1, given.device), given.workers, given.seconds)
 
 

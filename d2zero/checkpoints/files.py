@@ -161,14 +161,18 @@ def _described(text: str, path: Path) -> _Description:
     return checked(_Description, values, where)
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a training run's state, of which nothing is executed.
+
+    Args:
+        path: The file.
+        mmap: Read arrays only when they are used.
 
     Raises:
         D2ZeroError: The file is damaged, or no state of a run.
     """
     try:
-        state: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds on damaged files
         raise D2ZeroError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
     wanted = {"step", "config", "model", "optimizer", "scaler", "inputs", "bad_files", "pending"}

@@ -138,7 +138,7 @@ def _draw(annotations: "CocoFile", images: Path, report: "DataReport", file: Pat
     import numpy as np
 
     from d2zero.data.coco import missing_images
-    from d2zero.data.splits import Split
+    from d2zero.data.splits import Split, with_unseen
     from d2zero.evaluation.pictures import draw_annotations
 
     ids = list(annotations.annotations)
@@ -147,7 +147,7 @@ def _draw(annotations: "CocoFile", images: Path, report: "DataReport", file: Pat
     chosen = np.random.default_rng(seed).permutation(len(ids))[:PICTURES]
     names = tuple(annotations.categories)
     unseen = [name for name in names if report.seen[name] is False]
-    vocabulary = Split.without("sheet", names, unseen).as_vocabulary()
+    vocabulary = with_unseen(Split("sheet", names, ()).as_vocabulary(), unseen)
     title = f"{annotations.path.name}: {len(chosen)} of {len(ids)} images"
     picture = draw_annotations(annotations, images, vocabulary, [ids[place] for place in chosen], cell=420, title=title)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -84,10 +84,13 @@ def split(
         hidden = read_names(unseen) if unseen is not None else _of_frequency(groups, str(unseen_frequency), train.path)
         chosen = Split.without(name, list(dict.fromkeys([*train.categories, *val.categories])), hidden)
         chosen = replace(chosen, groups=groups)
+    file = output / f"{chosen.name}.yaml"
+    if split is None and file.exists() and not force:
+        raise D2ZeroError(f"{file} exists already; replace it with --force, or choose another --name or --output")
     for part in write_split(train, val, chosen, output, force):
         print(f"{part.path}: {part.images} images, {part.annotations} instances")
     if split is None:
-        print(f"{chosen.save(output / f'{chosen.name}.yaml')}: the split, for --split")
+        print(f"{chosen.save(file)}: the split, for --split")
 
 
 def _of_frequency(groups: Mapping[str, tuple[str, ...]], frequency: str, path: Path) -> tuple[str, ...]:

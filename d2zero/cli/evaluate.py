@@ -17,6 +17,7 @@ from d2zero_runtime.files import check_output, write_text
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
+    from d2zero.data.splits import Split
     from d2zero.evaluation.run import EvaluationRun
 
 logger = logging.getLogger("d2zero")
@@ -29,7 +30,8 @@ def evaluate(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A checkpoint (.safetensors) or an exported model (.onnx); leave it out with --detections."
+            help="A checkpoint (.safetensors, a run's folder or last.pt) or an exported model; leave it out with"
+            " --detections."
         ),
     ] = None,
     data: Annotated[
@@ -97,9 +99,13 @@ def evaluate(
     if detections is not None and any((data, images, output, pictures, limit, jobs > 1)):
         raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
     _check_processes(jobs, detections)
+    from d2zero.data.splits import check_split, find_split
+    from d2zero.processes import torchrun
+
     run, summaries = None, None
+    chosen = find_split(split) if split else None
     if detections is not None:
-        summaries = _of_detections(detections, annotations, split, vocabulary, modes)
+        summaries = _of_detections(detections, annotations, chosen, vocabulary, modes)
     else:
         from d2zero.checkpoints.files import file_hash
         from d2zero.checkpoints.runs import checkpoint_file
@@ -109,9 +115,12 @@ def evaluate(
         assert checkpoint is not None
         checkpoint = checkpoint_file(checkpoint)
         threads = threads or _threads_each(checkpoint, jobs)
-        model = _model(checkpoint, vocabulary, split, provider, device, threads)
-        truth, folder = _test_data(data, annotations, images, _split_name(model, split), modes)
-        truth = _grouped(truth, split)
+        model = open_segmenter(checkpoint, provider, device, vocabulary, threads, torchrun().local_rank)
+        if chosen:
+            check_split(model.vocabulary, chosen)
+        recorded = chosen.name if chosen else str(model.vocabulary.source.get("split", ""))
+        truth, folder = _test_data(data, annotations, images, recorded, modes)
+        truth = _grouped(truth, chosen)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, identity, limit)
@@ -197,10 +206,10 @@ def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
 
 
 def _of_detections(
-    detections: Path, annotations: Path | None, split: str | None, vocabulary: Path | None, modes: list[Mode]
+    detections: Path, annotations: Path | None, split: "Split | None", vocabulary: Path | None, modes: list[Mode]
 ) -> dict[Mode, dict[str, Any]]:
     from d2zero.data.coco import open_coco
-    from d2zero.data.splits import Split, find_split
+    from d2zero.data.splits import Split
     from d2zero.evaluation.metrics import score
     from d2zero.evaluation.result_entries import open_results
 
@@ -215,7 +224,8 @@ def _of_detections(
         classes = Vocabulary.load(vocabulary)
         chosen = Split("vocabulary", classes.seen_names, classes.unseen_names)
     else:
-        chosen = find_split(str(split))
+        assert split is not None
+        chosen = split
     with open_coco(annotations) as truth:
         _report_without_pixels(truth)
         chosen.is_seen(truth.categories)  # refuses a file of another split
@@ -223,11 +233,9 @@ def _of_detections(
             return {modes[0]: score(_grouped(truth, split), found, chosen.seen, modes[0])}
 
 
-def _grouped(truth: "CocoFile", split: str | None) -> "CocoFile":
+def _grouped(truth: "CocoFile", split: "Split | None") -> "CocoFile":
     """The groups of classes that a split has take the place of the file's own."""
-    from d2zero.data.splits import find_split
-
-    groups = find_split(split).groups if split else {}
+    groups = split.groups if split else {}
     return replace(truth, groups=groups) if groups else truth
 
 
@@ -240,30 +248,6 @@ def _report_without_pixels(truth: "CocoFile") -> None:
             truth.path.name,
             join_truncated(truth.without_pixels),
         )
-
-
-def _model(
-    checkpoint: Path,
-    vocabulary: Path | None,
-    split: str | None,
-    providers: list[str] | None,
-    device: str,
-    threads: int | None,
-) -> Segmenter:
-    from d2zero.cli.models import open_segmenter
-    from d2zero.data.splits import check_split, find_split
-    from d2zero.processes import torchrun
-
-    model = open_segmenter(checkpoint, providers, device, vocabulary, threads, torchrun().local_rank)
-    if split:
-        check_split(model.vocabulary, find_split(split))
-    return model
-
-
-def _split_name(model: Segmenter, split: str | None) -> str:
-    from d2zero.data.splits import find_split
-
-    return find_split(split).name if split else str(model.vocabulary.source.get("split", ""))
 
 
 def _test_data(

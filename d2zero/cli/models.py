@@ -29,7 +29,10 @@ def _placed(providers: Sequence[str] | None, local_rank: int) -> list[Provider] 
     if not providers:
         return None
     own_gpu = ("cuda", "tensorrt") if local_rank else ()
-    return [(name, {"device_id": local_rank}) if name.lower() in own_gpu else name for name in providers]
+    return [
+        (name, {"device_id": local_rank}) if name.lower().removesuffix("executionprovider") in own_gpu else name
+        for name in providers
+    ]
 
 
 def open_segmenter(

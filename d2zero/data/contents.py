@@ -31,7 +31,7 @@ class Count(NamedTuple):
 
 @dataclass
 class Contents:
-    """What an annotation file holds; instances are annotations that are no crowds.
+    """What an annotation file holds; instances are annotations that are not crowds.
 
     Args:
         classes: Instances and images by name, in the file's order.

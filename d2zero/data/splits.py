@@ -71,8 +71,6 @@ class Split:
             raise D2ZeroError(
                 f"split {self.name} names {join_truncated(repeated)} more than once, or as seen and unseen"
             )
-        if not self.seen:
-            raise D2ZeroError(f"split {self.name} has no seen classes")
         for group, names in self.groups.items():
             unknown = sorted(set(names) - set(self.names))
             if unknown:
@@ -175,15 +173,21 @@ def read_split(path: Path) -> Split:
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if kind == ".json" else parsed_yaml(text, str(path))
+    except D2ZeroError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise D2ZeroError(f"{path} is not JSON in UTF-8: {str(error).splitlines()[0]}") from error
+        expected = "JSON" if kind == ".json" else "YAML"
+        raise D2ZeroError(f"{path} is not {expected} in UTF-8: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise D2ZeroError(f"{path} is no split: expected name, seen and unseen, got {type(values).__name__}")
     refuse_unknown(Split, values, f"fields in {path}:")
     try:
-        return checked(Split, {"name": path.stem, "unseen": [], **values}, str(path), ("groups",), "correct it")
+        split = checked(Split, {"name": path.stem, "unseen": [], **values}, str(path), ("groups",), "correct it")
     except D2ZeroError as error:
         raise error if str(path) in str(error) else D2ZeroError(f"{path}: {error}") from error
+    if not split.seen:
+        raise D2ZeroError(f"{path}: split {split.name} has no seen classes")
+    return split
 
 
 def with_split(vocabulary: Vocabulary, split: Split | None) -> Vocabulary:

@@ -58,20 +58,11 @@ class Batch:
     problems: list[str] = field(default_factory=list)
 
     def parts(self, count: int) -> "Iterator[Batch]":
-        """The batch in so many parts of the same size.
-
-        Raises:
-            D2ZeroError: It cannot be divided so.
-        """
+        """The batch in so many parts of the same size, into which it can be divided."""
         if count == 1:
             yield self
             return
-        size, rest = divmod(len(self.targets), count)
-        if rest or not size:
-            raise D2ZeroError(
-                f"a process's batch of {len(self.targets)} images cannot be divided into {count} equal parts; change"
-                " accumulate or batch_size"
-            )
+        size = len(self.targets) // count
         for start in range(0, len(self.targets), size):
             part = slice(start, start + size)
             yield Batch(self.images[part], self.targets[part], self.file_names[part], self.seeds[part])

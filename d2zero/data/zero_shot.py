@@ -69,10 +69,11 @@ def write_split(
         raise D2ZeroError(
             f"{join_truncated(there)} exist already; replace them with --force, or choose another --output"
         )
-    written = []
     for stem, part, content in parts:
         if not content["annotations"]:
             raise D2ZeroError(f"{stem}.json holds no image for the part '{part}' of split {split.name}")
+    written = []
+    for stem, part, content in parts:
         path = output / f"{stem}_{part}_{split.tail}.json"
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(content))

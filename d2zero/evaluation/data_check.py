@@ -5,10 +5,10 @@ something by, such as a missing image file, is a warning; what only deserves a l
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,29 @@ def _refusals(annotations: CocoFile, images: Path, vocabulary: Vocabulary, purpo
     try:
         if purpose is Purpose.TRAINING:
             require_trainable(vocabulary)
-            TrainingSet(annotations, images, vocabulary, AugmentConfig())
+            usable = _WithPixels(annotations)
+            TrainingSet(replace(annotations, annotations=usable), images, vocabulary, AugmentConfig())
         else:
             require_known_classes(annotations, vocabulary.names)
             require_images(annotations, images, all_of_them=False)
     except D2ZeroError as error:
         yield Finding(Level.ERROR, "refused", str(error))
+
+
+class _WithPixels(Mapping[Id, list[dict[str, Any]]]):
+    """Annotations that training reads: without those whose masks have no pixel."""
+
+    def __init__(self, annotations: CocoFile) -> None:
+        self._all, self._left_out = annotations.annotations, set(annotations.without_pixels)
+
+    def __getitem__(self, number: Id) -> list[dict[str, Any]]:
+        return [entry for entry in self._all[number] if entry["id"] not in self._left_out]
+
+    def __iter__(self) -> Iterator[Id]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
 
 
 def _annotation_findings(annotations: CocoFile, purpose: Purpose) -> Iterator[Finding]:
@@ -175,7 +192,7 @@ def _annotation_findings(annotations: CocoFile, purpose: Purpose) -> Iterator[Fi
         consequence = "training leaves them out" if training else "evaluation refuses the file"
         yield Finding(level, "unusable-annotations", f"{annotations.left_out}; {consequence}")
     if annotations.without_pixels:
-        consequence = "they teach nothing" if training else "they count, and nothing can match them"
+        consequence = "they are not used in training" if training else "they count, and nothing can match them"
         yield _listing(
             Level.WARNING, "no-pixel", annotations.without_pixels, f"annotations have masks of no pixel; {consequence}"
         )

@@ -60,6 +60,10 @@ class OptimConfig:
         if self.schedule not in SCHEDULES:
             raise D2ZeroError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
+    def with_warmup_within(self, steps: int) -> "OptimConfig":
+        """The same with a warm-up of at most a tenth of so many steps."""
+        return self if self.warmup_steps < 1 else replace(self, warmup_steps=min(self.warmup_steps, steps / 10))
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -110,7 +114,8 @@ class TrainConfig:
         """The configuration with the number of steps that its epochs take over so many images."""
         if self.steps:
             return self
-        return replace(self, steps=max(1, round(self.epochs * count / self.batch_size)))
+        steps = max(1, round(self.epochs * count / self.batch_size))
+        return replace(self, steps=steps, optim=self.optim.with_warmup_within(steps))
 
 
 def default() -> TrainConfig:
@@ -182,13 +187,13 @@ def with_length(config: TrainConfig, steps: int = 0, epochs: float = 0.0) -> Tra
 
     Milestones keep their share of the run. The warm-up keeps its steps, but takes at most a tenth of them.
     """
-    milestones, warmup, length = config.optim.milestones, config.optim.warmup_steps, config.steps
-    if length:
-        milestones = tuple(entry / length if entry >= 1 else entry for entry in milestones)
+    optim, length = config.optim, config.steps
+    if length:  # milestones after the end are never reached
+        shares = (entry if entry < 1 else entry / length for entry in optim.milestones)
+        optim = replace(optim, milestones=tuple(share for share in shares if share < 1))
     if steps:
-        milestones = tuple(float(round(entry * steps)) if entry < 1 else entry for entry in milestones)
-        warmup = min(warmup, steps // 10) if warmup >= 1 else warmup
-    optim = replace(config.optim, milestones=milestones, warmup_steps=warmup)
+        milestones = (float(round(entry * steps)) if entry < 1 else entry for entry in optim.milestones)
+        optim = replace(optim, milestones=tuple(milestones)).with_warmup_within(steps)
     return replace(config, steps=steps, epochs=epochs or config.epochs, optim=optim)
 
 
@@ -210,6 +215,8 @@ def with_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
         key, separator, text = setting.partition("=")
         if not separator or not key:
             raise D2ZeroError(f"--set takes key=value, such as optim.lr=2e-4, got {setting!r}")
+        if key == "epochs" and config.steps:
+            raise D2ZeroError("epochs count only without steps, which this recipe has; give --epochs instead")
         changed = _changed(config, key.split("."), key, text)
         if changed.model.backbone != config.model.backbone and config.model.backbone_options:
             logger.warning(

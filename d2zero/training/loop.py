@@ -35,10 +35,11 @@ logger = logging.getLogger("d2zero")
 
 EARLY = (100, 1000)  # steps after which pictures are drawn, too: what is wrong shows before hours have passed
 
-# What a resume may change: the first group changes losses by rounding at most, the second is said.
-_FREE = {"workers", "cache", "deformable", "log_every", "checkpoint_every", "keep_every", "picture_every"}
-_FREE |= {"eval_every", "eval_images", "epochs"}
-_SAID = {"steps", *(f"optim.{name}" for name in ("lr", "schedule", "milestones", "gamma", "final_factor"))}
+# What a resume may change: where and how a step is computed, and, with a warning, the schedule and what is kept.
+_SILENT = {"workers", "cache", "deformable", "epochs"}
+_WARNED = {"steps", "log_every", "checkpoint_every", "keep_every", "picture_every", "eval_every", "eval_images"}
+_WARNED |= {f"optim.{name}" for name in ("lr", "schedule", "milestones", "gamma", "final_factor")}
+WORST = (-1.0, -1.0, -1.0)  # below the score of any evaluation
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Run:
     draw: Callable[[D2Zero, Path], None] | None = None  # draws predictions into a file, every `picture_every` steps
     evaluate: Callable[[D2Zero, Processes], dict[str, Any]] | None = None  # metrics, every `eval_every` steps
     step: int = 0  # steps done
-    best: float = -1.0  # the score of the best evaluation
+    best: tuple[float, ...] = WORST  # the score of the best evaluation
     bad_files: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -104,7 +105,7 @@ class Run:
         self.training_step.train()
         self.record.evaluation(self.step, metrics)
         score = best_by(metrics)
-        if score > self.best:
+        if score >= self.best:
             self.best = score
             self._save(self.output / BEST_FILE, metrics)
 
@@ -159,10 +160,8 @@ class Run:
         state = run_state(self.output)
         stored = config_from_dict(json.loads(state["config"]), f"the state of {self.output}")
         ours, theirs = config_to_dict(self.config), config_to_dict(stored)
-        changes = {name: text for name, text in _differences(ours, theirs) if name not in _FREE}
-        for name in [name for name in changes if name in _SAID]:
-            logger.warning("the run goes on with another %s", changes.pop(name))
-        differing = list(changes.values())
+        changes = {name: text for name, text in _differences(ours, theirs) if name not in _SILENT}
+        differing = [text for name, text in changes.items() if name not in _WARNED]
         if differing:
             raise D2ZeroError(
                 f"{self.output} was begun with other settings"
@@ -178,7 +177,9 @@ class Run:
         self.model.load_state_dict(state["model"])
         training = self.training_step
         training.load_average(state.get("ema"))
-        self.best = state.get("best", -1.0)
+        for text in changes.values():
+            logger.warning("the run continues with another %s", text)
+        self.best = tuple(state.get("best", WORST)) if "eval_images" not in changes else WORST
         load_optimizer(training.optimizer, state["optimizer"])
         if state["scaler"]:  # a device without float16 leaves it empty
             training.scaler.load_state_dict(state["scaler"])
@@ -205,8 +206,12 @@ class Run:
         return sorted({problem for found in gathered for problem in found})
 
 
-def run_state(output: Path) -> dict[str, Any]:
+def run_state(output: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a run's last checkpoint.
+
+    Args:
+        output: The run's folder.
+        mmap: Read arrays only when they are used.
 
     Raises:
         D2ZeroError: There is none, or it is damaged.
@@ -214,22 +219,21 @@ def run_state(output: Path) -> dict[str, Any]:
     path = output / STATE_FILE
     if not path.is_file():
         raise D2ZeroError(f"{output} has no checkpoint ({STATE_FILE}) to resume from; start without --resume")
-    return read_state(path)
+    return read_state(path, mmap)
 
 
 def stored_config(output: Path) -> TrainConfig:
-    """The settings of the run in a folder, as its last checkpoint has them.
+    """The settings of the run in a folder, as its last checkpoint has them; its arrays are not read.
 
     Raises:
         D2ZeroError: There is none, or it is damaged.
     """
-    return config_from_dict(json.loads(run_state(output)["config"]), f"the state of {output}")
+    return config_from_dict(json.loads(run_state(output, mmap=True)["config"]), f"the state of {output}")
 
 
-def best_by(metrics: dict[str, Any]) -> float:
-    """What evaluations are compared by: the harmonic mean, or what there is where one kind of class is missing."""
-    found = (metrics.get(key) for key in ("hm_ap50", "unseen_ap50", "seen_ap50"))
-    return next((float(value) for value in found if value is not None), 0.0)
+def best_by(metrics: dict[str, Any]) -> tuple[float, ...]:
+    """What evaluations are compared by: the harmonic mean, then unseen, then seen classes; of equal ones the later."""
+    return tuple(float(metrics.get(key) or 0) for key in ("hm_ap50", "unseen_ap50", "seen_ap50"))
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import write_text
+from d2zero_runtime.vocabulary import check_vocabulary
 
 logger = logging.getLogger("d2zero")
 
 PICTURES = 6
+LONGEST_WAIT = timedelta(hours=6)  # of processes, while the main one sums up an evaluation or draws
 EVALUATION_FOLDER = "evaluation"  # of the run's, while it is evaluated
 
 
@@ -98,7 +101,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     data = TrainingSet(
         read_coco(part.annotations, leave_out=True), part.images, vocabulary, config.augment, config.cache
     )
-    config = config.for_images(len(data))
+    recipe, config = config, config.for_images(len(data))
     torch.manual_seed(config.seed)
     model = build(config.model, vocabulary)
     if inputs.init:
@@ -107,12 +110,15 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
     validation = _validation(config, inputs.data, split)
     evaluate = _evaluator(config, model, validation, output) if config.eval_every and validation else None
-    draw = _drawer(validation) if config.picture_every and validation else None
+    draw = _drawer(validation or _Validation(data.annotations, part.images)) if config.picture_every else None
     output.mkdir(parents=True, exist_ok=True)
-    with joined(device) as processes:
+    with joined(device, timeout=LONGEST_WAIT) as processes:
         record = Record(output, config.steps, config.log_every, processes.is_main)
         return _finished(  # no name for the run: on torch 2.10 a process hung that held the network after this block
-            Run(TrainingStep(config, model, processes), output, data, record, draw, evaluate), resume, part.annotations
+            Run(TrainingStep(config, model, processes), output, data, record, draw, evaluate),
+            recipe,
+            part.annotations,
+            resume,
         )
 
 
@@ -125,8 +131,11 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
         skip: Parts that keep their own weights, by the beginning of their names.
 
     Raises:
-        D2ZeroError: An array is missing, left over or of another shape; or a part to skip has no array.
+        D2ZeroError: An array is missing, left over or of another shape; a part to skip has no array; or the classifier
+            was trained with another text encoder.
     """
+    if "classifier" not in skip:
+        check_vocabulary(model.vocabulary, source.config.text_dim, source.vocabulary)
     arrays, own = source.state_dict(), model.state_dict()
 
     def skipped(name: str) -> bool:
@@ -139,7 +148,7 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
     kept = {name: value for name, value in own.items() if skipped(name)}
     load_exactly(model, {**taken, **kept})
     if kept:
-        logger.warning("%d arrays begin anew, not from the checkpoint: %s", len(kept), join_truncated(kept, 5))
+        logger.warning("%d arrays are not from the checkpoint, as asked: %s", len(kept), join_truncated(kept, 5))
 
 
 def next_command(model: Path, inputs: Inputs) -> str:
@@ -152,11 +161,12 @@ def next_command(model: Path, inputs: Inputs) -> str:
     return shlex.join(["d2zero", "eval", str(model), *files])
 
 
-def _finished(run: Run, resume: bool, annotations: Path) -> Path | None:
+def _finished(run: Run, recipe: TrainConfig, annotations: Path, resume: bool) -> Path | None:
     if resume:
         run.resume()
+    elif run.processes.is_main:
+        write_text(run.output / CONFIG_FILE, json.dumps(config_to_dict(recipe), indent=1))
     if run.processes.is_main:
-        write_text(run.output / CONFIG_FILE, json.dumps(config_to_dict(run.config), indent=1))
         _announce(run, annotations)
     finished = run.train()
     problems = run.all_bad_files()
@@ -171,18 +181,17 @@ def _validation(config: TrainConfig, data: Dataset, split: str) -> _Validation |
     """Test files, if they are there.
 
     Raises:
-        D2ZeroError: They are not, and evaluations are wanted.
+        D2ZeroError: They are not, and evaluations are wanted; or they cannot be evaluated on.
     """
     if not config.picture_every and not config.eval_every:
         return None
     try:
         part = data.test_part(split, [Mode.GZSIS])
-        return _Validation(read_coco(part.annotations, leave_out=True), part.images)
     except D2ZeroError as error:
         if config.eval_every:
-            raise D2ZeroError(f"nothing to evaluate on: {error}; or give --val-annotations and --val-images") from error
-        logger.warning("no pictures are drawn: %s", error)
+            raise D2ZeroError("nothing to evaluate on: give --val-annotations and --val-images") from error
         return None
+    return _Validation(read_coco(part.annotations, leave_out=not config.eval_every), part.images)
 
 
 def _evaluator(
@@ -218,7 +227,7 @@ def _evaluator(
 
 
 def _drawer(validation: _Validation) -> Callable[[D2Zero, Path], None]:
-    """Draws predictions on a few test images."""
+    """Draws predictions on a few images: of the test files, or of training if there are none."""
     annotations, folder = validation.annotations, validation.images
     chosen = list(annotations.annotations)[:PICTURES]
 

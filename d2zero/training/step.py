@@ -43,6 +43,11 @@ class TrainingStep:
 
     def __init__(self, config: TrainConfig, model: D2Zero, processes: Processes) -> None:
         device = processes.device
+        if config.batch_size // processes.count % config.accumulate:
+            raise D2ZeroError(
+                f"a process's batch of {config.batch_size // processes.count} images cannot be divided into"
+                f" {config.accumulate} equal parts; change accumulate or batch_size"
+            )
         self.config, self.model, self.processes = config, model, processes
         self.precision = precision_on(config.precision, device)
         model.to(device)
@@ -62,6 +67,7 @@ class TrainingStep:
         self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
         self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
         self.network: Callable[..., list[HeadOutput]] = model
+        self.distributed: DistributedDataParallel | None = None  # what `network` wraps, with several processes
         self.averaged = _averaged(model, config.ema)
 
     @property
@@ -96,7 +102,7 @@ class TrainingStep:
             if on_gpu and not config.model.frozen_backbone_norm:
                 convert_sync_batchnorm(self.model)
             ids = [processes.device.index] if on_gpu else None
-            self.network = DistributedDataParallel(self.model, device_ids=ids)
+            self.network = self.distributed = DistributedDataParallel(self.model, device_ids=ids)
         if config.compile:
             # A wrapper around the model and not the model itself: pictures are drawn at other sizes, uncompiled.
             self.network = torch.compile(self.network, dynamic=False)
@@ -164,9 +170,9 @@ class TrainingStep:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients cross between the processes with the last part of a batch."""
-        if last or not isinstance(self.network, DistributedDataParallel):
+        if last or self.distributed is None:
             return nullcontext()
-        synchronised: AbstractContextManager[None] = self.network.no_sync()
+        synchronised: AbstractContextManager[None] = self.distributed.no_sync()
         return synchronised
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -212,13 +218,12 @@ def frozen_parts(model: D2Zero, names: Sequence[str]) -> list[nn.Module]:
     Raises:
         D2ZeroError: There is no such part, or nothing is left to train.
     """
-    parts = []
-    for name in names:
-        try:
-            parts.append(model.get_submodule(name) if name else model.get_submodule("?"))
-        except AttributeError:
-            known = join_truncated([part for part, _ in model.named_children()], 10)
-            raise D2ZeroError(f"freeze names {name!r}, which the model lacks; its parts are {known}") from None
+    modules = dict(model.named_modules())
+    unknown = [name for name in names if not name or name not in modules]
+    if unknown:
+        known = join_truncated([name for name, _ in model.named_children()], 10)
+        raise D2ZeroError(f"freeze names {unknown[0]!r}, which the model lacks; its parts are {known}")
+    parts = [modules[name] for name in names]
     for part in parts:
         part.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.backends.inputs import filled_up
-from d2zero_runtime.backends.onnxruntime import EndToEndBackend
+from d2zero_runtime.backends.onnxruntime import NO_RAW_OUTPUT, EndToEndBackend
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
@@ -59,7 +59,7 @@ class EndToEndSegmenter(Segmenter):
 
     def predict_raw(self, images: Sequence[NDArray[np.uint8]]) -> NoReturn:
         """Refuses: such a file hands over no logits."""
-        self._file.run(images[0], None)
+        raise D2ZeroError(NO_RAW_OUTPUT)
 
     def _check_mode(self, vocabulary: Vocabulary, mode: Mode) -> None:
         if mode != self.steps.mode:

@@ -170,6 +170,8 @@ def _open_end_to_end(path: Path, contract: ModelContract, vocabulary: Vocabulary
     hint = ", or give the file to OpenVINO itself (docs/end-to-end.md)"
     chosen = onnxruntime_providers(options.providers, f"{path} is an end-to-end file", hint)
     backend = EndToEndBackend(path, chosen, options.threads, contract.tf32, options.session_options)
+    if backend.on_gpu:
+        backend.precision = contract.precision_on_gpu
     return EndToEndSegmenter(backend, contract, vocabulary)
 
 

@@ -380,7 +380,7 @@ class Segmenter:
         return Prepared(source, pixels, resized.shape[:2], size_of(image), padded, image if keep_image else None)
 
     def _network_input(self, resized: NDArray[np.uint8]) -> tuple[Any, Size]:
-        """What `_run` takes of an image at network size, and the size of that; those of one size run together."""
+        """What `_run` takes of an image at network size, and the size of that; those of the same size run together."""
         padded = self.preprocessing.padded_size(resized.shape[:2])
         return self.input_of([resized], padded), padded
 

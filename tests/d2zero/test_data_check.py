@@ -188,3 +188,21 @@ def test_sizes_are_those_of_upright_images(planted: Planted) -> None:
         Image.new("RGB", (50, 30)).save(planted.images / image["file_name"], exif=exif)
     for decode in (True, False):
         assert "unusable-files" not in findings(planted, decode=decode)
+
+
+def test_masks_without_a_pixel_are_left_out_as_training_leaves_them_out(planted: Planted, tmp_path: Path) -> None:
+    height, width = (planted.content["images"][0][side] for side in ("height", "width"))
+    empty = {"size": [height, width], "counts": [height * width]}
+    for entry in planted.annotations:
+        entry["segmentation"] = empty
+    planted.content["annotations"] = planted.annotations[:5]
+    found = findings(planted)
+    assert "refused" in found and "no-pixel" in found
+
+
+def test_a_file_of_unseen_classes_is_drawn(shapes_data: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command(
+        "data", "check", shapes_data / "annotations/instances_val_unseen_shapes.json", "--images", shapes_data / "val",
+        "-v", shapes_data / "vocabulary.npz", "--for", "evaluation", "--sheet", tmp_path / "s.png",
+    )  # fmt: skip
+    assert outcome.code == 0 and (tmp_path / "s.png").exists(), outcome.err

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import d2zero
 from d2zero.checkpoints.runs import checkpoint_file
 from d2zero.data.dataset import Dataset, Named
 from d2zero.training.config import (
+    coco_48_17,
     config_from_dict,
     config_to_dict,
     default,
@@ -21,7 +23,7 @@ from d2zero.training.config import (
     with_length,
     with_settings,
 )
-from d2zero.training.loop import run_state
+from d2zero.training.loop import WORST, best_by, run_state
 from d2zero.training.optim import lr_factor
 from d2zero.training.start import Inputs, start, start_from
 from d2zero_runtime import D2ZeroError
@@ -122,8 +124,8 @@ def test_a_resume_takes_the_stored_settings(
     with caplog.at_level(logging.WARNING, "d2zero"):
         outcome = command("train", "--data", own / "my.yaml", "-o", run, "--resume", *more)
     assert outcome.code == 0, outcome.err
-    assert "the run goes on with another steps: now 6, then 4" in outcome.err
-    assert "the run goes on with another optim.lr: now 0.0005, then 0.001" in outcome.err
+    assert "the run continues with another steps: now 6, then 4" in outcome.err
+    assert "the run continues with another optim.lr: now 0.0005, then 0.001" in outcome.err
     state = run_state(run)
     assert state["step"] == 6 and state["ema"]["updates"] == 6
     assert {group["initial_lr"] for group in state["optimizer"]["param_groups"]} == {5e-4}
@@ -172,6 +174,29 @@ def test_a_recipe_is_scaled() -> None:
     assert with_batch_size(default(), 4).optim.lr == pytest.approx(2.5e-5)
 
 
+def test_milestones_after_the_end_are_not_scaled_to_its_beginning() -> None:
+    config = with_length(with_settings(coco_48_17(), ["steps=2000"]), steps=4000)
+    assert config.optim.milestones == () and lr_factor(3999, 4000, config.optim) == 1
+    assert with_length(shapes(), epochs=1).for_images(64).optim.warmup_steps == pytest.approx(0.4)
+    with pytest.raises(D2ZeroError, match="epochs count only without steps"):
+        with_settings(coco_48_17(), ["epochs=5"])
+
+
+def test_of_equally_good_evaluations_the_later_counts() -> None:
+    nothing_unseen = best_by({"hm_ap50": 0.0, "unseen_ap50": 0.0, "seen_ap50": 3.0})
+    assert best_by({"hm_ap50": 0.0, "unseen_ap50": 0.0, "seen_ap50": 60.0}) > nothing_unseen > WORST
+    assert best_by({"seen_ap50": 5.0, "hm_ap50": None, "unseen_ap50": None}) > best_by({"seen_ap50": 4.0})
+
+
+def test_weights_of_another_text_encoder_are_refused_except_without_the_classifier(finished: Path) -> None:
+    source = d2zero.load(finished / "model.safetensors")
+    other = replace(source.vocabulary, source={"encoder": "word2vec"})
+    model = d2zero.build(source.config, other)
+    with pytest.raises(D2ZeroError, match="the two do not mix"):
+        start_from(model, source)
+    start_from(model, source, ["classifier"])
+
+
 def test_another_backbone_begins_without_options(caplog: pytest.LogCaptureFixture) -> None:
     config = with_settings(shapes(), ["model.backbone=resnet18"])
     assert config.model.backbone_options == {} and "are dropped" in caplog.text
@@ -216,6 +241,6 @@ def test_a_data_file_names_files_beside_itself(own: Path) -> None:
     assert data.with_val(None, own / "train").val == Named(own / "held out.json", own / "train")
     with pytest.raises(D2ZeroError, match="does not exist"):
         Dataset.of(own / "none.yaml")
-    with pytest.raises(D2ZeroError, match="nothing to evaluate on: give --data DIR"):
+    with pytest.raises(D2ZeroError, match="nothing to evaluate on: give --val-annotations"):
         inputs = Inputs(Dataset(train=data.train), data.vocabulary)
         start(with_settings(shapes(), [*FAST, "steps=1", "eval_every=1"]), inputs, own / "run", device="cpu")

@@ -38,7 +38,7 @@ def test_names_of_a_hand_written_file_are_texts(tmp_path: Path) -> None:
         ("a.yaml", "seen: []", "has no seen classes"),
         ("a.yaml", "unseen: [a]", "a.yaml lacks seen"),
         ("a.yaml", "seen: a", "is damaged: Expected array"),
-        ("a.yaml", "seen: [a", "is not YAML: while parsing"),
+        ("a.yaml", "seen: [a", r"a\.yaml is not YAML: while parsing"),
         ("a.yaml", "- a", "is no split: expected name, seen and unseen, got list"),
         ("a.yaml", "seen: [a]\nunsen: [b]", "unknown fields in .* unsen"),
         ("a.yaml", "name: ../x\nseen: [a]", "a split's name has letters"),
@@ -103,7 +103,9 @@ def test_one_annotation_file_becomes_training_and_test_files(shared: Path, tmp_p
     hidden = {entry["image_id"] for entry in source["annotations"] if entry["category_id"] in ids}
     assert {entry["id"] for entry in train["images"]}.isdisjoint(hidden)
     assert {entry["id"] for entry in gzsi["images"]} == {entry["id"] for entry in unseen["images"]} == hidden
+    (tmp_path / "people.yaml").write_text("seen: [a]")  # somebody's own
     for wrong, message in (
+        (("data", "split", tmp_path / "mine.json", *flags[:4], "-o", tmp_path), "people.yaml exists already"),
         (("data", "split", tmp_path / "mine.json", "-o", tmp_path), "either --split NAME"),
         (("data", "split", tmp_path / "mine.json", "--unseen", "dodo", "-o", tmp_path), "unseen classes dodo are not"),
         (("data", "split", "--unseen", "dog", "-o", tmp_path), "give an annotation file, --data DIR"),

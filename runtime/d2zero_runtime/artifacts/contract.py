@@ -194,7 +194,9 @@ class ModelContract:
         if self.end_to_end:
             if vocabulary.synonyms:
                 raise D2ZeroError("an end-to-end file cannot add up synonyms; use a vocabulary that has none")
-            self.end_to_end.competing(vocabulary)
+            competing = self.end_to_end.competing(vocabulary)
+            if self.baked and not np.array_equal(competing, self.end_to_end.competing(default)):
+                raise D2ZeroError("the classes that compete are constants of this end-to-end file; export it again")
         if self.baked and not np.array_equal(vocabulary.embeddings, default.embeddings):
             raise D2ZeroError(_BAKED)
 

@@ -19,6 +19,7 @@ from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
 Provider = str | tuple[str, dict[str, Any]]  # a name, or a name and its options as ONNX Runtime takes them
 ONNXRUNTIME = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
+NO_RAW_OUTPUT = "an end-to-end file hands over detections and no raw output; use a file without --end-to-end for that"
 FLOAT, UINT8, INT64 = "tensor(float)", "tensor(uint8)", "tensor(int64)"
 
 
@@ -150,9 +151,7 @@ class EndToEndBackend(Session, Backend[NDArray[np.uint8]]):
 
     def run(self, images_B3HW: NDArray[np.uint8], embeddings_KD: NDArray[np.float32] | None) -> NoReturn:
         """Refuses: such a file hands over no logits."""
-        raise D2ZeroError(
-            "an end-to-end file hands over detections and no raw output; use a file without --end-to-end for that"
-        )
+        raise D2ZeroError(NO_RAW_OUTPUT)
 
     def find(
         self,

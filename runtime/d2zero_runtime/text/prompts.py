@@ -78,10 +78,11 @@ def embed_names(
         starts = progress(starts, -(-len(flat) // BATCH), "encoding prompts")
     features_PD = np.concatenate([encode(flat[start : start + BATCH]) for start in starts])
     parts = np.split(features_PD, np.cumsum([len(group) for group in prompts])[:-1])
+    known = None if seen is None else set(seen)
     return Vocabulary(
         names=classes,
         embeddings=normalised(np.stack([part.mean(axis=0) for part in parts])),
-        seen=np.zeros(0, bool) if seen is None else np.array([name in set(seen) for name in classes]),
+        seen=np.zeros(0, bool) if known is None else np.array([name in known for name in classes]),
         source={"encoder": encoder, "templates": list(templates)},
     )
 
