@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -383,14 +384,15 @@ def test_a_file_that_differs_is_not_written(
     demo_model: D2Zero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path
 ) -> None:
     """Verification is the last stage; here the graph is that of a model with other weights."""
-    monkeypatch.setattr(onnx_export, "trace", lambda model, config: None)
+    traced = SimpleNamespace(graph_signature=SimpleNamespace(user_inputs=["images"]))
+    monkeypatch.setattr(onnx_export, "trace", lambda model, config: traced)
     proto = onnx.load(exported)
     tensor = next(t for t in proto.graph.initializer if t.name.endswith("background_projection.weight"))
     tensor.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(tensor), tensor.name))
     del proto.metadata_props[:]
     words = next(t for t in proto.graph.initializer if t.name == "class_embeddings")
     proto.graph.initializer.remove(words)
-    monkeypatch.setattr(onnx_export, "_translate", lambda program: proto)
+    monkeypatch.setattr(onnx_export, "translate", lambda program, inputs, outputs: proto)
     with pytest.raises(D2ZeroError, match=r"class_logits differ by .* \(limit 1e-03\) for one image"):
         export_onnx(demo_model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
