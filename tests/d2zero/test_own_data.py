@@ -180,6 +180,8 @@ def test_milestones_after_the_end_are_not_scaled_to_its_beginning() -> None:
     assert with_length(shapes(), epochs=1).for_images(64).optim.warmup_steps == pytest.approx(0.4)
     with pytest.raises(D2ZeroError, match="epochs count only without steps"):
         with_settings(coco_48_17(), ["epochs=5"])
+    with pytest.raises(D2ZeroError, match="epochs must be positive"):
+        with_settings(default(), ["epochs=0"])
 
 
 def test_of_equally_good_evaluations_the_later_counts() -> None:

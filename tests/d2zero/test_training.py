@@ -426,7 +426,7 @@ def test_settings() -> None:
         ("steps=1.5", "of type int"),
         ("optim=3", "a group of settings"),
         ("steps=-1", "steps must not be negative"),
-        ("epochs=0", "epochs must be positive"),
+        ("epochs=0", "epochs count only without steps"),
         ("accumulate=0", "accumulate must be at least 1"),
         ("ema=1", "ema must be from 0 to below 1"),
         ("loss.mask_weight=-1", "loss.mask_weight must not be negative"),
