@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +134,37 @@ def test_a_resume_takes_the_stored_settings(
     assert {group["initial_lr"] for group in state["optimizer"]["param_groups"]} == {5e-4}
     outcome = command("train", "--data", own / "my.yaml", "-o", run, "--resume", "--set", "seed=1", "--device", "cpu")
     assert outcome.code == 2 and "seed: now 1, then 0" in outcome.err
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_together(own: Path, tmp_path: Path) -> None:
+    settings = [
+        part for text in (*FAST, "steps=2", "eval_every=1", "eval_images=5", "ema=0.5") for part in ("--set", text)
+    ]
+    words = [
+        "--preset",
+        "shapes",
+        "--data",
+        str(own / "my.yaml"),
+        "-o",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        *settings,
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "d2zero", "train", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("finished; next: d2zero eval") == 1
+    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "evaluation" in entry] == [1, 2]
+    assert (tmp_path / "run/best.safetensors").exists() and not list((tmp_path / "run/evaluation").iterdir())
 
 
 def test_parts_are_frozen_and_batches_divided(own: Path, tmp_path: Path) -> None:
