@@ -27,6 +27,6 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
         return path
     for name in (BEST_FILE, MODEL_FILE, STATE_FILE):
         if (path / name).is_file():
-            logger.warning("of the run %s, %s is used", path, name)
+            logger.warning("%s: its %s is used", path, name)
             return path / name
     raise D2ZeroError(f"{path} is a folder without {BEST_FILE}, {MODEL_FILE} or {STATE_FILE}; give a run's, or a file")

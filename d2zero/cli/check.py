@@ -74,7 +74,8 @@ def check(
     console().print(_class_table(report))
     for finding in report.findings:
         print(f"{finding.level}: {printable(finding.message)}")
-    print(f"{purpose} {'would refuse this' if report.is_refused else 'would take this'}")
+    hint = "; for a test file, give --for evaluation" if report.is_refused and purpose == Purpose.TRAINING else ""
+    print(f"{purpose} {'would refuse this' if report.is_refused else 'would take this'}{hint}")
     for label, path in (("everything that was found", json_file), ("pictures", sheet)):
         if path:
             print(f"{label}: {path}", file=sys.stderr)

@@ -110,10 +110,12 @@ def evaluate(
         from d2zero.checkpoints.files import file_hash
         from d2zero.checkpoints.runs import checkpoint_file
         from d2zero.cli.models import open_segmenter
+        from d2zero.data.dataset import Dataset
         from d2zero.evaluation.run import EvaluationRun
 
         assert checkpoint is not None
         checkpoint = checkpoint_file(checkpoint)
+        vocabulary = vocabulary or Dataset.of(data).vocabulary
         threads = threads or _threads_each(checkpoint, jobs)
         model = open_segmenter(checkpoint, provider, device, vocabulary, threads, torchrun().local_rank)
         if chosen:

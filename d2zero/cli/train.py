@@ -100,7 +100,7 @@ def train(
     inputs = Inputs(files, vocabulary, chosen, init, tuple(init_skip or ()), backbone_weights)
     model_file = start(config, inputs, output, resume=resume, device=device)
     if model_file is not None:
-        print(f"{model_file}: finished; next: {next_command(model_file, inputs)}")
+        print(f"{model_file}: finished; next: {next_command(output, inputs)}")
 
 
 def _recipe(preset: str | None, file: Path | None, resumed: Path | None) -> "TrainConfig":

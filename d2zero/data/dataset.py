@@ -65,10 +65,10 @@ class Dataset:
         values = parsed_yaml(data.read_text(encoding="utf-8-sig", errors="replace"), str(data))
         if not isinstance(values, dict):
             raise D2ZeroError(f"{data} must name train, val and vocabulary, got {type(values).__name__}")
-        refuse_unknown(_Files, values, f"fields in {data}:")
+        refuse_unknown(_Files, values, f"fields in {data}:", by_hand=True)
         for name in ("train", "val"):
             if isinstance(values.get(name), dict):
-                refuse_unknown(Named, values[name], f"fields of {name} in {data}:")
+                refuse_unknown(Named, values[name], f"fields of {name} in {data}:", by_hand=True)
         found, base = checked(_Files, values, str(data), remedy="correct it"), data.parent
 
         def beside(name: str | None) -> Path | None:

@@ -180,7 +180,7 @@ def read_split(path: Path) -> Split:
         raise D2ZeroError(f"{path} is not {expected} in UTF-8: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise D2ZeroError(f"{path} is no split: expected name, seen and unseen, got {type(values).__name__}")
-    refuse_unknown(Split, values, f"fields in {path}:")
+    refuse_unknown(Split, values, f"fields in {path}:", by_hand=True)
     try:
         split = checked(Split, {"name": path.stem, "unseen": [], **values}, str(path), ("groups",), "correct it")
     except D2ZeroError as error:

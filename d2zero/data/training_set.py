@@ -127,9 +127,10 @@ class TrainingSet(Dataset[Sample]):
         self.missing = [annotations.images[number]["file_name"] for number in missing]
         self.image_ids = [number for number in usable if number not in missing]
         if not self.image_ids:
+            problem = "" if images.is_dir() else ", which does not exist"
             raise D2ZeroError(
-                f"none of the {len(usable)} images of {annotations.path.name} is in {images}"
-                f" (first: {self.missing[0]}); check --data or give --images"
+                f"none of the {len(usable)} images of {annotations.path.name} is in {images}{problem} (first:"
+                f" {self.missing[0]}); check --images or --data"
             )
 
     def __len__(self) -> int:

@@ -50,5 +50,8 @@ def read_array(path: Path, names: list[str], encoder: str = "") -> Vocabulary:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         raise D2ZeroError(f"{path} must hold one (K, D) array of numbers, got shape {np.shape(array)}")
     if len(array) != len(names):
-        raise D2ZeroError(f"{path} has {len(array)} rows, but {len(names)} names were given")
+        raise D2ZeroError(
+            f"{path} has {len(array)} rows, but {len(names)} names were given (names with commas need a .txt or .json"
+            " file)"
+        )
     return Vocabulary(tuple(names), array.astype(np.float32), source={"encoder": encoder} if encoder else {})

@@ -151,11 +151,11 @@ class Run:
                 " as it was: make room, then continue with --resume"
             ) from error
 
-    def resume(self) -> None:
-        """Take up the state of the last checkpoint.
+    def resume(self) -> bool:
+        """Take up the state of the last checkpoint; whether the run continues with other settings.
 
         Raises:
-            D2ZeroError: It is absent, damaged, or of a run with other settings.
+            D2ZeroError: It is absent, damaged, of a run with other settings, or past the last step.
         """
         state = run_state(self.output)
         stored = config_from_dict(json.loads(state["config"]), f"the state of {self.output}")
@@ -187,7 +187,12 @@ class Run:
         training.scale_watch.load_state_dict(watched)
         self.step = state["step"]
         self.bad_files = state["bad_files"]
+        if self.step > self.config.steps:
+            raise D2ZeroError(f"{self.output} has done {self.step} steps, more than {self.config.steps}; give more")
+        if self.step == self.config.steps:
+            logger.warning("all %d steps were done before; to continue, give more --steps or --epochs", self.step)
         self.record.rewind(self.step, state["pending"])
+        return bool(changes)
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what a run is begun with, beside its settings."""

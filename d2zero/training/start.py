@@ -146,25 +146,28 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
         raise D2ZeroError(f"--init-skip names {join_truncated(unknown)}, which neither model has")
     taken = {name: value for name, value in arrays.items() if not skipped(name)}
     kept = {name: value for name, value in own.items() if skipped(name)}
-    load_exactly(model, {**taken, **kept})
+    try:
+        load_exactly(model, {**taken, **kept})
+    except D2ZeroError as error:
+        hint = "; give the recipe of its training, such as --config RUN/config.json, or leave parts out by --init-skip"
+        raise D2ZeroError(f"{error}{hint}") from error
     if kept:
         logger.warning("%d arrays are not from the checkpoint, as asked: %s", len(kept), join_truncated(kept, 5))
 
 
-def next_command(model: Path, inputs: Inputs) -> str:
-    """The command that evaluates a finished model, or one that shows what it finds where nothing is to evaluate on."""
+def next_command(run: Path, inputs: Inputs) -> str:
+    """The command that evaluates a finished run, or one that shows what it finds where nothing is to evaluate on."""
     try:
         part = inputs.data.test_part(str(inputs.classes().source.get("split", "")), [Mode.GZSIS])
     except D2ZeroError:
-        return shlex.join(["d2zero", "predict", "PHOTOS", "-m", str(model), "-o", "found"])
+        return shlex.join(["d2zero", "predict", "PHOTOS", "-m", str(run), "-o", "found"])
     files = ["--annotations", str(part.annotations), "--images", str(part.images)]
-    return shlex.join(["d2zero", "eval", str(model), *files])
+    return shlex.join(["d2zero", "eval", str(run), *files])
 
 
 def _finished(run: Run, recipe: TrainConfig, annotations: Path, resume: bool) -> Path | None:
-    if resume:
-        run.resume()
-    elif run.processes.is_main:
+    changed = not resume or run.resume()
+    if changed and run.processes.is_main:
         write_text(run.output / CONFIG_FILE, json.dumps(config_to_dict(recipe), indent=1))
     if run.processes.is_main:
         _announce(run, annotations)
@@ -189,7 +192,9 @@ def _validation(config: TrainConfig, data: Dataset, split: str) -> _Validation |
         part = data.test_part(split, [Mode.GZSIS])
     except D2ZeroError as error:
         if config.eval_every:
-            raise D2ZeroError("nothing to evaluate on: give --val-annotations and --val-images") from error
+            raise D2ZeroError(
+                "nothing to evaluate on: give --val-annotations and --val-images, or --set eval_every=0"
+            ) from error
         return None
     return _Validation(read_coco(part.annotations, leave_out=not config.eval_every), part.images)
 

@@ -70,15 +70,17 @@ def _required(entry: "Field[Any]", optional: Collection[str] | None) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
 
 
-def refuse_unknown(kind: type[Any], values: dict[str, Any], what: str) -> None:
-    """Refuse fields that a dataclass does not have, which a newer version wrote most likely.
+def refuse_unknown(kind: type[Any], values: dict[str, Any], what: str, by_hand: bool = False) -> None:
+    """Refuse fields that a dataclass does not have: a newer version wrote them, or somebody who is told what there is.
 
     Raises:
         D2ZeroError: Names them.
     """
-    unknown = sorted(values.keys() - {entry.name for entry in fields(kind)})
+    known = [entry.name for entry in fields(kind)]
+    unknown = sorted(values.keys() - set(known))
     if unknown:
-        raise D2ZeroError(f"unknown {what} {join_truncated(unknown)}; was this written by a newer d2zero?")
+        hint = f"expected {', '.join(known)}" if by_hand else "was this written by a newer d2zero?"
+        raise D2ZeroError(f"unknown {what} {join_truncated(unknown)}; {hint}")
 
 
 def refuse_newer(version: object, newest: int, where: str, what: str) -> None:

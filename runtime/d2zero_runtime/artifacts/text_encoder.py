@@ -73,6 +73,8 @@ class TextContract:
         Raises:
             D2ZeroError: The file is absent, damaged, or no text encoder that d2zero exported.
         """
+        if not path.is_file():
+            raise D2ZeroError(f"text encoder {path} does not exist; make one with `d2zero export-text`")
         text = read_metadata(path, TEXT_KEY)
         if text is None:
             raise D2ZeroError(f"{path} is no text encoder of d2zero; make one with `d2zero export-text`")
