@@ -41,7 +41,8 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            "--preset", help="The recipe: default (the published one, 100 epochs), coco-48-17, coco-65-15 or shapes."
+            "--preset",
+            help="The recipe: default (the published schedule, 100 epochs), coco-48-17, coco-65-15 or shapes.",
         ),
     ] = None,
     config_file: Annotated[

@@ -119,7 +119,7 @@ class TrainConfig:
 
 
 def default() -> TrainConfig:
-    """The published recipe for a data set of any size: a hundred epochs."""
+    """The published optimiser and schedule over a hundred epochs, for a data set of any size."""
     return TrainConfig(optim=OptimConfig(milestones=(0.9, 0.95)))
 
 
