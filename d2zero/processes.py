@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,13 @@ class Processes:
             import torch.distributed as dist
 
             dist.barrier()
+
+    def share(self, objects: list[Any]) -> None:
+        """Replace objects by those of the main process."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(objects)
 
 
 @contextmanager

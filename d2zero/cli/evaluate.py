@@ -17,6 +17,7 @@ from d2zero_runtime.files import check_output, write_text
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
+    from d2zero.data.dataset import Part
     from d2zero.data.splits import Split
     from d2zero.evaluation.run import EvaluationRun
 
@@ -115,13 +116,14 @@ def evaluate(
 
         assert checkpoint is not None
         checkpoint = checkpoint_file(checkpoint)
-        vocabulary = vocabulary or Dataset.of(data).vocabulary
+        files = Dataset.of(data)
+        vocabulary = vocabulary or files.vocabulary
         threads = threads or _threads_each(checkpoint, jobs)
         model = open_segmenter(checkpoint, provider, device, vocabulary, threads, torchrun().local_rank)
         if chosen:
             check_split(model.vocabulary, chosen)
-        recorded = chosen.name if chosen else str(model.vocabulary.source.get("split", ""))
-        truth, folder = _test_data(data, annotations, images, recorded, modes)
+        name = chosen.name if chosen else model.vocabulary.split
+        truth, folder = _test_data(files.with_val(annotations, images).test_part(name, modes))
         truth = _grouped(truth, chosen)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
@@ -252,13 +254,9 @@ def _report_without_pixels(truth: "CocoFile") -> None:
         )
 
 
-def _test_data(
-    data: Path | None, annotations: Path | None, images: Path | None, split: str, modes: list[Mode]
-) -> "tuple[CocoFile, Path]":
+def _test_data(part: "Part") -> "tuple[CocoFile, Path]":
     from d2zero.data.coco import read_coco
-    from d2zero.data.dataset import Dataset
 
-    part = Dataset.of(data).with_val(annotations, images).test_part(split, modes)
     truth = read_coco(part.annotations)
     _report_without_pixels(truth)
     return truth, part.images

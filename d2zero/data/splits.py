@@ -231,10 +231,9 @@ def check_split(vocabulary: Vocabulary, split: Split) -> None:
     Raises:
         D2ZeroError: Its record, or its seen and unseen names, are of another split.
     """
-    recorded = vocabulary.source.get("split")
-    if recorded and recorded != split.name:
+    if vocabulary.split and vocabulary.split != split.name:
         raise D2ZeroError(
-            f"the vocabulary is of split {recorded}, this needs {split.name}; make it with --split {split.name}"
+            f"the vocabulary is of split {vocabulary.split}, this needs {split.name}; make it with --split {split.name}"
         )
     wrong = sorted(set(split.seen) ^ set(vocabulary.seen_names))
     if wrong:

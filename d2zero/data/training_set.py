@@ -59,9 +59,6 @@ class Batch:
 
     def parts(self, count: int) -> "Iterator[Batch]":
         """The batch in so many parts of the same size, into which it can be divided."""
-        if count == 1:
-            yield self
-            return
         size = len(self.targets) // count
         for start in range(0, len(self.targets), size):
             part = slice(start, start + size)

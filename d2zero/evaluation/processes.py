@@ -20,7 +20,7 @@ from typing import Any
 
 from d2zero.data.coco_values import Id
 from d2zero.evaluation.run import EvaluationRun, Progress
-from d2zero.processes import joined
+from d2zero.processes import Processes, joined
 from d2zero_runtime import D2ZeroError, Mode, Segmenter
 
 LONGEST_WAIT = timedelta(days=7)  # of a process that has finished its share, for the others
@@ -41,18 +41,30 @@ def run_joined(run: EvaluationRun, device: str, progress: Progress | None = None
     Raises:
         D2ZeroError: Another process has ended before its share was evaluated.
     """
-    import torch.distributed as dist
-
     with joined(device, "gloo", LONGEST_WAIT) as processes:  # gloo, as they finish minutes apart
-        plan: list[Any] = [run.plan(), run.folder] if processes.is_main else [None, None]
-        with _others_alive():
-            dist.broadcast_object_list(plan)
-        batches, run.folder = plan  # the main process's: a folder's name depends on the device
-        share = batches[processes.rank :: processes.count]
-        run.evaluate(share, processes.rank, progress if processes.is_main else None)
-        with _others_alive():
-            dist.barrier()
+        evaluate_share(run, processes, progress)
     return run.summaries() if processes.is_main else None
+
+
+def evaluate_share(run: EvaluationRun, processes: Processes, progress: Progress | None = None) -> None:
+    """Evaluate this process's share of the main one's plan, and wait until all have evaluated theirs.
+
+    Args:
+        run: The same in all processes, except for the device of its model.
+        processes: This one among all, which have joined.
+        progress: Shows the main process's share.
+
+    Raises:
+        D2ZeroError: Another process has ended before its share was evaluated.
+    """
+    plan: list[Any] = [run.plan(), run.folder] if processes.is_main else [None, None]
+    with _others_alive():
+        processes.share(plan)
+    batches, run.folder = plan  # the main process's: a folder's name depends on the device
+    share = batches[processes.rank :: processes.count]
+    run.evaluate(share, processes.rank, progress if processes.is_main else None)
+    with _others_alive():
+        processes.wait()
 
 
 def run_jobs(

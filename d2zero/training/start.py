@@ -23,6 +23,7 @@ from d2zero.data.splits import Split, with_split
 from d2zero.data.training_set import TrainingSet, require_trainable
 from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
+from d2zero.evaluation.processes import evaluate_share
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero, build
 from d2zero.processes import Processes, joined
@@ -96,8 +97,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     if (output / STATE_FILE).exists() and not resume:
         raise D2ZeroError(f"{output} already holds a run; continue it with --resume, or choose another folder")
-    split = str(vocabulary.source.get("split", ""))
-    part = inputs.data.training_part(split)
+    part = inputs.data.training_part(vocabulary.split)
     data = TrainingSet(
         read_coco(part.annotations, leave_out=True), part.images, vocabulary, config.augment, config.cache
     )
@@ -108,7 +108,7 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
         start_from(model, load_model(inputs.init), inputs.skip)
     if inputs.backbone_weights:
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
-    validation = _validation(config, inputs.data, split)
+    validation = _validation(config, inputs.data, vocabulary.split)
     evaluate = _evaluator(config, model, validation, output) if config.eval_every and validation else None
     draw = _drawer(validation or _Validation(data.annotations, part.images)) if config.picture_every else None
     output.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
 def next_command(run: Path, inputs: Inputs) -> str:
     """The command that evaluates a finished run, or one that shows what it finds where nothing is to evaluate on."""
     try:
-        part = inputs.data.test_part(str(inputs.classes().source.get("split", "")), [Mode.GZSIS])
+        part = inputs.data.test_part(inputs.classes().split, [Mode.GZSIS])
     except D2ZeroError:
         return shlex.join(["d2zero", "predict", "PHOTOS", "-m", str(run), "-o", "found"])
     files = ["--annotations", str(part.annotations), "--images", str(part.images)]
@@ -217,11 +217,7 @@ def _evaluator(
         run = run_of(evaluated)
         if processes.is_main:
             shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed
-        processes.wait()
-        batches = run.plan()[processes.rank :: processes.count]
-        processes.wait()
-        run.evaluate(batches, processes.rank)
-        processes.wait()
+        evaluate_share(run, processes)
         if not processes.is_main:
             return {}
         masks = run.summaries()[Mode.GZSIS]["segm"]

@@ -140,8 +140,8 @@ class TrainingStep:
         torch.manual_seed(self.config.seed * 1_000_003 + step * 1009 + self.processes.rank)  # dropout
         set_lr(self.optimizer, lr_factor(step, self.config.steps, self.config.optim))
         self.optimizer.zero_grad(set_to_none=True)
-        count = self.config.accumulate
-        parts = [self._gradients(step, index, part, finished) for index, part in enumerate(batch.parts(count))]
+        batches = batch.parts(self.config.accumulate)
+        parts = [self._gradients(step, index, part, finished) for index, part in enumerate(batches)]
         losses = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
         self.scaler.unscale_(self.optimizer)
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)

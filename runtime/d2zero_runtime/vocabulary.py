@@ -86,6 +86,11 @@ class Vocabulary:
         return str(self.source.get("encoder", ""))
 
     @property
+    def split(self) -> str:
+        """The name of the split that says which classes are seen, or an empty string if it was not recorded."""
+        return str(self.source.get("split", ""))
+
+    @property
     def seen_names(self) -> tuple[str, ...]:
         """Classes that training saw, in order."""
         return self._classes(self.seen)
