@@ -108,17 +108,17 @@ class Candidate:
         padded = preprocessing.padded_sizes(resized)
         batch = segmenter.input_of(resized, padded[0])
         marks.append(perf_counter())
-        class_logits, mask_logits = segmenter.backend.run(batch, embeddings)
+        found = segmenter.backend.run(batch, embeddings)
         marks.append(perf_counter())
         sizes, outputs = ([(image.shape[0], image.shape[1]) for image in group] for group in (resized, images))
-        raw = RawOutput(class_logits, mask_logits, tuple(padded))
+        raw = RawOutput(found.class_logits, found.mask_logits, tuple(padded))
         segmenter.postprocess(raw, sizes, outputs, masks=self._masks, threads=self._threads)
         marks.append(perf_counter())
         sample = {name: 1000 * (end - start) for name, start, end in zip(STAGES, marks, marks[1:], strict=False)}
         on_gpu = segmenter.backend.on_gpu
         sample[NETWORK] = resident_ms(segmenter.backend.resident(batch, embeddings)) if on_gpu else sample["inference"]
         # Mask logits may be on a device; they travel to another process.
-        return Outcome(sample, (class_logits, raw.to_numpy().mask_logits) if with_logits else None)
+        return Outcome(sample, (raw.class_logits, raw.to_numpy().mask_logits) if with_logits else None)
 
     def evaluate(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
         """Accuracy of masks in GZSIS mode, with the model's own classes and sizes, as `d2zero eval` finds it.

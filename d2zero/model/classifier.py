@@ -15,7 +15,7 @@ NORM_FLOOR = 1e-5  # clamp of the background's norm
 
 
 class SemanticClassifier(nn.Module):
-    """Class logits from queries, mask features and class embeddings.
+    """Class logits from queries, the image's background and class embeddings.
 
     Args:
         dim: Hidden channels C.
@@ -54,12 +54,18 @@ class SemanticClassifier(nn.Module):
                     nn.init.xavier_uniform_(parameter)
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
 
-    def forward(
-        self, queries_BQC: Tensor, mask_logits_BQHW: Tensor, mask_features_BCHW: Tensor, class_embeddings_KD: Tensor
-    ) -> Tensor:
-        """Class logits (B, Q, K + 1), float32, the background last."""
+    def forward(self, queries_BQC: Tensor, background_BC: Tensor, class_embeddings_KD: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            queries_BQC: Normalised query features.
+            background_BC: What `background_embedding` makes of the same images.
+            class_embeddings_KD: Classes to compare with.
+
+        Returns:
+            Class logits (B, Q, K + 1), float32, the background last.
+        """
         queries_BQE = F.normalize(self.query_projection(queries_BQC), dim=-1)
-        background_BC = background_embedding(mask_features_BCHW, mask_logits_BQHW)
         text_KE = self.text_projection(class_embeddings_KD)
         background_B1E = self.background_projection(background_BC)[:, None]
         text_BKE = torch.cat([text_KE.expand(len(queries_BQE), -1, -1), background_B1E], dim=1)

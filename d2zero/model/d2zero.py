@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2zero.model.backbone import Backbone
-from d2zero.model.classifier import SemanticClassifier
+from d2zero.model.classifier import SemanticClassifier, background_embedding
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
-from d2zero.model.inference import TorchBackend
+from d2zero.model.inference import TorchBackend, TorchClassifier
 from d2zero.model.pixel_decoder import PixelDecoder
 from d2zero_runtime import D2ZeroError, Detections, Mode, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
@@ -34,6 +34,8 @@ class HeadOutput(NamedTuple):
 
     class_logits: Tensor  # (B, Q, K + 1), the background last
     mask_logits: Tensor  # (B, Q, H/4, W/4)
+    queries: Tensor  # (B, Q, C), normalised
+    background: Tensor  # (B, C), the mean mask feature of what no query claims, L2-normalised
 
 
 class D2Zero(nn.Module):
@@ -106,17 +108,18 @@ class D2Zero(nn.Module):
         text_KD = self.class_embeddings if class_embeddings_KD is None else class_embeddings_KD
         mask_features, memory = self.pixel_decoder(self.backbone(images_B3HW))
         heads = self.decoder(mask_features, memory)
-        return [
-            HeadOutput(self.classifier(queries, mask_logits, mask_features, text_KD), mask_logits)
-            for queries, mask_logits in (heads if all_heads else heads[-1:])
-        ]
+        found = []
+        for queries, mask_logits in heads if all_heads else heads[-1:]:
+            background = background_embedding(mask_features, mask_logits)
+            found.append(HeadOutput(self.classifier(queries, background, text_KD), mask_logits, queries, background))
+        return found
 
     def segmenter(self) -> Segmenter:
         """The model behind the same interface as an exported one, in evaluation mode.
 
         It has the model's vocabulary of now; later changes of either's do not reach the other.
         """
-        return Segmenter(TorchBackend(self), self.contract(), self.vocabulary)
+        return Segmenter(TorchBackend(self), self.contract(), self.vocabulary, TorchClassifier(self))
 
     def with_decoder_layers(self, count: int) -> "D2Zero":
         """The model that stops after some of its decoder layers: each was trained with a head of its own.
@@ -154,6 +157,7 @@ class D2Zero(nn.Module):
             "text_dim": self.config.text_dim,
             "num_queries": self.config.num_queries,
             "decoder_layers": self.config.decoder_layers,
+            "query_dim": self.config.hidden_dim,
             "preprocessing": self.config.preprocessing,
             "softmax_temperature": self.config.softmax_temperature,
         }

@@ -43,7 +43,11 @@ class MatmulAttention(nn.Module):
 
     def keys(self, attention: nn.MultiheadAttention, inputs_BNC: Tensor) -> Tensor:
         """Keys of an attention without a mask, as `forward` takes them."""
-        return projected(inputs_BNC, attention, 1).transpose(1, 2)
+        return self.laid_out(projected(inputs_BNC, attention, 1))
+
+    def laid_out(self, keys_BNC: Tensor) -> Tensor:
+        """Projected keys as `forward` takes them."""
+        return keys_BNC.transpose(1, 2)
 
     def forward(
         self,
@@ -90,7 +94,11 @@ class FusedAttention(nn.Module):
 
     def keys(self, attention: nn.MultiheadAttention, inputs_BNC: Tensor) -> Tensor:
         """Keys of an attention without a mask, as `forward` takes them."""
-        return projected(inputs_BNC, attention, 1)
+        return self.laid_out(projected(inputs_BNC, attention, 1))
+
+    def laid_out(self, keys_BNC: Tensor) -> Tensor:
+        """Projected keys as `forward` takes them."""
+        return keys_BNC
 
     def forward(
         self,

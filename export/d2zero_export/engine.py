@@ -17,7 +17,7 @@ from typing import Any
 from d2zero_export.engine_options import EngineOptions, Inputs, dimensions, profile_for
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata
-from d2zero_runtime.artifacts.onnx import graph_inputs, read_contract, without_default_embeddings
+from d2zero_runtime.artifacts.onnx import graph_inputs, read_classifier, read_contract, without_default_embeddings
 from d2zero_runtime.artifacts.profile import Profile, Shape
 from d2zero_runtime.backends.tensorrt.environment import (
     SDKS,
@@ -111,6 +111,7 @@ def build_engine(
     metadata = EngineMetadata(
         contract=contract,
         embeddings=vocabulary.embeddings,
+        classifier=read_classifier(onnx_path) if contract.query_dim else b"",
         profile=profile,
         sdk=work.library.sdk.name,
         gpu=gpu.name if gpu else "",

@@ -24,12 +24,13 @@ from d2zero.model.config import LEVELS
 from d2zero.model.decoder import DecoderLayer, MaskedDecoder, MaskMLP, blocked
 from d2zero.model.positions import sine_positions
 from d2zero_export.attention import FusedAttention, MatmulAttention, packed_weights, projected, readers
+from d2zero_export.classifier import ClassifierGraph
 
 ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a layer's number: where it must not look
 
 
 class InferenceGraph(nn.Module):
-    """`(images, class_embeddings) → (class_logits, mask_logits)`, all float32.
+    """`(images, class_embeddings) → (class_logits, mask_logits, queries, background)`, all float32.
 
     Between them, each part computes in the precision of its own weights (`precision.cast_to`).
 
@@ -46,12 +47,13 @@ class InferenceGraph(nn.Module):
         super().__init__()
         self.model, self.fused = model, fused
         with torch.no_grad():
-            self.register_buffer("text_KE", self._projected(model.class_embeddings) if baked else None)
             self.attention = (FusedAttention if fused else MatmulAttention)(model.decoder)
+            self.classifier = ClassifierGraph(model.classifier, self.attention)
+            self.register_buffer("text_KE", self.classifier.project(model.class_embeddings) if baked else None)
             self.mask_mlp = folded_mask_mlp(model.decoder.mask_mlp, model.pixel_decoder.mask_features)
             self.register_buffer("first_QC", self._mask_embeddings(model.decoder.norm(model.decoder.query_features)))
 
-    def forward(self, images: Tensor, class_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, class_embeddings: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the network.
 
         Args:
@@ -59,16 +61,19 @@ class InferenceGraph(nn.Module):
             class_embeddings: (K, D); the model's own if left out.
 
         Returns:
-            Class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4).
+            Class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), queries (B, Q, C), background (B, C).
         """
         fused, memory = self._features(images)
         queries, _ = self._decode(fused, memory)
         text_KE = self.text_KE
         if text_KE is None:
-            text_KE = self._projected(self.model.class_embeddings if class_embeddings is None else class_embeddings)
+            text_KE = self.classifier.project(
+                self.model.class_embeddings if class_embeddings is None else class_embeddings
+            )
         mask_logits = self._mask_logits(self._mask_embeddings(queries), fused.flatten(2))
         mask_logits = mask_logits.unflatten(2, fused.shape[2:]).float()
-        return self._classify(queries, mask_logits, fused, text_KE), mask_logits
+        background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR)
+        return self.classifier.classify(queries, background, text_KE), mask_logits, queries.float(), background
 
     def attention_masks(self, images: Tensor) -> list[Tensor]:
         """Where each decoder layer must not look: (B, Q, N) bool, N pixels of the layer's level."""
@@ -80,11 +85,6 @@ class InferenceGraph(nn.Module):
         fused, memory = pixel_decoder.fused(_to(pixel_decoder, features))
         fused, *memory = _to(decoder.layers, [fused, *memory])
         return fused, memory
-
-    def _projected(self, class_embeddings: Tensor) -> Tensor:
-        classifier = self.model.classifier
-        projected: Tensor = classifier.text_projection(*_to(classifier, [class_embeddings]))
-        return projected
 
     def _mask_embeddings(self, normalised: Tensor) -> Tensor:
         """(…, C + 1) of normalised queries: what a pixel of the fused features is multiplied by, and what is added."""
@@ -144,31 +144,6 @@ class InferenceGraph(nn.Module):
             queries = layer.self_norm(queries + attend(own, asking, own_keys, projected(queries, own, 2)))
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
         return decoder.norm(queries), masks
-
-    def _classify(self, queries: Tensor, mask_logits: Tensor, fused: Tensor, text_KE: Tensor) -> Tensor:
-        classifier = self.model.classifier
-        precision = _precision(classifier)
-        queries_BQE = F.normalize(classifier.query_projection(queries.to(precision)), dim=-1)
-        background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR).to(precision)
-        background = classifier.background_projection(background)
-        text = torch.cat([text_KE.expand(queries.shape[0], -1, -1), background[:, None]], dim=1)
-        text = F.normalize(text, dim=-1)
-        if classifier.adaptation is not None:
-            for layer in classifier.adaptation.layers:
-                text = self._adapted(layer, text, queries_BQE)
-            assert classifier.adaptation.norm is not None
-            text = F.normalize(classifier.adaptation.norm(text), dim=-1)
-        logits: Tensor = classifier.logit_scale.float() * (queries_BQE.float() @ text.float().transpose(1, 2))
-        return logits
-
-    def _adapted(self, layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor) -> Tensor:
-        """One transformer decoder layer, post-norm, without dropout."""
-        own, cross = layer.self_attn, layer.multihead_attn
-        for attention, read, norm in ((own, text, layer.norm1), (cross, queries, layer.norm2)):
-            keys, values = self.attention.keys(attention, read), projected(read, attention, 2)
-            text = norm(text + self.attention(attention, projected(text, attention, 0), keys, values))
-        output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
-        return output
 
 
 def _precision(module: nn.Module) -> torch.dtype:

@@ -5,10 +5,9 @@ as it is, and takes other embeddings, of another number of classes, when they ar
 constants.
 """
 
-import logging
+import base64
 import platform
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,22 +22,27 @@ from torch.export import Dim
 import d2zero
 from d2zero.model import D2Zero
 from d2zero.model.deformable import FUNCTIONS, DeformableImpl
+from d2zero_export.classifier import classifier_onnx
 from d2zero_export.end_to_end import end_to_end
 from d2zero_export.end_to_end_parity import end_to_end_difference
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.norms import in_stages
+from d2zero_export.onnx_graph import OPSET, TRACED_CLASSES, check_graph, translate
 from d2zero_export.options import GraphOptions, OnnxOptions
 from d2zero_export.parity import RawParity, limits_for
 from d2zero_export.precision import PRECISIONS, cast_to
 from d2zero_export.quantize import Photos, quantized
 from d2zero_export.verify import raw_parity
 from d2zero_runtime import D2ZeroError, load
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
-
-OPSET = 18  # below 20: there GridSample silently becomes nearest in TensorRT (NVIDIA/TensorRT#4646)
-FORBIDDEN = frozenset({"If", "Loop", "NonZero", "Scan", "SequenceAt"})  # control flow that depends on data
-_TRACED_CLASSES = 41  # any number but 1 that no other size of the graph has
-_OUTPUTS = ["class_logits", "mask_logits"]
+from d2zero_runtime.artifacts.contract import (
+    ACTIVE_INPUT,
+    CONTRACT_KEY,
+    EMBEDDINGS_INPUT,
+    FEATURES,
+    OUTPUTS,
+    ModelContract,
+)
+from d2zero_runtime.artifacts.onnx import CLASSIFIER_KEY
 
 
 def export_onnx(
@@ -72,7 +76,7 @@ def export_onnx(
     model = shortened(model, options)
     contract = contract_for(model, options, options.impl, checkpoint_hash)  # refuses what does not fit before any work
     if options.end_to_end:
-        whole = replace(contract, end_to_end=options.end_to_end)
+        whole = replace(contract, end_to_end=options.end_to_end, query_dim=0)
         whole.check_compatible(model.vocabulary, model.vocabulary)
     photos = _photos(contract, options)
     proto = graph_of(model, options, stage) if traced is None else traced
@@ -91,7 +95,7 @@ def export_onnx(
         if options.end_to_end:
             stage("end to end")
             network, candidate = candidate, Path(folder) / "end_to_end.onnx"
-            contract = replace(contract, end_to_end=options.end_to_end)
+            contract = replace(contract, end_to_end=options.end_to_end, query_dim=0)
             _write(end_to_end(proto, contract, options.end_to_end), model, contract, candidate)
             if options.verify:
                 _verify_end_to_end(network, candidate)
@@ -104,7 +108,10 @@ def _write(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract, path:
     written = onnx.ModelProto()
     written.CopyFrom(proto)
     _add_vocabulary(written, model, contract)
-    written.metadata_props.append(onnx.StringStringEntryProto(key=CONTRACT_KEY, value=contract.to_json()))
+    metadata = {CONTRACT_KEY: contract.to_json()}
+    if contract.query_dim:
+        metadata[CLASSIFIER_KEY] = base64.b64encode(classifier_onnx(model)).decode()
+    onnx.helper.set_model_props(written, metadata)
     check_graph(written)
     onnx.save(written, path)
 
@@ -128,7 +135,7 @@ def graph_of(model: D2Zero, options: OnnxOptions, stage: Callable[[str], None] =
     program = trace(prepared, options)
     stage("rewrite")
     inputs = ["images", EMBEDDINGS_INPUT][: len(program.graph_signature.user_inputs)]
-    return _rewritten(translate(program, inputs, _OUTPUTS))
+    return _rewritten(translate(program, inputs, [*OUTPUTS, *FEATURES]))
 
 
 def shortened(model: D2Zero, options: GraphOptions) -> D2Zero:
@@ -170,45 +177,12 @@ def trace(
     batch = {} if options.batch else {0: Dim("batch", min=1, max=1024)}
     shapes: list[dict[int, Any]] = [{**batch, **sides}]
     if not options.bake:
-        inputs.append(torch.randn(_TRACED_CLASSES, model.config.text_dim, generator=generator))
+        inputs.append(torch.randn(TRACED_CLASSES, model.config.text_dim, generator=generator))
         shapes.append({0: Dim("classes", min=1, max=100_000)})
     graph = InferenceGraph(model, baked=options.bake, fused=fused).eval()
     with torch.no_grad():
         given = tuple(entry.to(device) for entry in inputs)
         return torch.export.export(graph, given, dynamic_shapes=tuple(shapes), strict=False)
-
-
-def translate(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
-    """A traced graph as ONNX, without traces of the machine that made it.
-
-    Args:
-        program: The graph.
-        inputs: Names for its inputs.
-        outputs: Names for its outputs.
-    """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            translated: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                verbose=False,
-            )
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    proto: onnx.ModelProto = translated.model_proto
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    return proto
 
 
 def _rewritten(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -263,22 +237,6 @@ def tools(*packages: str) -> dict[str, str]:
     """Versions of what makes a file."""
     versions = {name: version(name) for name in packages}
     return {"d2zero": d2zero.__version__, "python": platform.python_version(), **versions}
-
-
-def check_graph(proto: onnx.ModelProto) -> None:
-    """Refuse a graph that not every backend can run.
-
-    Raises:
-        D2ZeroError: Names what is wrong.
-    """
-    onnx.checker.check_model(proto)
-    operators = {node.op_type for node in proto.graph.node}
-    wrong = sorted(operators & FORBIDDEN)
-    if wrong:
-        raise D2ZeroError(f"the exported graph depends on data through {', '.join(wrong)}; this is a defect of d2zero")
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    if opsets.get("", 0) >= 20:
-        raise D2ZeroError(f"the exported graph is of opset {opsets['']}, it must be below 20")
 
 
 def verified(model: D2Zero, candidate: Path, options: GraphOptions) -> RawParity:

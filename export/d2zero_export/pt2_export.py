@@ -16,6 +16,7 @@ import torch
 from d2zero.model import D2Zero
 from d2zero.model.deformable import FUNCTIONS, DeformableAttention, DeformableImpl, best_impl
 from d2zero.model.triton_launch import has_triton
+from d2zero_export.classifier import classifier_onnx
 from d2zero_export.onnx_export import contract_for, shortened, trace, verified
 from d2zero_export.options import Pt2Options
 from d2zero_export.parity import RawParity
@@ -70,6 +71,7 @@ def export_pt2(
         description = Pt2Metadata(
             contract=contract,
             embeddings=model.vocabulary.embeddings,
+            classifier=classifier_onnx(model),
             device=options.device,
             hardware=hardware(options.device),
             torch=torch.__version__,

@@ -16,7 +16,8 @@ from torch.export import Dim
 
 from d2zero.checkpoints.files import file_hash
 from d2zero.text.clip import Clip, load_clip
-from d2zero_export.onnx_export import OPSET, check_graph, tools, translate
+from d2zero_export.onnx_export import tools
+from d2zero_export.onnx_graph import OPSET, check_graph, translate
 from d2zero_runtime import D2ZeroError, TextEncoder
 from d2zero_runtime.artifacts.text_encoder import FEATURES_OUTPUT, TEXT_KEY, TOKENS_INPUT, TextContract
 from d2zero_runtime.errors import optional

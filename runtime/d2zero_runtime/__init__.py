@@ -1,8 +1,8 @@
 """Inference contracts and post-processing of D2Zero without torch.
 
 `Vocabulary` (classes), `Preprocessing` and `read_image` (input), `postprocess` (raw output → instances),
-`Detections` (result), `load` (an exported model, as a `Segmenter`), `TextEncoder` (names typed at run time, as a
-vocabulary), `D2ZeroError` (what the user can fix).
+`Detections` (result), `load` (an exported model, as a `Segmenter`), `Segments` (what is found, before it has names),
+`TextEncoder` (names typed at run time, as a vocabulary), `D2ZeroError` (what the user can fix).
 Events go to the logger `d2zero`, which is silent until a program that uses this one configures it.
 """
 
@@ -15,6 +15,7 @@ from d2zero_runtime.images import Preprocessing
 from d2zero_runtime.loading import load
 from d2zero_runtime.masks.postprocess import Mode, postprocess
 from d2zero_runtime.segmenter import Segmenter
+from d2zero_runtime.segments import Segments
 from d2zero_runtime.sources import read_image
 from d2zero_runtime.text.encoder import TextEncoder
 from d2zero_runtime.vocabulary import Vocabulary
@@ -28,6 +29,7 @@ __all__ = [
     "Mode",
     "Preprocessing",
     "Segmenter",
+    "Segments",
     "TextEncoder",
     "Vocabulary",
     "load",

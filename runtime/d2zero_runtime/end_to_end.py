@@ -22,8 +22,10 @@ from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks.device import Sizes
 from d2zero_runtime.masks.packed import PackedMasks
-from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, THREADS, MaskKind, Mode, as_kind, packed_as, upsampled
-from d2zero_runtime.segmenter import Prepared, Segmenter
+from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, THREADS, MaskKind, Mode
+from d2zero_runtime.masks.queries import as_kind, packed_as, upsampled
+from d2zero_runtime.reading import Prepared
+from d2zero_runtime.segmenter import Segmenter
 from d2zero_runtime.vocabulary import Vocabulary
 
 Found = list[NDArray[Any]]  # boxes (B, N, 4), scores (B, N), class ids (B, N) and masks

@@ -21,6 +21,7 @@ EXTRAS = {  # packages that an extra of ours installs; any other comes with `tra
     "psutil": "bench",
     "jinja2": "bench",
     "matplotlib": "bench",
+    "pyarrow": "index",
     "transformers": "bench",
 }
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata, replace_engine_vocabulary
-from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
+from d2zero_runtime.artifacts.onnx import read_classifier, read_contract, replace_onnx_vocabulary
 from d2zero_runtime.artifacts.pt2 import Pt2Metadata, replace_pt2_vocabulary
 from d2zero_runtime.backends.base import Backend, Images
-from d2zero_runtime.backends.onnxruntime import ONNXRUNTIME, EndToEndBackend, OnnxBackend, Provider
+from d2zero_runtime.backends.onnxruntime import ONNXRUNTIME, EndToEndBackend, OnnxBackend, OnnxClassifier, Provider
 from d2zero_runtime.backends.openvino.backend import OpenVinoBackend
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 from d2zero_runtime.backends.torch_pt2 import Pt2Backend
@@ -116,7 +116,8 @@ def open_onnx(path: Path, contract: ModelContract, options: LoadOptions) -> Back
         if not isinstance(chosen[0], str):
             raise D2ZeroError(f"{names[0]} takes no options here; give session_options and threads to load")
         return OpenVinoBackend(path, contract, OPENVINO[names[0]], options.threads, options.session_options)
-    backend = OnnxBackend(path, chosen, options.threads, contract.tf32, options.session_options)
+    settings = (options.threads, contract.tf32, options.session_options)
+    backend = OnnxBackend(path, chosen, *settings, outputs=contract.outputs)
     if backend.on_gpu:
         backend.precision = contract.precision_on_gpu
     return backend
@@ -181,7 +182,8 @@ def _read_onnx(path: Path) -> Exported:
     def opened(options: LoadOptions) -> Segmenter:
         if contract.end_to_end:
             return _open_end_to_end(path, contract, vocabulary, options)
-        return Segmenter(open_onnx(path, contract, options), contract, vocabulary)
+        classifier = OnnxClassifier(lambda: read_classifier(path), options.threads)
+        return Segmenter(open_onnx(path, contract, options), contract, vocabulary, classifier)
 
     return Exported(contract, vocabulary, opened)
 
@@ -196,7 +198,8 @@ def _read_engine(path: Path) -> Exported:
                 f"{path} is an end-to-end engine, which TensorRT runs itself (docs/end-to-end.md); this runtime takes"
                 " engines of files without --end-to-end"
             )
-        return Segmenter(TensorrtBackend(path, metadata, options.device, options.cuda_graphs), contract, vocabulary)
+        backend = TensorrtBackend(path, metadata, options.device, options.cuda_graphs)
+        return Segmenter(backend, contract, vocabulary, OnnxClassifier(lambda: metadata.classifier))
 
     return Exported(contract, vocabulary, opened)
 
@@ -206,7 +209,8 @@ def _read_pt2(path: Path) -> Exported:
 
     def opened(options: LoadOptions) -> Segmenter:
         backend = Pt2Backend(path, metadata, options.device, options.cuda_graphs, options.threads)
-        return Segmenter(backend, metadata.contract, metadata.vocabulary)
+        classifier = OnnxClassifier(lambda: metadata.classifier, options.threads)
+        return Segmenter(backend, metadata.contract, metadata.vocabulary, classifier)
 
     return Exported(metadata.contract, metadata.vocabulary, opened)
 

@@ -3,40 +3,45 @@
 The segmenter does what is the same for all models: reading, resizing, batches, vocabularies, post-processing. The
 network is run by its backend (`d2zero_runtime.backends`). `d2zero_runtime.loading` opens exported models.
 
+A call is two steps in a row, `segment` and `name`. It only makes no masks of queries that get no name.
+
 Letters: B batch, Q queries, K classes, D text width, H and W the padded input's sides.
 """
 
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypedDict, Unpack, overload
+from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from d2zero_runtime.artifacts.contract import ModelContract
-from d2zero_runtime.backends.base import Backend, Raw
+from d2zero_runtime.backends.base import Backend, Classifier, Raw
 from d2zero_runtime.backends.inputs import Input, filled_up, input_of, joined, shape_of
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import PADDING_LOGIT, Preprocessing, Size, as_image, size_of
-from d2zero_runtime.masks.device import DeviceLogits, concatenated, mask_logits_of, stacked
+from d2zero_runtime.masks.device import DeviceLogits, Sizes, mask_logits_of, stacked
 from d2zero_runtime.masks.postprocess import (
     MASK_KINDS,
     MAX_DETECTIONS,
+    THREADS,
     MaskKind,
     Mode,
     ModeName,
-    postprocess,
+    named,
     postprocess_all,
     selection,
 )
+from d2zero_runtime.masks.queries import LogitMasks
+from d2zero_runtime.reading import OnError, Prepared, grouped, read_ahead
+from d2zero_runtime.segments import Segments
 from d2zero_runtime.sources import ImageLike, expand, is_many, open_rgb
-from d2zero_runtime.vocabulary import Vocabulary
+from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 
 logger = logging.getLogger("d2zero")
 
@@ -54,7 +59,7 @@ class PredictOptions(TypedDict, total=False):
     masks: MaskKind
 
 
-OnError = Callable[[ImageLike, D2ZeroError], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +105,17 @@ class Segmenter:
         backend: Runs the network.
         contract: The model's contract.
         vocabulary: The default vocabulary, inside the model.
+        classifier: The model's classifier apart from its network, if there is one.
     """
 
-    def __init__(self, backend: Backend[Any], contract: ModelContract, vocabulary: Vocabulary) -> None:
-        self.backend, self.contract = backend, contract
+    def __init__(
+        self,
+        backend: Backend[Any],
+        contract: ModelContract,
+        vocabulary: Vocabulary,
+        classifier: Classifier | None = None,
+    ) -> None:
+        self.backend, self.contract, self._classifier = backend, contract, classifier
         self._default = self._vocabulary = vocabulary
         self._closed = False
 
@@ -218,7 +230,7 @@ class Segmenter:
         Yields:
             Each source with its instances, in order.
         """
-        for prepared, found in self._stream(sources, mode, vocabulary, batch_size, on_error, False, options):
+        for prepared, found in self._detected(sources, mode, vocabulary, batch_size, on_error, False, options):
             yield prepared.source, found
 
     def stream_with_images(
@@ -232,11 +244,149 @@ class Segmenter:
         **options: Any,
     ) -> Iterator[Segmented]:
         """As `stream`, with each image as it was read, to draw on it; memory holds as many more images."""
-        for prepared, found in self._stream(sources, mode, vocabulary, batch_size, on_error, True, options):
+        for prepared, found in self._detected(sources, mode, vocabulary, batch_size, on_error, True, options):
             assert prepared.image is not None
             yield Segmented(prepared.source, prepared.image, found)
 
-    def _stream(
+    @overload
+    def segment(self, source: NDArray[np.uint8] | Image.Image, *, batch_size: int = ...) -> Segments: ...
+
+    # As of `__call__`.
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self, source: str | os.PathLike[str], *, batch_size: int = ...
+    ) -> Segments | Any: ...
+
+    @overload
+    def segment(self, source: Sequence[ImageLike], *, batch_size: int = ...) -> list[Segments]: ...
+
+    def segment(self, source: ImageLike | Sequence[ImageLike], *, batch_size: int = 1) -> Segments | list[Segments]:
+        """Find all that an image shows, without naming it; `name` does that, with any vocabulary.
+
+        Args:
+            source: As in `__call__`.
+            batch_size: As in `__call__`.
+
+        Returns:
+            `Segments` for one image, a list of them otherwise, in the order of the sources.
+
+        Raises:
+            D2ZeroError: The model's file hands over no features.
+        """
+        many = is_many(source)
+        found = [segments for _, segments in self.segment_stream(expand(source), batch_size=batch_size)]
+        return found if many else found[0]
+
+    def segment_stream(
+        self, sources: Iterable[ImageLike], *, batch_size: int = 1, on_error: OnError | None = None
+    ) -> Iterator[tuple[ImageLike, Segments]]:
+        """As `segment`, one image after another, in flat memory; arguments are those of `stream`."""
+        self.require_features()
+        _check_options(batch_size, {})
+        vocabulary = self._vocabulary
+
+        def finished(batch: list[Prepared], raw: Raw) -> list[Segments]:
+            return [self._segments(entry, raw, row, vocabulary) for row, entry in enumerate(batch)]
+
+        for prepared, segments in self._stream(sources, vocabulary, batch_size, on_error, False, finished):
+            yield prepared.source, segments
+
+    def name(
+        self,
+        segments: Segments,
+        vocabulary: Vocabulary | None = None,
+        mode: Mode | ModeName = Mode.GZSIS,
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        masks: MaskKind = "rle",
+    ) -> Detections:
+        """Name what `segment` found. The network does not run again, only the classifier if the classes are others.
+
+        Args:
+            segments: Of this model, whatever ran it.
+            vocabulary: The classes; the segmenter's own if left out.
+            mode: As in `__call__`, and so are the other options.
+            score_threshold: As there.
+            max_detections: As there.
+            masks: As there.
+
+        Raises:
+            D2ZeroError: The segments are another model's, or the vocabulary does not fit the model or the mode.
+        """
+        chosen = vocabulary or self._vocabulary
+        _check_options(1, {"max_detections": max_detections, "masks": masks})
+        if segments.model != self.contract.identity:
+            raise D2ZeroError("these segments are another model's; name them with the model that made them")
+        found = named(
+            self._class_logits(segments, chosen),
+            segments.of_queries,
+            chosen,
+            mode=mode,
+            temperature=self.contract.softmax_temperature,
+            max_detections=max_detections,
+            score_threshold=score_threshold,
+            masks=masks,
+        )
+        return found.without_empty()
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model's classifier, apart from its network.
+
+        Raises:
+            D2ZeroError: The model's file has none.
+        """
+        self.require_features()
+        assert self._classifier
+        return self._classifier
+
+    def require_features(self) -> None:
+        """Refuse a file that hands over no features.
+
+        Raises:
+            D2ZeroError: It is from before, or goes end to end.
+        """
+        if self.contract.end_to_end:
+            raise D2ZeroError("an end-to-end file hands over only what has names; use one without --end-to-end")
+        if not self.contract.query_dim or self._classifier is None:
+            raise D2ZeroError(
+                "this file hands over no features of what it finds, and has no classifier beside its network: it was"
+                " exported by an older d2zero; export the model again"
+            )
+
+    def _class_logits(self, segments: Segments, vocabulary: Vocabulary) -> NDArray[np.float32]:
+        """Class logits (Q, K + 1): the network's own if it was given these classes."""
+        embeddings, known = vocabulary.embeddings, segments.embeddings
+        if embeddings is known or np.array_equal(embeddings, known):
+            return segments.class_logits
+        check_vocabulary(vocabulary, self.contract.text_dim, self._default)
+        class_logits: NDArray[np.float32] = self.classifier.run(
+            segments.queries[None], segments.background[None], embeddings
+        )[0]
+        return class_logits
+
+    def _segments(self, entry: Prepared, raw: Raw, row: int, vocabulary: Vocabulary) -> Segments:
+        """One image of a batch, with all masks made."""
+        count = self.contract.num_queries
+        found = self._masks_of(entry, raw, row).found(np.arange(count), "rle")
+        return Segments(
+            queries=raw.queries[row],
+            background=raw.background[row],
+            boxes=np.array([mask.box for mask in found], np.float32).reshape(-1, 4),
+            qualities=np.array([mask.quality for mask in found], np.float32),
+            masks=tuple(mask.rle for mask in found if mask.rle is not None),
+            image_size=entry.output_size,
+            model=self.contract.identity,
+            embeddings=vocabulary.embeddings,
+            class_logits=raw.class_logits[row],
+        )
+
+    def _masks_of(self, entry: Prepared, raw: Raw, row: int) -> LogitMasks:
+        sizes = Sizes(entry.padded_size, entry.input_size, entry.output_size)
+        return LogitMasks(raw.mask_logits[row], sizes, THREADS)
+
+    def _detected(
         self,
         sources: Iterable[ImageLike],
         mode: Mode | ModeName,
@@ -245,7 +395,7 @@ class Segmenter:
         on_error: OnError | None,
         keep_images: bool,
         options: dict[str, Any],
-    ) -> "Iterator[tuple[Prepared, Detections]]":
+    ) -> Iterator[tuple[Prepared, Detections]]:
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
         chosen = vocabulary or self._vocabulary
         self.contract.check_compatible(chosen, self._default)
@@ -253,19 +403,36 @@ class Segmenter:
         _check_options(batch_size, options)
         settings = {"score_threshold": SCORE_THRESHOLD, "vocabulary": chosen, "mode": mode, **options}
 
+        def finished(batch: list[Prepared], raw: Any) -> list[Detections]:
+            return [found.without_empty() for found in self._postprocessed(batch, raw, settings)]
+
+        yield from self._stream(sources, chosen, batch_size, on_error, keep_images, finished)
+
+    def _stream(
+        self,
+        sources: Iterable[ImageLike],
+        vocabulary: Vocabulary,
+        batch_size: int,
+        on_error: OnError | None,
+        keep_images: bool,
+        finish: Callable[[list[Prepared], Any], list[T]],
+    ) -> Iterator[tuple[Prepared, T]]:
+        """Run the network on batches, and what is to be done with its output in another thread."""
+
         def prepare(source: ImageLike) -> Prepared:
             return self._prepared(source, keep_images)
 
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as finisher:
-            finishing: list[Future[list[tuple[Prepared, Detections]]]] = []
-            read = _read(iter(sources), prepare, readers, max(batch_size, READERS), on_error)
-            for batch in _grouped(read, batch_size):
-                raw = self._run(joined([entry.pixels for entry in batch]), chosen)
-                finishing.append(finisher.submit(self._finished, batch, raw, settings))
+            finishing: list[tuple[list[Prepared], Future[list[T]]]] = []
+            read = read_ahead(iter(sources), prepare, readers, max(batch_size, READERS), on_error)
+            for batch in grouped(read, batch_size):
+                raw = self._run(joined([entry.pixels for entry in batch]), vocabulary)
+                finishing.append((batch, finisher.submit(finish, batch, raw)))
                 if len(finishing) > 1:
-                    yield from finishing.pop(0).result()
-            for future in finishing:
-                yield from future.result()
+                    done, future = finishing.pop(0)
+                    yield from zip(done, future.result(), strict=True)
+            for done, future in finishing:
+                yield from zip(done, future.result(), strict=True)
 
     def close(self) -> None:
         """Give a GPU's memory back now, not when the object is collected. Closing twice does nothing."""
@@ -286,9 +453,9 @@ class Segmenter:
         class_logits = np.empty((len(images), self.contract.num_queries, len(self._vocabulary) + 1), np.float32)
         parts = []
         for size, rows in self.preprocessing.groups(images):
-            classes, masks = self._run(self.input_of([images[row] for row in rows], size), self._vocabulary)
-            class_logits[rows] = classes
-            parts.append((rows, masks))
+            raw = self._run(self.input_of([images[row] for row in rows], size), self._vocabulary)
+            class_logits[rows] = raw.class_logits
+            parts.append((rows, raw.mask_logits))
         mask_logits = stacked(parts, (*class_logits.shape[:2], height // 4, width // 4), PADDING_LOGIT)
         tensor_or_array = mask_logits.tensor if isinstance(mask_logits, DeviceLogits) else mask_logits
         return RawOutput(class_logits, tensor_or_array, tuple(sizes))
@@ -341,28 +508,27 @@ class Segmenter:
             self._run_exactly(images_B3HW[start : start + size], embeddings)
             for start in range(0, len(images_B3HW), size)
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([classes for classes, _ in parts]), concatenated([masks for _, masks in parts])
+        return Raw.joined(parts)
 
     def _run_exactly(self, images_B3HW: Input, embeddings: NDArray[np.float32] | None) -> Raw:
         """Run a batch; one of a fixed size is filled up with empty images, whose results are dropped."""
         count, size = len(images_B3HW), self.contract.batch or 0
         if count < size:
             images_B3HW = filled_up(images_B3HW, size)
-        class_logits, mask_logits = self.backend.run(images_B3HW, embeddings)
-        self._check_shapes(images_B3HW, class_logits.shape, tuple(mask_logits.shape))
-        return class_logits[:count], mask_logits[:count]
+        raw = self.backend.run(images_B3HW, embeddings)
+        self._check_shapes(images_B3HW, raw)
+        return raw.first(count)
 
-    def _check_shapes(self, images: Input, class_logits: tuple[int, ...], mask_logits: tuple[int, ...]) -> None:
+    def _check_shapes(self, images: Input, raw: Raw) -> None:
         """Refuse outputs of another shape than the contract says: they would be read as something else."""
         batch, height, width = shape_of(images)
         expected = (batch, self.contract.num_queries)
-        wanted = (*expected, height // 4, width // 4)
-        if class_logits[:2] != expected or mask_logits != wanted:
+        wanted = ((*expected, height // 4, width // 4), (*expected, self.contract.query_dim))
+        class_logits, *found = (tuple(part.shape) for part in (raw.class_logits, raw.mask_logits, raw.queries))
+        if class_logits[:2] != expected or tuple(found) != wanted:
             raise D2ZeroError(
-                f"the network made class logits of shape {class_logits} and mask logits of shape"
-                f" {mask_logits}, expected {expected} by classes and {wanted}; export the model again"
+                f"the network made class logits of shape {class_logits}, mask logits of shape {found[0]} and queries of"
+                f" shape {found[1]}, expected {expected} by classes, {wanted[0]} and {wanted[1]}; export it again"
             )
 
     def _require_open(self) -> None:
@@ -373,7 +539,7 @@ class Segmenter:
         """Refuse a mode that the vocabulary does not allow, before any work."""
         selection(vocabulary, mode)
 
-    def _prepared(self, source: ImageLike, keep_image: bool) -> "Prepared":
+    def _prepared(self, source: ImageLike, keep_image: bool) -> Prepared:
         image = open_rgb(source) if isinstance(source, (str, os.PathLike, Image.Image)) else as_image(source)
         resized = self.preprocessing.resize(image)
         pixels, padded = self._network_input(resized)
@@ -384,78 +550,11 @@ class Segmenter:
         padded = self.preprocessing.padded_size(resized.shape[:2])
         return self.input_of([resized], padded), padded
 
-    def _finished(
-        self, batch: "list[Prepared]", raw: Raw, settings: dict[str, Any]
-    ) -> "list[tuple[Prepared, Detections]]":
-        found = self._postprocessed(batch, raw, settings)
-        return [(entry, detections.without_empty()) for entry, detections in zip(batch, found, strict=True)]
-
-    def _postprocessed(self, batch: "Sequence[Prepared]", raw: Any, settings: dict[str, Any]) -> Iterator[Detections]:
+    def _postprocessed(self, batch: Sequence[Prepared], raw: Any, settings: dict[str, Any]) -> Iterator[Detections]:
         """The instances of each image of a batch, of what `_run` returned."""
         for row, entry in enumerate(batch):
-            yield postprocess(
-                raw[0][row],
-                raw[1][row],
-                input_size=entry.input_size,
-                output_size=entry.output_size,
-                padded_size=entry.padded_size,
-                temperature=self.contract.softmax_temperature,
-                **settings,
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """One image, ready for the network."""
-
-    source: ImageLike
-    pixels: Input  # of one image
-    input_size: Size
-    output_size: Size
-    padded_size: Size
-    image: Image.Image | NDArray[np.uint8] | None  # as it was read, if that is wanted
-
-
-def _read(
-    sources: Iterator[ImageLike],
-    prepare: Callable[[ImageLike], Prepared],
-    readers: ThreadPoolExecutor,
-    ahead: int,
-    on_error: OnError | None,
-) -> Iterator[Prepared]:
-    """Sources in order, `ahead` of them being read at a time."""
-    waiting: deque[tuple[ImageLike, Future[Prepared]]] = deque()
-    for source in sources:
-        waiting.append((source, readers.submit(prepare, source)))
-        if len(waiting) > ahead:
-            yield from _taken(*waiting.popleft(), on_error)
-    while waiting:
-        yield from _taken(*waiting.popleft(), on_error)
-
-
-def _taken(source: ImageLike, future: Future[Prepared], on_error: OnError | None) -> Iterator[Prepared]:
-    try:
-        yield future.result()
-    except D2ZeroError as error:
-        if on_error is None:
-            raise
-        logger.warning("skipped: %s", error)
-        on_error(source, error)
-
-
-def _grouped(prepared: Iterator[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
-    """Neighbours of one padded size, at most `batch_size` of them."""
-    group: list[Prepared] = []
-    for entry in prepared:
-        if group and (len(group) == batch_size or entry.padded_size != group[0].padded_size):
-            yield group
-            group = []
-        group.append(entry)
-        if len(group) == batch_size:
-            yield group
-            group = []
-    if group:
-        yield group
+            masks, temperature = self._masks_of(entry, raw, row), self.contract.softmax_temperature
+            yield named(raw.class_logits[row], masks, temperature=temperature, **settings)
 
 
 def _check_options(batch_size: int, options: dict[str, Any]) -> None:

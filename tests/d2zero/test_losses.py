@@ -30,6 +30,11 @@ def squares(*places: tuple[int, int], labels: list[int]) -> Targets:
     return Targets(torch.tensor(labels, dtype=torch.int64), masks)
 
 
+def head_of(class_logits: Tensor, mask_logits: Tensor) -> HeadOutput:
+    """What losses read of a head; they read no features."""
+    return HeadOutput(class_logits, mask_logits, torch.empty(0), torch.empty(0))
+
+
 def perfect(targets: list[Targets], order: list[int], classes: int = 5) -> HeadOutput:
     """Predictions that equal the targets, target i at query order[i]; other queries are background."""
     class_logits = torch.full((len(targets), 6, classes + 1), -20.0)
@@ -40,7 +45,7 @@ def perfect(targets: list[Targets], order: list[int], classes: int = 5) -> HeadO
             class_logits[image, order[index], -1] = -20.0
             class_logits[image, order[index], label] = 20.0
             mask_logits[image, order[index]][target.masks[index]] = 30.0
-    return HeadOutput(class_logits, mask_logits)
+    return head_of(class_logits, mask_logits)
 
 
 def two_images() -> list[Targets]:
@@ -76,9 +81,9 @@ def test_the_order_of_queries_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(3)
     class_logits = torch.randn(2, 6, 6, generator=generator)
     mask_logits = torch.randn(2, 6, 64, 64, generator=generator)
-    turned = HeadOutput(class_logits.flip(1), mask_logits.flip(1))
+    turned = head_of(class_logits.flip(1), mask_logits.flip(1))
     found = []
-    for head in (HeadOutput(class_logits, mask_logits), turned):
+    for head in (head_of(class_logits, mask_logits), turned):
         generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
         found.append(Criterion(CONFIG, TEXT)([head], targets, generators))
     for name in found[0]:
@@ -89,10 +94,10 @@ def test_images_of_a_batch_add_up() -> None:
     """With generators of their own, two images cost what they cost apart, at the batch's normalisation."""
     targets = two_images()
     generator = torch.Generator().manual_seed(3)
-    head = HeadOutput(torch.randn(2, 6, 6, generator=generator), torch.randn(2, 6, 64, 64, generator=generator))
+    head = head_of(torch.randn(2, 6, 6, generator=generator), torch.randn(2, 6, 64, 64, generator=generator))
 
     def loss(rows: list[int]) -> dict[str, float]:
-        part = HeadOutput(head.class_logits[rows], head.mask_logits[rows])
+        part = head_of(head.class_logits[rows], head.mask_logits[rows])
         seeds = [torch.Generator().manual_seed(10 + row) for row in rows]
         found = Criterion(CONFIG, TEXT)([part], [targets[row] for row in rows], seeds)
         return {name: float(value) for name, value in found.items()}
@@ -105,7 +110,7 @@ def test_images_of_a_batch_add_up() -> None:
 def test_an_image_without_targets_costs_its_classes_alone() -> None:
     empty = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.bool))
     mask_logits = torch.randn(1, 6, 64, 64, requires_grad=True)
-    losses = Criterion(CONFIG, TEXT)([HeadOutput(torch.randn(1, 6, 6), mask_logits)], [empty])
+    losses = Criterion(CONFIG, TEXT)([head_of(torch.randn(1, 6, 6), mask_logits)], [empty])
     assert losses["loss_mask"] == 0 and losses["loss_dice"] == 0 and losses["loss_ce"] > 0
     torch.stack(list(losses.values())).sum().backward()
     assert mask_logits.grad is not None and not mask_logits.grad.any()
@@ -113,7 +118,7 @@ def test_an_image_without_targets_costs_its_classes_alone() -> None:
 
 def test_more_targets_than_queries() -> None:
     targets = squares(*[(i, i) for i in range(9)], labels=[i % 5 for i in range(9)])
-    head = HeadOutput(torch.randn(1, 6, 6), torch.randn(1, 6, 64, 64))
+    head = head_of(torch.randn(1, 6, 6), torch.randn(1, 6, 64, 64))
     points = torch.rand(1, 50, 2)
     costs = matching_costs(*head, [targets.labels], [targets.masks.float()], points, CONFIG)
     ((queries, chosen),) = assign(costs)
@@ -152,7 +157,7 @@ def test_unseen_constrained_loss_is_off_by_default_and_pulls_towards_similar_uns
     targets = two_images()
     unseen = F.normalize(torch.rand(3, 8), dim=-1)
     logits = torch.randn(2, 6, 5 + 3 + 1, requires_grad=True)
-    head = HeadOutput(logits, torch.randn(2, 6, 64, 64))
+    head = head_of(logits, torch.randn(2, 6, 64, 64))
     assert "loss_unseen" not in Criterion(CONFIG, TEXT, unseen)([head], targets)
     losses = Criterion(replace(CONFIG, unseen_weight=0.5), TEXT, unseen)([head], targets)
     losses["loss_unseen"].backward()
@@ -160,7 +165,7 @@ def test_unseen_constrained_loss_is_off_by_default_and_pulls_towards_similar_uns
     assert logits.grad is not None
     assert logits.grad[..., 5:8].any() and not logits.grad[..., :5].any() and not logits.grad[..., 8].any()
     # The other terms look only at seen classes and background.
-    seen_only = HeadOutput(torch.cat([logits[..., :5], logits[..., 8:]], -1).detach(), head.mask_logits)
+    seen_only = head_of(torch.cat([logits[..., :5], logits[..., 8:]], -1).detach(), head.mask_logits)
     seeds = [[torch.Generator().manual_seed(s) for s in (1, 2)] for _ in range(2)]
     with_unseen = Criterion(replace(CONFIG, unseen_weight=0.5), TEXT, unseen)([head], targets, seeds[0])
     without = Criterion(CONFIG, TEXT)([seen_only], targets, seeds[1])
@@ -180,7 +185,7 @@ def test_background_weighs_a_tenth() -> None:
     """One matched query and five background ones: the mean is weighted, as cross-entropy with weights is."""
     targets = [squares((10, 10), labels=[2])]
     logits = torch.randn(1, 6, 6)
-    head = HeadOutput(logits, perfect(targets, [3]).mask_logits)
+    head = head_of(logits, perfect(targets, [3]).mask_logits)
     found = Criterion(LossConfig(num_points=100), TEXT)([head], targets)["loss_ce"]
     labels = np.full(6, 5)
     labels[3] = 2
@@ -283,12 +288,12 @@ def test_heads_matched_together_equal_heads_one_by_one(own_generators: bool, uns
     for loss in (Criterion(config, TEXT, unseen), lambda *given: head_by_head(config, unseen, *given)):
         torch.manual_seed(7)
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)] if own_generators else None
-        heads = [HeadOutput(*(tensor.clone().requires_grad_() for tensor in pair)) for pair in values]
+        heads = [head_of(*(tensor.clone().requires_grad_() for tensor in pair)) for pair in values]
         losses = loss(heads, targets, generators)
         torch.stack(list(losses.values())).sum().backward()
         drawn_from: Sequence[torch.Generator | None] = generators or [None]
         left = [torch.rand(4, generator=g) for g in drawn_from]
-        found.append((losses, [tensor.grad for head in heads for tensor in head], left))
+        found.append((losses, [tensor.grad for head in heads for tensor in head[:2]], left))
     (ours, our_gradients, our_rest), (expected, gradients, rest) = found
     assert list(ours) == list(expected)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())

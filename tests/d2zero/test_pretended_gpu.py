@@ -155,8 +155,9 @@ def test_all_heads_are_matched_in_one_transfer(pretended_gpu: PretendedGpu) -> N
     drawn = torch.Generator().manual_seed(0)
     with pretended_gpu:
         there = torch.device("cuda", 0)
+        nothing = torch.empty(0), torch.empty(0)  # losses read no features
         heads = [
-            HeadOutput(torch.randn(2, 6, 6, generator=drawn).to(there), torch.randn(2, 6, 16, 16).to(there))
+            HeadOutput(torch.randn(2, 6, 6, generator=drawn).to(there), torch.randn(2, 6, 16, 16).to(there), *nothing)
             for _ in range(10)
         ]
         targets = [Targets(torch.arange(count), torch.ones(count, 64, 64) > 0).to(there) for count in (2, 0)]

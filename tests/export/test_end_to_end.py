@@ -19,7 +19,7 @@ from d2zero.model import D2Zero
 from d2zero_export.end_to_end_parity import end_to_end_difference, open_end_to_end
 from d2zero_export.engine import EngineOptions, Shape, build_engine
 from d2zero_export.engine_options import dimensions, profile_for
-from d2zero_export.onnx_export import FORBIDDEN
+from d2zero_export.onnx_graph import FORBIDDEN
 from d2zero_runtime import D2ZeroError, load, read_image
 from d2zero_runtime.artifacts.contract import EndToEnd
 from d2zero_runtime.artifacts.onnx import read_contract

@@ -25,7 +25,8 @@ from d2zero.model.backbone import Backbone
 from d2zero_export import onnx_export
 from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
 from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
-from d2zero_export.onnx_export import FORBIDDEN, export_onnx
+from d2zero_export.onnx_export import export_onnx
+from d2zero_export.onnx_graph import FORBIDDEN
 from d2zero_export.options import OnnxOptions
 from d2zero_export.precision import cast_to, fold_batch_norms
 from d2zero_export.verify import raw_parity, verify

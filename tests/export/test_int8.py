@@ -24,7 +24,8 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero_bench.measure import lower_precision
 from d2zero_export.graph import ATTENTION_MASK
-from d2zero_export.onnx_export import FORBIDDEN, export_onnx
+from d2zero_export.onnx_export import export_onnx
+from d2zero_export.onnx_graph import FORBIDDEN
 from d2zero_export.options import OnnxOptions
 from d2zero_export.parity import LIMITS
 from d2zero_export.quantize import QDQ, Photos, _reader, chosen, fold, reductions_early

@@ -20,7 +20,7 @@ from d2zero.checkpoints.files import load_model, save_model
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.text.clip import Clip, encode_names, load_clip
 from d2zero_export import text_export
-from d2zero_export.onnx_export import FORBIDDEN, OPSET
+from d2zero_export.onnx_graph import FORBIDDEN, OPSET
 from d2zero_export.text_export import export_text_encoder
 from d2zero_runtime import D2ZeroError, TextEncoder, Vocabulary, load
 from d2zero_runtime.artifacts.text_encoder import TEXT_KEY, TextContract

@@ -1,6 +1,7 @@
 """What an exported model says about itself: JSON under `d2zero` in the file's metadata."""
 
 import base64
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -18,11 +19,13 @@ CONTRACT_KEY = "d2zero"
 CONTRACT_VERSION = 1
 LARGEST_BATCH = 1024
 # Added within version 1: files from before lack them, and need none.
-_LATER = frozenset({"calibration", "tf32", "decoder_layers", "end_to_end"})
+_LATER = frozenset({"calibration", "tf32", "decoder_layers", "end_to_end", "query_dim"})
 IMAGES_INPUT = "images"
 PIXELS_INPUT = "pixels"  # of end-to-end files
 ACTIVE_INPUT = "active"  # of end-to-end files: the classes that compete, an input with a default
 EMBEDDINGS_INPUT = "class_embeddings"  # an input with a default: the vocabulary inside
+OUTPUTS = ("class_logits", "mask_logits")
+FEATURES = ("queries", "background")  # further outputs of the network, which its classifier takes
 MaskOutput = Literal["packed", "logits"]
 END_TO_END_MODES = (Mode.GZSIS, Mode.ZSIS)
 _BAKED = (
@@ -89,6 +92,8 @@ class ModelContract:
         decoder_layers: How many the network has, which may be fewer than its checkpoint's; 0 in older files, which have
             all.
         end_to_end: What the file does after the network, if it goes from pixels to detections.
+        query_dim: C, the width of the queries and the background that the network hands over; 0 in end-to-end files and
+            older ones, which hand over none.
         opset: ONNX's version.
         checkpoint: SHA-256 of the checkpoint's file, if it came from one.
         tools: Versions of what made the file.
@@ -112,6 +117,7 @@ class ModelContract:
     tf32: bool = False
     decoder_layers: int = 0
     end_to_end: EndToEnd | None = None
+    query_dim: int = 0
     opset: int = 18
     checkpoint: str = ""
     tools: dict[str, str] = field(default_factory=dict)
@@ -155,6 +161,18 @@ class ModelContract:
         if values.get("end_to_end") == {}:  # none, in files of 2026-11-28
             del values["end_to_end"]
         return checked(cls, values, described, _LATER, remedy)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a file of the network hands over, in order."""
+        return (*OUTPUTS, *FEATURES) if self.query_dim else OUTPUTS
+
+    @property
+    def identity(self) -> str:
+        """A digest of what the features of an image depend on: equal for files of one model and precision."""
+        parts = (self.checkpoint, self.precision, self.decoder_layers, self.num_queries, self.query_dim)
+        described = json.dumps([*parts, asdict(self.preprocessing), self.calibration])
+        return hashlib.sha256(described.encode()).hexdigest()
 
     @property
     def precision_on_gpu(self) -> str:
@@ -225,15 +243,28 @@ def embeddings_from_json(values: object, where: str) -> NDArray[np.float32]:
     """
     written = checked(_Embeddings, values, f"{where}: class embeddings")
     rows, width = written.shape
-    try:
-        content = base64.b64decode(written.float32, validate=True)
-    except ValueError as error:
-        raise D2ZeroError(f"{where} is damaged: its class embeddings cannot be read ({error})") from error
+    content = bytes_from_base64(written.float32, f"{where} is damaged: its class embeddings")
     if min(rows, width) < 1 or len(content) != 4 * rows * width:
         raise D2ZeroError(
             f"{where} is damaged: {len(content)} bytes of class embeddings are no {rows}x{width} float32 numbers"
         )
     return np.frombuffer(content, "<f4").reshape(rows, width)
+
+
+def bytes_from_base64(text: str, what: str) -> bytes:
+    """Decode.
+
+    Args:
+        text: Base64.
+        what: The beginning of the message: whose bytes these are.
+
+    Raises:
+        D2ZeroError: It is damaged.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise D2ZeroError(f"{what} cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)

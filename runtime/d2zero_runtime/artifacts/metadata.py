@@ -1,13 +1,19 @@
 """What the descriptions of engines and `.pt2` files share: the model's contract, its default vocabulary, and JSON."""
 
+import base64
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import ModelContract, embeddings_from_json, embeddings_to_json
+from d2zero_runtime.artifacts.contract import (
+    ModelContract,
+    bytes_from_base64,
+    embeddings_from_json,
+    embeddings_to_json,
+)
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.vocabulary import Vocabulary
 
@@ -21,10 +27,12 @@ class Metadata:
     Args:
         contract: The model's contract.
         embeddings: (K, D) float32, the default vocabulary's.
+        classifier: The model's classifier by itself, an ONNX file; empty if there is none.
     """
 
     contract: ModelContract
     embeddings: NDArray[np.float32]
+    classifier: bytes = field(default=b"", kw_only=True)
 
     FIELDS: ClassVar[type[Any]]
     """The dataclass of the subclass's own fields."""
@@ -54,6 +62,7 @@ class Metadata:
                 **self._own_fields(),
                 "contract": asdict(self.contract),
                 "embeddings": embeddings_to_json(self.embeddings),
+                "classifier": base64.b64encode(self.classifier).decode(),
             },
             indent=indent,
         )
@@ -76,6 +85,7 @@ class Metadata:
         return cls(
             contract=ModelContract.from_json(json.dumps(shared.contract), where),
             embeddings=embeddings_from_json(shared.embeddings, where),
+            classifier=bytes_from_base64(shared.classifier, f"{where} is damaged: its classifier"),
             **cls._arguments(own, where),
         )
 
@@ -96,3 +106,4 @@ class _Shared:
     version: int
     contract: dict[str, Any]
     embeddings: dict[str, Any]
+    classifier: str = ""  # files from before lack it

@@ -16,11 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, CONTRACT_KEY, EMBEDDINGS_INPUT, ModelContract
+from d2zero_runtime.artifacts.contract import (
+    ACTIVE_INPUT,
+    CONTRACT_KEY,
+    EMBEDDINGS_INPUT,
+    ModelContract,
+    bytes_from_base64,
+)
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.files import atomic_write
 from d2zero_runtime.vocabulary import Vocabulary
 
+CLASSIFIER_KEY = "d2zero_classifier"  # of the metadata: the classifier by itself, an ONNX file as base64
 _GRAPH, _METADATA = 7, 14
 _INITIALIZER = 5
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
@@ -77,6 +84,18 @@ def read_metadata(path: Path, key: str) -> str | None:
         entry = _metadata_entry(buffer, key)
         values = _parts(buffer, entry, 2) if entry else []
         return _value(buffer, values[0]).decode() if values else None
+
+
+def read_classifier(path: Path) -> bytes:
+    """The classifier inside a file, an ONNX file itself.
+
+    Raises:
+        D2ZeroError: The file is absent or damaged, or has no classifier beside its network.
+    """
+    text = read_metadata(path, CLASSIFIER_KEY)
+    if not text:
+        raise D2ZeroError(f"{path} has no classifier beside its network; export the model again")
+    return bytes_from_base64(text, f"{path} is damaged: its classifier")
 
 
 @contextmanager

@@ -4,19 +4,49 @@ Letters: B batch, Q queries, K classes, D text width, H and W the padded input's
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.profile import Profile
-from d2zero_runtime.masks.device import MaskLogits
+from d2zero_runtime.masks.device import MaskLogits, concatenated
 
 T = TypeVar("T")
 InputT = TypeVar("InputT", contravariant=True)
 Images = NDArray[np.float32]
-Raw = tuple[NDArray[np.float32], MaskLogits]  # class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4)
+
+
+class Raw(NamedTuple):
+    """What a network hands over for a batch."""
+
+    class_logits: NDArray[np.float32]  # (B, Q, K + 1), the background last
+    mask_logits: MaskLogits  # (B, Q, H/4, W/4)
+    queries: NDArray[np.float32]  # (B, Q, C); C is 0 where the network hands over none
+    background: NDArray[np.float32]  # (B, C), the mean mask feature of what no query claims, L2-normalised
+
+    @classmethod
+    def of(cls, class_logits: NDArray[np.float32], mask_logits: MaskLogits, *features: NDArray[np.float32]) -> "Raw":
+        """Outputs in the order of `ModelContract.outputs`, with or without features."""
+        if not features:
+            features = np.zeros((*class_logits.shape[:2], 0), np.float32), np.zeros((len(class_logits), 0), np.float32)
+        return cls(class_logits, mask_logits, *features)
+
+    def first(self, count: int) -> "Raw":
+        """Those of the first images."""
+        rows = slice(count)
+        return Raw(self.class_logits[rows], self.mask_logits[rows], self.queries[rows], self.background[rows])
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Raw]") -> "Raw":
+        """Those of several batches with inputs of one size; of a single one, nothing is copied."""
+        if len(parts) == 1:
+            return parts[0]
+        class_logits, mask_logits, queries, background = zip(*parts, strict=True)
+        return cls(
+            np.concatenate(class_logits), concatenated(mask_logits), np.concatenate(queries), np.concatenate(background)
+        )
 
 
 class Backend(ABC, Generic[InputT]):
@@ -52,7 +82,7 @@ class Backend(ABC, Generic[InputT]):
             embeddings_KD: Class embeddings, float32; None where they are constants of the network.
 
         Returns:
-            Class logits (B, Q, K + 1) float32 and mask logits (B, Q, H/4, W/4), float32 or on a GPU.
+            Float32 outputs; mask logits may be on a GPU.
 
         Raises:
             D2ZeroError: The network cannot run such inputs.
@@ -72,6 +102,26 @@ class Backend(ABC, Generic[InputT]):
 
     def close(self) -> None:
         """Release what the backend holds; by default Python does, when nothing refers to it any more."""
+
+
+class Classifier(ABC):
+    """Compares images' features with any classes, apart from the network. May be called from several threads."""
+
+    @abstractmethod
+    def run(
+        self, queries_BQC: NDArray[np.float32], background_BC: NDArray[np.float32], embeddings_KD: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Class logits (B, Q, K + 1), float32, the background last.
+
+        Args:
+            queries_BQC: As the network hands them over.
+            background_BC: As the network hands it over.
+            embeddings_KD: Class embeddings.
+        """
+
+    @abstractmethod
+    def to_onnx(self) -> bytes:
+        """The classifier as an ONNX file, of which `OnnxClassifier` makes an equal one."""
 
 
 class LatestUpload(Generic[T]):

@@ -5,15 +5,23 @@ and nothing is copied that does not have to be. What was asked for is what runs,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2zero_runtime.artifacts.contract import ACTIVE_INPUT, EMBEDDINGS_INPUT, IMAGES_INPUT, PIXELS_INPUT
+from d2zero_runtime.artifacts.contract import (
+    ACTIVE_INPUT,
+    EMBEDDINGS_INPUT,
+    FEATURES,
+    IMAGES_INPUT,
+    OUTPUTS,
+    PIXELS_INPUT,
+)
 from d2zero_runtime.artifacts.text_encoder import FEATURES_OUTPUT, TOKENS_INPUT
-from d2zero_runtime.backends.base import Backend, Images, LatestUpload
+from d2zero_runtime.backends.base import Backend, Classifier, Images, LatestUpload, Raw
 from d2zero_runtime.backends.onnxruntime_gpu import CUDA, TENSORRT, forbid_tf32, require_startable
 from d2zero_runtime.errors import D2ZeroError, join_truncated, optional
 
@@ -27,7 +35,7 @@ class Session:
     """A graph in an ONNX Runtime session.
 
     Args:
-        path: The `.onnx` file.
+        file: The `.onnx` file, or its content.
         providers: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own names, in order of preference, each by itself or
             with its options: `("cuda", {"device_id": 1})`.
         threads: Threads inside an operator; ONNX Runtime's choice if left out.
@@ -48,12 +56,13 @@ class Session:
 
     def __init__(
         self,
-        path: Path,
+        file: Path | bytes,
         providers: Sequence[Provider] = ("cpu",),
         threads: int | None = None,
         tf32: bool = False,
         session_options: Mapping[str, Any] | None = None,
     ) -> None:
+        content, where = (file, "the classifier") if isinstance(file, bytes) else (str(file), str(file))
         onnxruntime = _onnxruntime()
         chosen = [_named(entry) for entry in providers]
         names = [name for name, _ in chosen]
@@ -69,11 +78,11 @@ class Session:
         _change(options, session_options or {})
         try:
             # Without `enable_fallback=0` a provider that fails is reported on standard output, and the CPU computes.
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+            self.session = onnxruntime.InferenceSession(content, options, providers=chosen, enable_fallback=0)
         except Exception as error:  # onnxruntime has its own exceptions
-            raise D2ZeroError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise D2ZeroError(f"onnxruntime cannot load {where}: {str(error).splitlines()[0]}") from error
         _require_chosen(names, self.session.get_providers())
-        _check_tensors(path, self.session, self._inputs, self._outputs)
+        _check_tensors(where, self.session, self._inputs, self._outputs)
         self.name = f"onnxruntime {onnxruntime.__version__} ({', '.join(self.session.get_providers())})"
         first, settings = chosen[0]
         self.on_gpu = first in (CUDA, TENSORRT)
@@ -110,25 +119,23 @@ class Session:
 
 
 class OnnxBackend(Session, Backend[Images]):
-    """A network in an ONNX Runtime session; its arguments are those of `Session`."""
+    """A network in an ONNX Runtime session.
+
+    Args:
+        file: The `.onnx` file.
+        outputs: What it hands over (`ModelContract.outputs`).
+        arguments: Further arguments of `Session`, by position or name.
+    """
 
     _inputs: ClassVar = {IMAGES_INPUT: (FLOAT, 4), EMBEDDINGS_INPUT: (FLOAT, 2)}
-    _outputs: ClassVar = {"class_logits": FLOAT, "mask_logits": FLOAT}
 
-    def run(
-        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run the network.
+    def __init__(self, file: Path, *arguments: Any, outputs: Sequence[str] = OUTPUTS, **named: Any) -> None:
+        self._outputs = dict.fromkeys(outputs, FLOAT)  # type: ignore[misc]
+        super().__init__(file, *arguments, **named)
 
-        Args:
-            images_B3HW: Normalised and padded, float32.
-            embeddings_KD: Class embeddings, float32; None where they are constants of the graph.
-
-        Returns:
-            class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), float32.
-        """
-        class_logits, mask_logits = self._ran(self._bound({IMAGES_INPUT: images_B3HW}, embeddings_KD))
-        return class_logits, mask_logits
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
+        """Run the network; see `Backend`."""
+        return Raw.of(*self._ran(self._bound({IMAGES_INPUT: images_B3HW}, embeddings_KD)))
 
     def resident(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -185,12 +192,54 @@ class TextSession(Session):
         return features_PD
 
 
+class OnnxClassifier(Classifier):
+    """A model's classifier in an ONNX Runtime session on the CPU, opened when it is first needed.
+
+    Args:
+        read: Reads the classifier, an ONNX file; called once.
+        threads: Threads inside an operator; ONNX Runtime's choice if left out.
+    """
+
+    def __init__(self, read: Callable[[], bytes], threads: int | None = None) -> None:
+        self._read, self._threads = read, threads
+
+    def run(
+        self, queries_BQC: NDArray[np.float32], background_BC: NDArray[np.float32], embeddings_KD: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """See `Classifier`."""
+        return self._session.classify(queries_BQC, background_BC, embeddings_KD)
+
+    def to_onnx(self) -> bytes:
+        """See `Classifier`."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> bytes:
+        return self._read()
+
+    @cached_property
+    def _session(self) -> "_ClassifierSession":
+        return _ClassifierSession(self._content, threads=self._threads)
+
+
+class _ClassifierSession(Session):
+    _inputs: ClassVar = {FEATURES[0]: (FLOAT, 3), FEATURES[1]: (FLOAT, 2), EMBEDDINGS_INPUT: (FLOAT, 2)}
+    _outputs: ClassVar = {OUTPUTS[0]: FLOAT}
+
+    def classify(
+        self, queries_BQC: NDArray[np.float32], background_BC: NDArray[np.float32], embeddings_KD: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        features = dict(zip(FEATURES, (queries_BQC, background_BC), strict=True))
+        (class_logits_BQK,) = self._ran(self._bound(features, embeddings_KD))
+        return class_logits_BQK
+
+
 def _cannot_run(error: Exception) -> D2ZeroError:
     return D2ZeroError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}")
 
 
 def _check_tensors(
-    path: Path, session: Any, wanted_inputs: Mapping[str, tuple[str, int]], wanted_outputs: Mapping[str, str]
+    where: str, session: Any, wanted_inputs: Mapping[str, tuple[str, int]], wanted_outputs: Mapping[str, str]
 ) -> None:
     """Refuse a graph whose inputs and outputs are not those of an exported model.
 
@@ -203,11 +252,11 @@ def _check_tensors(
         kind, rank = wanted_inputs.get(name, (wanted_outputs.get(name, ""), len(entry.shape)))
         if entry.type not in kind.split(" or ") or len(entry.shape) != rank:
             raise D2ZeroError(
-                f"{path} is not a model of d2zero: {name} is {entry.type} of shape {entry.shape}; export it again"
+                f"{where} is not a model of d2zero: {name} is {entry.type} of shape {entry.shape}; export it again"
             )
     missing = [name for name in (next(iter(wanted_inputs)), *wanted_outputs) if name not in {**inputs, **outputs}]
     if missing:
-        raise D2ZeroError(f"{path} is not a model of d2zero: it lacks {join_truncated(missing)}; export it again")
+        raise D2ZeroError(f"{where} is not a model of d2zero: it lacks {join_truncated(missing)}; export it again")
 
 
 def _onnxruntime() -> Any:

@@ -28,7 +28,7 @@ from d2zero_runtime.masks.device import DeviceLogits
 MAX_SHAPES = 8  # graphs kept
 OPERATORS = "d2zero.operators"  # entry points: modules that bring operators outside torch
 
-Network = Callable[..., Any]  # (images, embeddings) -> class logits, mask logits; all tensors
+Network = Callable[..., Any]  # (images, embeddings) -> what `ModelContract.outputs` names; all tensors
 
 
 class Pt2Backend(Backend[Input]):
@@ -77,9 +77,9 @@ class Pt2Backend(Backend[Input]):
     def run(self, images_B3HW: Input, embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `Backend`. On a GPU, mask logits stay there."""
         with self._ready():
-            class_logits, mask_logits = self._network(*self._moved(images_B3HW, embeddings_KD))
+            class_logits, mask_logits, *features = self._network(*self._moved(images_B3HW, embeddings_KD))
             masks = DeviceLogits(mask_logits) if mask_logits.is_cuda else mask_logits.numpy()
-            return class_logits.cpu().numpy(), masks
+            return Raw.of(class_logits.cpu().numpy(), masks, *(part.cpu().numpy() for part in features))
 
     def resident(self, images_B3HW: Input, embeddings_KD: NDArray[np.float32] | None) -> Callable[[], None]:
         """See `Backend`."""

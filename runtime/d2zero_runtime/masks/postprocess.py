@@ -5,14 +5,13 @@ masks upsampled to the padded size, cropped to the image, resized to the output 
 p times the mean sigmoid inside the mask.
 
 Only masks that survive the top-k are touched, each query's once, several at a time in threads, and they go
-straight to run lengths (`upsample`).
+straight to run lengths (`upsample`). Queries that were stored get names in the same way (`named`).
 
 Letters: Q queries, K classes, N instances, h and w the mask logits' sides.
 """
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, get_args
@@ -23,10 +22,8 @@ from numpy.typing import NDArray
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
 from d2zero_runtime.images import Size
-from d2zero_runtime.masks import rle
-from d2zero_runtime.masks.device import DeviceLogits, MaskLogits, Sizes
-from d2zero_runtime.masks.packed import PackedMasks
-from d2zero_runtime.masks.upsample import Mask, resize_axis, upsampled_mask
+from d2zero_runtime.masks.device import MaskLogits, Sizes
+from d2zero_runtime.masks.queries import LogitMasks, QueryMasks
 from d2zero_runtime.vocabulary import Vocabulary
 
 SOFTMAX_TEMPERATURE = 0.2
@@ -162,6 +159,45 @@ def postprocess(
         D2ZeroError: Logits are not finite, shapes do not fit the vocabulary, the mode does not, or there is no such
             kind of masks.
     """
+    sizes = Sizes(padded_size, input_size, output_size)
+    return named(
+        class_logits,
+        LogitMasks(mask_logits, sizes, threads or THREADS),
+        vocabulary,
+        mode=mode,
+        temperature=temperature,
+        max_detections=max_detections,
+        score_threshold=score_threshold,
+        masks=masks,
+    )
+
+
+def named(
+    class_logits: NDArray[np.float32],
+    of_queries: QueryMasks,
+    vocabulary: Vocabulary,
+    *,
+    mode: Mode | ModeName = Mode.GZSIS,
+    temperature: float = SOFTMAX_TEMPERATURE,
+    max_detections: int = MAX_DETECTIONS,
+    score_threshold: float = 0.0,
+    masks: MaskKind = "rle",
+) -> Detections:
+    """Give one image's queries names: instances, best first.
+
+    Args:
+        class_logits: As of `postprocess`, and so are the options.
+        of_queries: The queries' masks, of which only those that get a name are made.
+        vocabulary: The K classes that the logits belong to.
+        mode: A `Mode` or its name.
+        temperature: Softmax temperature of the class probabilities.
+        max_detections: At most this many instances.
+        score_threshold: Instances below this final score are dropped.
+        masks: The kind of masks.
+
+    Raises:
+        D2ZeroError: As of `postprocess`.
+    """
     if masks not in MASK_KINDS:
         raise D2ZeroError(f"masks must be one of {', '.join(MASK_KINDS)}, got {masks!r}")
     queries_count = len(class_logits)
@@ -181,24 +217,21 @@ def postprocess(
         probabilities = _with_synonyms(probabilities, vocabulary.class_of)
     queries, classes = top_instances(probabilities, chosen)
     used, row_of = np.unique(queries, return_inverse=True)
-    sizes = Sizes(padded_size, input_size, output_size)
-    later = _with_bits_later(mask_logits, masks)
-    found = upsampled(mask_logits, used, sizes, "none" if later else masks, threads or THREADS)
+    found = of_queries.found(used, masks)
     quality = np.array([mask.quality for mask in found], np.float32)
     scores = probabilities[queries, classes] * quality[row_of]
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] >= score_threshold]
     picked = [found[row] for row in row_of[order]]
     class_ids = classes[order]
-    size = (int(output_size[0]), int(output_size[1]))
     return Detections(
         boxes=np.array([mask.box for mask in picked], np.float32).reshape(-1, 4),
         scores=scores[order].astype(np.float32),
         class_ids=class_ids,
         names=tuple(vocabulary.names[index] for index in class_ids),
         seen=vocabulary.seen[class_ids],
-        masks=packed_as(later.packed(queries[order].tolist(), sizes), masks) if later else as_kind(picked, masks, size),
-        image_size=size,
+        masks=of_queries.of_kind(queries[order], picked, masks),
+        image_size=of_queries.size,
     )
 
 
@@ -246,54 +279,8 @@ def postprocess_all(
     ]
 
 
-def _with_bits_later(mask_logits: MaskLogits, kind: str) -> DeviceLogits | None:
-    """The logits, if boxes and qualities come first, and bits later in their final order: the host copies nothing."""
-    if isinstance(mask_logits, DeviceLogits) and mask_logits.one_kernel and kind in ("packed", "bitmap"):
-        return mask_logits
-    return None
-
-
-def packed_as(packed: PackedMasks, kind: str) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None:
-    """Packed masks as `postprocess` gives a kind of masks."""
-    if kind == "rle":
-        return tuple(packed.encoded(row) for row in range(len(packed)))
-    if kind == "none":
-        return None
-    return packed.bitmaps() if kind == "bitmap" else packed
-
-
-def upsampled(mask_logits: MaskLogits, queries: NDArray[np.int64], sizes: Sizes, kind: str, threads: int) -> list[Mask]:
-    """Each query's mask at the output size, made where the logits are."""
-    if isinstance(mask_logits, DeviceLogits):
-        return mask_logits.upsampled(queries.tolist(), sizes, kind, threads)
-    rows, columns = (
-        resize_axis(mask_logits.shape[1 + axis], sizes.padded[axis], sizes.used[axis], sizes.output[axis])
-        for axis in (0, 1)
-    )
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda query: upsampled_mask(mask_logits[query], rows, columns, kind != "none"), queries))
-
-
 def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int64]) -> NDArray[np.float32]:
     """Add what synonyms got to their classes; synonyms compete for the same probability."""
     summed = np.zeros_like(probabilities)
     np.add.at(summed.T, class_of, probabilities.T)
     return summed
-
-
-def as_kind(
-    found: Sequence[Mask], kind: str, size: Size
-) -> tuple[rle.RLE, ...] | NDArray[np.bool_] | PackedMasks | None:
-    """Upsampled masks as `postprocess` gives a kind of masks."""
-    if kind == "none":
-        return None
-    encoded = tuple(mask.rle for mask in found if mask.rle is not None)
-    if kind == "rle":
-        return encoded
-    if encoded or not found:
-        bitmaps = np.empty((len(encoded), *size), bool)
-        for bitmap, mask in zip(bitmaps, encoded, strict=True):
-            bitmap[:] = rle.decode(mask)
-        return bitmaps if kind == "bitmap" else PackedMasks.of(bitmaps)
-    packed = PackedMasks(np.stack([mask.bits for mask in found if mask.bits is not None]), size)
-    return packed_as(packed, kind)

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.onnx import without_default_embeddings
-from d2zero_runtime.backends.base import Backend, Images
+from d2zero_runtime.backends.base import Backend, Images, Raw
 from d2zero_runtime.backends.openvino.precision import lower_to_bfloat16
 from d2zero_runtime.backends.openvino.rewrites import convolve_linear_layers, join_row_sums
 from d2zero_runtime.errors import D2ZeroError, optional
 
 HINTS = {"float32": "f32", "bfloat16": "dynamic"}  # each said: without one, OpenVINO lowers where the processor can
-_OUTPUTS = ("class_logits", "mask_logits")
 
 
 def computes_in_bfloat16(core: Any) -> bool:
@@ -76,19 +75,18 @@ class OpenVinoBackend(Backend[Images]):
             if precision == "bfloat16":
                 lower_to_bfloat16(model)
             compiled = core.compile_model(model, "CPU", settings)
-            for name in _OUTPUTS:
+            for name in contract.outputs:
                 compiled.output(name)
         except D2ZeroError:
             raise
         except Exception as error:  # openvino's, of many kinds
             raise D2ZeroError(f"openvino cannot load {path}: {_reason(error)}") from error
         self._request, self._lock = compiled.create_infer_request(), threading.Lock()
+        self._outputs = contract.outputs
         self.precision = precision if contract.precision == "float32" else contract.precision
         self.name = f"openvino {openvino.__version__.split('-')[0]} (CPU, {self.precision})"
 
-    def run(
-        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `d2zero_runtime.backends.base.Backend`."""
         feed = {"images": images_B3HW}
         if embeddings_KD is not None:
@@ -98,8 +96,7 @@ class OpenVinoBackend(Backend[Images]):
                 found = self._request.infer(feed)
             except Exception as error:  # openvino's, of many kinds
                 raise D2ZeroError(f"openvino cannot run the model: {_reason(error)}") from error
-            class_logits, mask_logits = (np.array(found[name], np.float32) for name in _OUTPUTS)
-        return class_logits, mask_logits
+            return Raw.of(*(np.array(found[name], np.float32) for name in self._outputs))
 
 
 def _reason(error: Exception) -> str:

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, IMAGES_INPUT
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.profile import Shape
-from d2zero_runtime.backends.base import Backend, Images
+from d2zero_runtime.backends.base import Backend, Images, Raw
 from d2zero_runtime.backends.tensorrt.environment import SDKS, Environment, collector, numbers, require_tensorrt
 from d2zero_runtime.backends.tensorrt.issues import known_issues
 from d2zero_runtime.backends.tensorrt.memory import Memory, Tensor
 from d2zero_runtime.backends.tensorrt.rtx import KernelCache, runtime_config, why_invalid
 from d2zero_runtime.errors import D2ZeroError
 
-OUTPUTS = ("class_logits", "mask_logits")
 MAX_SHAPES = 8  # contexts and graphs kept, of the shapes used last
 _VERSION_NUMBERS = 4  # of TensorRT's version; plans are read by exactly the version that wrote them
 
@@ -59,14 +58,15 @@ class TensorrtBackend(Backend[Images]):
         self._messages = collector(library.tensorrt)
         self._runtime, self._engine = _deserialized(path, metadata, self._environment, self._messages)
         self._inputs = (IMAGES_INPUT,) if metadata.contract.baked else (IMAGES_INPUT, EMBEDDINGS_INPUT)
-        _check_tensors(path, self._engine, library.tensorrt, self._inputs)
+        self._outputs = metadata.contract.outputs
+        _check_tensors(path, self._engine, library.tensorrt, self._inputs, self._outputs)
         self._config = self._kernels = None  # TensorRT-RTX's
         if library.sdk.portable:
             self._config = runtime_config(library.tensorrt, self._engine, cuda_graphs)
             self._kernels = KernelCache(self._config, path.with_name(f"{path.name}.kernels"))
         self._cuda = self._environment.cuda
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.runtime.cudaStreamNonBlocking)
-        self._tensors = {name: Tensor(self._cuda) for name in (*self._inputs, *OUTPUTS)}
+        self._tensors = {name: Tensor(self._cuda) for name in (*self._inputs, *self._outputs)}
         self._activations = Memory(self._cuda, "cudaMalloc", "cudaFree")
         self._prepared: OrderedDict[Shape, _Prepared] = OrderedDict()
         self._uploaded: NDArray[np.float32] | None = None  # the embeddings that the GPU holds
@@ -75,17 +75,12 @@ class TensorrtBackend(Backend[Images]):
         self.precision = replace(metadata.contract, tf32=metadata.tf32).precision_on_gpu
         self.name = f"{library.sdk.name} {version} on {self._environment.gpu.name}"
 
-    def run(
-        self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network once.
 
         Args:
             images_B3HW: Normalised and padded.
             embeddings_KD: Class embeddings; None where they are constants of the plan.
-
-        Returns:
-            Class logits (B, Q, K + 1) and mask logits (B, Q, H/4, W/4).
 
         Raises:
             D2ZeroError: The engine was not built for such a shape, or CUDA or TensorRT failed.
@@ -100,9 +95,9 @@ class TensorrtBackend(Backend[Images]):
             if embeddings_KD is not None and EMBEDDINGS_INPUT in self._inputs:
                 self._upload_embeddings(embeddings_KD)
             self._launch(prepared)
-            outputs = [self._download(name, prepared.shapes[name]) for name in OUTPUTS]
+            outputs = [self._download(name, prepared.shapes[name]) for name in self._outputs]
             self._call("cudaStreamSynchronize", self._stream)
-            return outputs[0].copy(), outputs[1].copy()  # the pinned memory is used again
+            return Raw.of(*(output.copy() for output in outputs))  # the pinned memory is used again
 
     def resident(
         self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None
@@ -186,7 +181,7 @@ class TensorrtBackend(Backend[Images]):
             self._require(context.set_input_shape(name, dims), f"take {name} of shape {dims}")
         unknown = context.infer_shapes()
         self._require(not unknown, f"infer shapes from {', '.join(unknown)}")
-        for name in OUTPUTS:
+        for name in self._outputs:
             shapes[name] = tuple(context.get_tensor_shape(name))
         return context, shapes
 
@@ -308,12 +303,12 @@ def _deserialized(path: Path, metadata: EngineMetadata, environment: Environment
     return runtime, engine
 
 
-def _check_tensors(path: Path, engine: Any, tensorrt: Any, inputs: tuple[str, ...]) -> None:
+def _check_tensors(path: Path, engine: Any, tensorrt: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     modes = {name: engine.get_tensor_mode(name) for name in names}
     expected = {
         **dict.fromkeys(inputs, tensorrt.TensorIOMode.INPUT),
-        **dict.fromkeys(OUTPUTS, tensorrt.TensorIOMode.OUTPUT),
+        **dict.fromkeys(outputs, tensorrt.TensorIOMode.OUTPUT),
     }
     if modes != expected:
         raise D2ZeroError(f"{path}: expected the tensors {', '.join(expected)}, got {', '.join(names)}; build it again")

@@ -1,0 +1,116 @@
+"""The semantic classifier as it is exported: as the last part of the network, and by itself.
+
+The same function as `d2zero.model.classifier`, as one graph for any vocabulary. What depends on the vocabulary only is
+computed once for all images of a batch.
+
+Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from d2zero.model import D2Zero
+from d2zero.model.classifier import SemanticClassifier
+from d2zero_export.attention import FusedAttention, MatmulAttention, projected
+from d2zero_export.onnx_graph import TRACED_CLASSES, check_graph, translate
+from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, FEATURES, OUTPUTS
+
+Attention = MatmulAttention | FusedAttention
+
+
+class ClassifierGraph(nn.Module):
+    """`(queries, background, class_embeddings) → class_logits`.
+
+    Args:
+        classifier: Its weights are shared; it computes in their precision.
+        attention: How its adaptation attends.
+    """
+
+    def __init__(self, classifier: SemanticClassifier, attention: Attention) -> None:
+        super().__init__()
+        self.classifier, self.attention = classifier, attention
+
+    def forward(self, queries: Tensor, background: Tensor, class_embeddings: Tensor) -> Tensor:
+        """Class logits (B, Q, K + 1), float32, the background last.
+
+        Args:
+            queries: (B, Q, C) normalised.
+            background: (B, C) L2-normalised.
+            class_embeddings: (K, D).
+        """
+        return self.classify(queries, background, self.project(class_embeddings))
+
+    def project(self, class_embeddings: Tensor) -> Tensor:
+        """Class embeddings (K, D) in semantic space, (K, E)."""
+        projected: Tensor = self.classifier.text_projection(class_embeddings.to(self._precision))
+        return projected
+
+    def classify(self, queries_BQC: Tensor, background_BC: Tensor, text_KE: Tensor) -> Tensor:
+        """The same as `forward` for classes that are projected."""
+        classifier, precision = self.classifier, self._precision
+        queries_BQE = F.normalize(classifier.query_projection(queries_BQC.to(precision)), dim=-1)
+        background_BE = F.normalize(classifier.background_projection(background_BC.to(precision)), dim=-1)
+        text_KE = F.normalize(text_KE, dim=-1)
+        text = _joined(text_KE, background_BE)
+        if classifier.adaptation is not None:
+            for number, layer in enumerate(classifier.adaptation.layers):
+                parts = (text,) if number else (text_KE, background_BE)  # apart, classes are projected once
+                text = self._adapted(layer, text, queries_BQE, self._attended(layer.self_attn, parts))
+            assert classifier.adaptation.norm is not None
+            text = F.normalize(classifier.adaptation.norm(text), dim=-1)
+        logits: Tensor = classifier.logit_scale.float() * (queries_BQE.float() @ text.float().transpose(1, 2))
+        return logits
+
+    def _attended(self, own: nn.MultiheadAttention, parts: Sequence[Tensor]) -> Tensor:
+        """Self-attention of all classes: (B, K + 1, E), or classes and backgrounds apart."""
+        asking, keys, values = (
+            entries[0] if len(entries) == 1 else _joined(*entries)
+            for entries in ([projected(part, own, which) for part in parts] for which in range(3))
+        )
+        return self.attention(own, asking, self.attention.laid_out(keys), values)  # type: ignore[no-any-return]
+
+    def _adapted(self, layer: nn.TransformerDecoderLayer, text: Tensor, queries: Tensor, attended: Tensor) -> Tensor:
+        """One transformer decoder layer, post-norm, without dropout, after its self-attention."""
+        text = layer.norm1(text + attended)
+        cross = layer.multihead_attn
+        keys, values = self.attention.keys(cross, queries), projected(queries, cross, 2)
+        text = layer.norm2(text + self.attention(cross, projected(text, cross, 0), keys, values))
+        output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
+        return output
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return self.classifier.query_projection.weight.dtype
+
+
+def _joined(text_KE: Tensor, background_BE: Tensor) -> Tensor:
+    """Classes and the background of each image, (B, K + 1, E)."""
+    return torch.cat([text_KE.expand(background_BE.shape[0], -1, -1), background_BE[:, None]], dim=1)
+
+
+def classifier_onnx(model: D2Zero) -> bytes:
+    """A model's classifier by itself, as an ONNX file: any number of images and classes, float32.
+
+    Args:
+        model: On any device; not changed.
+    """
+    classifier, config = model.classifier, model.config
+    graph = ClassifierGraph(classifier, MatmulAttention(model.decoder)).eval()
+    device = classifier.logit_scale.device
+    shapes = ((2, config.num_queries, config.hidden_dim), (2, config.hidden_dim), (TRACED_CLASSES, config.text_dim))
+    batch, classes = Dim("batch", min=1, max=65_536), Dim("classes", min=1, max=100_000)
+    with torch.no_grad():
+        program = torch.export.export(
+            graph,
+            tuple(torch.randn(shape, device=device) for shape in shapes),
+            dynamic_shapes=({0: batch}, {0: batch}, {0: classes}),
+            strict=False,
+        )
+    proto = translate(program, [*FEATURES, EMBEDDINGS_INPUT], [OUTPUTS[0]])
+    check_graph(proto)
+    content: bytes = proto.SerializeToString()
+    return content
