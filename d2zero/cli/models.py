@@ -7,6 +7,7 @@ from pathlib import Path
 from d2zero.checkpoints.runs import checkpoint_file
 from d2zero.cli.terminal import tracked
 from d2zero_runtime import D2ZeroError, Segmenter, TextEncoder, Vocabulary, load
+from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.text_encoder import TextContract
 from d2zero_runtime.backends.onnxruntime import Provider
 from d2zero_runtime.formats import EXPORTED_SUFFIXES, format_of, is_exported
@@ -123,8 +124,15 @@ class TypedNames:
         Raises:
             D2ZeroError: The model was trained with another encoder, or the names cannot be encoded.
         """
-        own = segmenter.vocabulary
-        segmenter.contract.check_encoder(self.contract.width, self.contract.encoder, own)
+        segmenter.set_vocabulary(self.encoded(segmenter.contract, segmenter.vocabulary, threads))
+
+    def encoded(self, contract: ModelContract, own: Vocabulary, threads: int | None = None) -> Vocabulary:
+        """These classes as a vocabulary; those that are seen in the model's own are seen, all others unseen.
+
+        Raises:
+            D2ZeroError: As of `give`.
+        """
+        contract.check_encoder(self.contract.width, self.contract.encoder, own)
         seen = {name for name, flag in zip(own.names, own.seen, strict=True) if flag}
         encoder = TextEncoder.load(self.file, threads=threads)
-        segmenter.set_vocabulary(encoder(self.names, seen=seen, progress=tracked))
+        return encoder(self.names, seen=seen, progress=tracked)

@@ -8,23 +8,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
-from PIL import Image
 
 from d2zero.cli.models import TypedNames, open_segmenter
-from d2zero.cli.results import CocoWriter, ResultsWriter
-from d2zero.cli.terminal import console, plain, tracked
+from d2zero.cli.results import CocoWriter, Picture, ResultsWriter, draw, picture_name, print_summary
+from d2zero.cli.terminal import tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
-from d2zero_runtime.files import atomic_write, check_output
+from d2zero_runtime.files import check_output
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
 from d2zero_runtime.sources import ImageLike, expand
 
 logger = logging.getLogger("d2zero")
-
-Picture = Image.Image | NDArray[np.uint8]
-LONGEST_STEM = 200  # bytes of a picture's name that are the image's
 
 
 def predict(
@@ -91,7 +85,7 @@ def predict(
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
     output.mkdir(parents=True, exist_ok=True)
-    listing = _results_writer(output / "results.json", results_for, sources)
+    listing = ResultsWriter.wanted(output / "results.json", results_for, sources)
     counts: Counter[str] = Counter()
     failed: list[ImageLike] = []
     started = time.perf_counter()
@@ -108,16 +102,11 @@ def predict(
                 listing.add(path, found)
             counts.update(found.names)
             if image is not None:
-                _draw(path, image, found, output / picture_name(number, path), font)
-    _summary(segmenter, counts, len(written.images), time.perf_counter() - started)
+                draw(path, image, found, output / picture_name(number, path), font)
+    seconds = time.perf_counter() - started
+    print_summary(segmenter.vocabulary, counts, len(written.images), seconds, segmenter.backend.name)
     if failed:
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
-
-
-def picture_name(number: int, path: Path) -> str:
-    """Of an overlay: the image's place and name, with at most the 255 bytes that a name may have."""
-    stem = path.stem.encode(errors="surrogateescape")[:LONGEST_STEM].decode(errors="ignore")
-    return f"{number:05d}-{stem}.jpg"
 
 
 def _segmented(
@@ -130,36 +119,3 @@ def _segmented(
     else:
         for source, found in segmenter.stream(sources, mode, **options):
             yield Path(str(source)), None, found
-
-
-def _draw(path: Path, image: Picture, found: Detections, picture: Path, font: str | None) -> None:
-    """Draw one image; a failure costs the picture and not the run."""
-    try:
-        shown = found.without_duplicates().plot(image, font)
-        with atomic_write(picture) as partial:
-            shown.save(partial, "JPEG", quality=92)
-    except Exception as error:  # Pillow's, the disk's, memory's
-        logger.warning("not drawn: %s: %s", path, (str(error) or type(error).__name__).splitlines()[0])
-
-
-def _results_writer(path: Path, annotations: Path | None, sources: list[Path]) -> ResultsWriter | None:
-    if annotations is None:
-        return None
-    from d2zero.data.coco import read_coco
-
-    return ResultsWriter(path, read_coco(annotations), sources)
-
-
-def _summary(segmenter: Segmenter, counts: "Counter[str]", images: int, seconds: float) -> None:
-    from rich.table import Table
-
-    vocabulary = segmenter.vocabulary
-    table = Table("class", "", "instances", box=None)
-    for name, count in counts.most_common(20):
-        seen = vocabulary.seen[vocabulary.names.index(name)]
-        table.add_row(plain(name), "" if seen else "unseen", str(count))
-    screen = console()
-    screen.print(table if counts else "nothing found above the score")
-    rate = images / max(seconds, 1e-9)
-    total = sum(counts.values())
-    print(f"{images} images in {seconds:.1f} s ({rate:.2f} per second), {total} instances, {segmenter.backend.name}")

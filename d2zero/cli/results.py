@@ -1,6 +1,7 @@
-"""Instances of many images as COCO JSON, written as they come: memory stays flat, nothing is lost."""
+"""Instances of many images: as COCO JSON, written as they come so that memory stays flat; as pictures; counted."""
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,14 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from d2zero_runtime import D2ZeroError, Detections
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.table import Table
+
+from d2zero.cli.terminal import console, plain
+from d2zero_runtime import D2ZeroError, Detections, Vocabulary
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import atomic_write
 from d2zero_runtime.masks import rle
+from d2zero_runtime.sources import open_rgb
 
 if TYPE_CHECKING:
     from d2zero.data.coco import CocoFile
 
+logger = logging.getLogger("d2zero")
+
+Picture = Image.Image | NDArray[np.uint8]
+LONGEST_STEM = 200  # bytes of a picture's name that are the image's
 _BLOCK = 1 << 20  # bytes, longer than a row
 
 
@@ -143,6 +155,15 @@ class ResultsWriter:
         self._ids = {Path(entry["file_name"]).name: number for number, entry in annotations.images.items()}
         self._annotations, self._rows = annotations, _Rows(path, "[\n")
 
+    @classmethod
+    def wanted(cls, path: Path, annotations: Path | None, sources: Sequence[Path]) -> "ResultsWriter | None":
+        """From the option of a command; None if it was not given."""
+        if annotations is None:
+            return None
+        from d2zero.data.coco import read_coco
+
+        return cls(path, read_coco(annotations), sources)
+
     def __enter__(self) -> "ResultsWriter":
         return self
 
@@ -163,3 +184,47 @@ class ResultsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._rows.finish("\n]\n")
+
+
+def picture_name(number: int, path: Path) -> str:
+    """Of an overlay: the image's place and name, with at most the 255 bytes that a name may have."""
+    stem = path.stem.encode(errors="surrogateescape")[:LONGEST_STEM].decode(errors="ignore")
+    return f"{number:05d}-{stem}.jpg"
+
+
+def draw(path: Path, image: Picture | None, found: Detections, picture: Path, font: str | None = None) -> None:
+    """Draw one image without duplicates; a failure costs the picture and not the run.
+
+    Args:
+        path: Its file.
+        image: As it was read; it is read if left out.
+        found: Its instances.
+        picture: Where to write, a JPEG.
+        font: A font file for labels.
+    """
+    try:
+        shown = found.without_duplicates().plot(open_rgb(path) if image is None else image, font)
+        with atomic_write(picture) as partial:
+            shown.save(partial, "JPEG", quality=92)
+    except Exception as error:  # Pillow's, the disk's, memory's
+        logger.warning("not drawn: %s: %s", path, (str(error) or type(error).__name__).splitlines()[0])
+
+
+def print_summary(vocabulary: Vocabulary, counts: "Counter[str]", images: int, seconds: float, how: str) -> None:
+    """A table of the classes that were found most, and the rate.
+
+    Args:
+        vocabulary: The classes.
+        counts: Instances by class.
+        images: The number of images.
+        seconds: What they took.
+        how: What ran.
+    """
+    table = Table("class", "", "instances", box=None)
+    for name, count in counts.most_common(20):
+        seen = vocabulary.seen[vocabulary.names.index(name)]
+        table.add_row(plain(name), "" if seen else "unseen", str(count))
+    screen = console()
+    screen.print(table if counts else "nothing found above the score")
+    rate, total = images / max(seconds, 1e-9), sum(counts.values())
+    print(f"{images} images in {seconds:.1f} s ({rate:.2f} per second), {total} instances, {how}")

@@ -10,11 +10,9 @@ evaluates a share of it and appends to a file of its own, and one sums up what i
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -28,11 +26,8 @@ from d2zero.data.json_stream import EntriesOnDisk
 from d2zero.evaluation.metrics import ZeroShotScores, in_order
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
 from d2zero_runtime.errors import join_truncated
+from d2zero_runtime.files import locked
 
-if sys.platform != "win32":
-    import fcntl
-
-PATIENCE = 5.0  # seconds in which a process that outlives its killed parent gives up its files
 Progress = Callable[[Iterator[list[Id]], int, str], Iterator[list[Id]]]
 
 
@@ -278,27 +273,10 @@ def _appending(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         D2ZeroError: Another process has it.
     """
-    with path.open("ab+") as stream:
-        _lock(stream, path)
+    message = f"another evaluation is writing {path}; wait until it has ended, or choose another --output"
+    with locked(path, message) as stream:
         _drop_cut_line(stream)
         yield stream
-
-
-def _lock(stream: IO[bytes], path: Path) -> None:
-    """Until the file is closed or the process ends, however it does; nothing where files cannot be locked."""
-    if sys.platform == "win32":
-        return
-    deadline = time.monotonic() + PATIENCE
-    with suppress(OSError):  # some file systems have no locks
-        while True:
-            try:
-                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise D2ZeroError(
-                        f"another evaluation is writing {path}; wait until it has ended, or choose another --output"
-                    ) from None
-                time.sleep(0.05)
 
 
 def _drop_cut_line(stream: IO[bytes]) -> None:

@@ -1,11 +1,19 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files for one process at a time."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from d2zero_runtime.errors import D2ZeroError
+
+if sys.platform != "win32":
+    import fcntl
+
+PATIENCE = 5.0  # seconds in which a process that outlives its killed parent gives up its files
 
 
 def check_output(path: Path | None, flag: str = "--output", folder: bool = False) -> None:
@@ -57,3 +65,36 @@ def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all; the folder is made."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[IO[bytes]]:
+    """A file to append to, made if it is not there, for one process at a time.
+
+    It is free again when the block or the process ends, however it does. Where files cannot be locked, it never is
+    another's.
+
+    Args:
+        path: The file.
+        message: What to say where another process has it.
+
+    Raises:
+        D2ZeroError: Another process has it.
+    """
+    with path.open("ab+") as stream:
+        _lock(stream, message)
+        yield stream
+
+
+def _lock(stream: IO[bytes], message: str) -> None:
+    if sys.platform == "win32":
+        return
+    deadline = time.monotonic() + PATIENCE
+    with suppress(OSError):  # some file systems have no locks
+        while True:
+            try:
+                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise D2ZeroError(message) from None
+                time.sleep(0.05)

@@ -19,7 +19,6 @@ from d2zero.checkpoints.files import save_model
 from d2zero.cli import models
 from d2zero.data.coco import read_coco
 from d2zero.data.coco_values import Id
-from d2zero.evaluation import run as run_module
 from d2zero.evaluation.processes import run_jobs
 from d2zero.evaluation.run import EvaluationRun
 from d2zero.model import D2Zero
@@ -116,7 +115,7 @@ def test_images_that_no_process_evaluated_are_missed(small_model: D2Zero, shapes
 def test_two_evaluations_do_not_write_the_same_file(
     small_model: D2Zero, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "PATIENCE", 0.2)
+    monkeypatch.setattr("d2zero_runtime.files.PATIENCE", 0.2)
     runs = [evaluation(small_model, shapes_data, tmp_path, limit=2) for _ in range(2)]
 
     def meanwhile(items: Iterator[list[Id]], _length: int, _label: str) -> Iterator[list[Id]]:

@@ -1,0 +1,199 @@
+"""`d2zero index`, `d2zero relabel`: images segmented once, and named with any vocabulary."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from d2zero.cli.models import TypedNames, open_segmenter
+from d2zero.cli.results import CocoWriter, ResultsWriter, draw, picture_name, print_summary
+from d2zero.cli.terminal import tracked
+from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from d2zero_runtime.files import check_output
+from d2zero_runtime.segmenter import SCORE_THRESHOLD
+from d2zero_runtime.sources import ImageLike, expand
+
+if TYPE_CHECKING:
+    from d2zero_runtime.index.index import Index, OnBadShard
+    from d2zero_runtime.index.shards import Features
+
+logger = logging.getLogger("d2zero")
+
+
+def index(
+    source: Annotated[str, typer.Argument(help="A folder of images, a pattern such as 'photos/*.jpg', or an image.")],
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", help="An exported model (.onnx, .engine, .pt2) or a checkpoint (.safetensors)."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The index's folder; one that is there goes on.")],
+    features: Annotated[
+        str,
+        typer.Option("--features", help="float16, whose scores differ by 1e-3 at most, or float32, twice as large."),
+    ] = "float16",
+    provider: Annotated[
+        list[str] | None,
+        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", min=1, help="Images per run, if neighbours have the same size; pays on a GPU."),
+    ] = 1,
+) -> None:
+    """Segment images once, to name what is in them later. Run again, it goes on with what is not in the index yet."""
+    from d2zero.checkpoints.files import file_hash
+    from d2zero.checkpoints.runs import checkpoint_file
+    from d2zero_runtime.index.index import IndexDescription, IndexWriter
+
+    if features not in ("float16", "float32"):
+        raise D2ZeroError(f"--features is float16 or float32, got {features!r}")
+    check_output(output, folder=True)
+    segmenter = open_segmenter(model, provider, device, None, threads)
+    if not segmenter.contract.checkpoint:
+        segmenter.contract = replace(segmenter.contract, checkpoint=file_hash(checkpoint_file(model)))
+    sources = [Path(str(item)).absolute() for item in expand(source, leave_out=output)]
+    if not any(path.exists() for path in sources):
+        raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
+    failed: list[ImageLike] = []
+    bad: list[Path] = []
+    started = time.perf_counter()
+    description = IndexDescription.of(segmenter, cast("Features", features))
+    with IndexWriter(output, description, on_bad_shard=_named_in(bad)) as writer:
+        left = [path for path in sources if path not in writer]
+        if len(left) < len(sources):
+            logger.info("%d of %d images are in the index", len(sources) - len(left), len(sources))
+        results = segmenter.segment_stream(
+            left, batch_size=batch_size, on_error=lambda source, _error: failed.append(source)
+        )
+        for path, segments in tracked(results, len(left), "segmenting"):
+            writer.add(Path(str(path)), segments)
+        seconds, count = time.perf_counter() - started, len(left) - len(failed)
+        print(
+            f"{output}: {len(writer)} images; {count} in {seconds:.1f} s"
+            f" ({count / max(seconds, 1e-9):.2f} per second), {segmenter.backend.name}"
+        )
+    _refuse_bad(bad, "their images were segmented again")
+    if failed:
+        raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+
+
+def relabel(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `d2zero index` made.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for detections.json and pictures.")],
+    vocabulary: Annotated[
+        Path | None, typer.Option("--vocabulary", "-v", help="The classes (.npz); the model's own if left out.")
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option("--names", help="The classes, typed: 'red mug, cat|kitty'. Needs --text-encoder."),
+    ] = None,
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option("--text-encoder", help="For --names: a text encoder (.onnx), made by `d2zero export-text`."),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
+    score: Annotated[
+        float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")
+    ] = SCORE_THRESHOLD,
+    pictures: Annotated[
+        str | None,
+        typer.Option("--pictures", help="Draw the images whose path fits this pattern: '*/img_7*'; '*' for all."),
+    ] = None,
+    results_for: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-for",
+            help="Also write results.json, a COCO results list with the ids of this annotation file. For full accuracy,"
+            " also give --score 0.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; ONNX Runtime chooses if left out.")
+    ] = None,
+) -> None:
+    """Name what is in an index with any vocabulary, without its network: detections.json as of `d2zero predict`."""
+    check_output(output, folder=True)
+    Mode.parse(mode)
+    typed = TypedNames.of(names, text_encoder, vocabulary)
+    with opened_index(folder, threads) as index:
+        classes = classes_for(index, vocabulary, typed, threads)
+        _relabel(index, classes, Mode.parse(mode), output, score, pictures, results_for)
+
+
+def _relabel(
+    index: "Index",
+    classes: Vocabulary,
+    mode: Mode,
+    output: Path,
+    score: float,
+    pictures: str | None,
+    results_for: Path | None,
+) -> None:
+    paths = map(Path, index.paths()) if results_for else ()
+    listing = ResultsWriter.wanted(output / "results.json", results_for, list(paths))
+    output.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    started = time.perf_counter()
+    results = index.name(classes, mode, score_threshold=score)
+    with CocoWriter(output / "detections.json", classes.names) as written, listing or nullcontext():
+        for image, found in tracked(results, len(index), "naming"):
+            path = Path(image.path)
+            number = written.add(image.path, found)
+            if listing:
+                listing.add(path, found)
+            counts.update(found.names)
+            if pictures and fnmatch(image.path, pictures):
+                draw(path, None, found, output / picture_name(number, path))
+    print_summary(classes, counts, len(written.images), time.perf_counter() - started, "named without the network")
+
+
+@contextmanager
+def opened_index(folder: Path, threads: int | None = None) -> "Iterator[Index]":
+    """An index for a command: shards that cannot be used are named, the others used, and the command fails at its end.
+
+    Raises:
+        D2ZeroError: The folder is no index, or has shards that cannot be used.
+    """
+    from d2zero_runtime.index.index import Index
+
+    bad: list[Path] = []
+    yield Index(folder, threads, _named_in(bad))
+    _refuse_bad(bad, "the others were used")
+
+
+def classes_for(
+    index: "Index", vocabulary: Path | None, typed: TypedNames | None, threads: int | None = None
+) -> Vocabulary:
+    """The classes that a command names with: typed ones, a file's, or the model's own.
+
+    Raises:
+        D2ZeroError: They do not fit the model.
+    """
+    if typed:
+        return typed.encoded(index.contract, index.vocabulary, threads)
+    return Vocabulary.load(vocabulary) if vocabulary else index.vocabulary
+
+
+def _named_in(bad: list[Path]) -> "OnBadShard":
+    def told(path: Path, error: D2ZeroError) -> None:
+        bad.append(path)
+        logger.warning("skipped: %s", error)
+
+    return told
+
+
+def _refuse_bad(bad: list[Path], rest: str) -> None:
+    if bad:
+        raise D2ZeroError(f"{len(bad)} shards could not be used (listed above); {rest}")

@@ -1,0 +1,1 @@
+"""Indexes: images that were segmented once, to be named with any vocabulary."""

@@ -1,0 +1,328 @@
+"""An index: a folder of shards, and a description with all that naming needs, the classifier among it.
+
+    INDEX/index.json            the model's contract, default vocabulary and classifier
+    INDEX/shard-00000.parquet   some hundred images each (`shards`)
+
+Letters: B batch, K classes.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2zero_runtime.artifacts.metadata import Metadata
+from d2zero_runtime.backends.onnxruntime import OnnxClassifier
+from d2zero_runtime.detections import Detections
+from d2zero_runtime.errors import D2ZeroError
+from d2zero_runtime.files import locked, write_text
+from d2zero_runtime.index.shards import (
+    Features,
+    IndexedImage,
+    Rows,
+    paths_in,
+    read_shard,
+    schema_of,
+    shard_length,
+    write_shard,
+)
+from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, MaskKind, Mode, ModeName, named, selection
+from d2zero_runtime.segmenter import SCORE_THRESHOLD, Segmenter
+from d2zero_runtime.segments import Segments
+from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
+
+DESCRIPTION = "index.json"
+ROWS = 256  # of a shard at most
+SECONDS = 60.0  # after which images are written however few they are: what a killed process loses
+LARGEST_BATCH = 32  # images classified at a time
+ATTENTION_BYTES = 64 << 20  # of a batch's largest tensor, the scores of K classes attending to each other
+HEADS = 8
+
+T = TypeVar("T")
+OnBadShard = Callable[[Path, D2ZeroError], None]
+
+
+@dataclass(frozen=True)
+class _Fields:
+    features: Features
+
+
+@dataclass(frozen=True, eq=False)
+class IndexDescription(Metadata):
+    """What an index says about itself.
+
+    Args:
+        features: The type that features are stored in.
+    """
+
+    features: Features
+
+    FIELDS: ClassVar[type[Any]] = _Fields
+    REMEDY: ClassVar[str] = "make the index again"
+
+    @classmethod
+    def of(cls, segmenter: Segmenter, features: Features) -> "IndexDescription":
+        """The description of an index that a model makes.
+
+        Raises:
+            D2ZeroError: The model hands over no features.
+        """
+        vocabulary = segmenter.vocabulary
+        return cls(
+            contract=segmenter.contract.with_vocabulary(vocabulary),
+            embeddings=vocabulary.embeddings,
+            classifier=segmenter.classifier.to_onnx(),
+            features=features,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "IndexDescription":
+        """Of an index.
+
+        Raises:
+            D2ZeroError: The folder is none, or the description is damaged or of a newer version.
+        """
+        path = folder / DESCRIPTION
+        if not path.is_file():
+            raise D2ZeroError(f"{folder} is no index: it has no {DESCRIPTION}; make one with `d2zero index`")
+        return cls.from_json(path.read_bytes(), str(path))
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema of the shards."""
+        return schema_of(self.contract, self.features)
+
+
+class Index:
+    """Images that were segmented, to be named.
+
+    Args:
+        folder: What `IndexWriter` made.
+        threads: Threads of the classifier; ONNX Runtime's choice if left out.
+        on_bad_shard: Told of a shard that cannot be used, which is then skipped; without it, that raises.
+
+    Raises:
+        D2ZeroError: The folder is no index, its description is damaged, or a shard cannot be used.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, on_bad_shard: OnBadShard | None = None) -> None:
+        self.folder, self.description = folder, IndexDescription.read(folder)
+        self._on_bad_shard, self._schema = on_bad_shard, self.description.schema
+        self._shards = [(path, rows) for path in shards_in(folder) for rows in self._usable(shard_length, path)]
+        self.contract, self.vocabulary = self.description.contract, self.description.vocabulary
+        self._classifier = OnnxClassifier(lambda: self.description.classifier, threads)
+
+    def __repr__(self) -> str:
+        return f"<Index: {len(self)} images in {self.folder}>"
+
+    def __len__(self) -> int:
+        return sum(rows for _, rows in self._shards)
+
+    def paths(self) -> Iterator[str]:
+        """The images' files, in the order in which they were segmented."""
+        for path, _ in self._shards:
+            for paths in self._usable(paths_in, path):
+                yield from paths
+
+    def name(
+        self,
+        vocabulary: Vocabulary | None = None,
+        mode: Mode | ModeName = Mode.GZSIS,
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        masks: MaskKind = "rle",
+    ) -> Iterator[tuple[IndexedImage, Detections]]:
+        """Name what was found in every image, as `Segmenter.name` does.
+
+        Some images are read while others are classified and the last ones are post-processed; memory is flat.
+
+        Args:
+            vocabulary: The classes; those of the model if left out.
+            mode: As in `Segmenter.__call__`, and so are the other options.
+            score_threshold: As there.
+            max_detections: As there.
+            masks: As there.
+
+        Yields:
+            Each image with its instances, in the order in which they were segmented.
+
+        Raises:
+            D2ZeroError: The vocabulary does not fit the model or the mode, or a shard cannot be used.
+        """
+        chosen = vocabulary or self.vocabulary
+        mode = Mode.parse(mode) if isinstance(mode, str) else mode
+        check_vocabulary(chosen, self.contract.text_dim, self.vocabulary)
+        selection(chosen, mode)
+        options: dict[str, Any] = {
+            "mode": mode,
+            "temperature": self.contract.softmax_temperature,
+            "score_threshold": score_threshold,
+            "max_detections": max_detections,
+            "masks": masks,
+        }
+
+        def finish(rows: Rows, class_logits_BQK: NDArray[np.float32]) -> list[tuple[IndexedImage, Detections]]:
+            return [
+                (image, named(class_logits_BQK[row], rows.masks(row), chosen, **options).without_empty())
+                for row, image in enumerate(rows.images)
+            ]
+
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
+            finishing: deque[Future[list[tuple[IndexedImage, Detections]]]] = deque()
+            for rows in _ahead(self._rows(_batch_size(len(chosen))), reader):
+                class_logits = self._classifier.run(rows.queries_NQC, rows.background_NC, chosen.embeddings)
+                finishing.append(finisher.submit(finish, rows, class_logits))
+                if len(finishing) > 1:
+                    yield from finishing.popleft().result()
+            while finishing:
+                yield from finishing.popleft().result()
+
+    def _rows(self, size: int) -> Iterator[Rows]:
+        for path, _ in self._shards:
+            try:
+                yield from read_shard(path, self._schema, size)
+            except D2ZeroError as error:
+                self._bad(path, error)
+
+    def _usable(self, read: Callable[[Path, Any], T], path: Path) -> Iterator[T]:
+        """What is read of a shard, if it can be."""
+        try:
+            yield read(path, self._schema)
+        except D2ZeroError as error:
+            self._bad(path, error)
+
+    def _bad(self, path: Path, error: D2ZeroError) -> None:
+        if self._on_bad_shard is None:
+            raise error
+        self._on_bad_shard(path, error)
+
+
+class IndexWriter:
+    """Makes an index, or goes on with one; for one process at a time.
+
+    A shard is there when it is whole. A process that is killed loses what it has not written: images of the last
+    `SECONDS` at most, which the next one segments again.
+
+    Args:
+        folder: The index, which is made if it is not there.
+        description: Of the index to make; one that is there must have been made with the same model.
+        rows: Images of a shard at most.
+        on_bad_shard: Told of a shard that cannot be used: its images are not in the index.
+
+    Raises:
+        D2ZeroError: The index that is there is another model's or stores other features, or another process is
+            writing it.
+    """
+
+    def __init__(
+        self, folder: Path, description: IndexDescription, rows: int = ROWS, on_bad_shard: OnBadShard | None = None
+    ) -> None:
+        self.folder, self._most, self._schema = folder, rows, description.schema
+        self._waiting: list[tuple[IndexedImage, Segments]] = []
+        self._written = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder / ".lock", f"another process is writing the index {folder}"))
+            self._describe(description)
+            shards = shards_in(folder)
+            self._next = int(shards[-1].stem.rpartition("-")[2]) + 1 if shards else 0
+            self._known = self._paths(shards, on_bad_shard)
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self.flush()
+
+    def __contains__(self, path: str | Path) -> bool:
+        """Whether an image is in the index."""
+        return str(path) in self._known
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, path: Path, segments: Segments) -> None:
+        """Add an image.
+
+        Args:
+            path: Its file, which is read for its hash.
+            segments: What was found in it.
+
+        Raises:
+            D2ZeroError: The file is not there any more.
+        """
+        self._waiting.append((IndexedImage(str(path), _hash(path), segments.image_size), segments))
+        self._known.add(str(path))
+        if len(self._waiting) >= self._most or time.monotonic() - self._written > SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as a shard."""
+        if self._waiting:
+            write_shard(self.folder / f"shard-{self._next:05d}.parquet", self._waiting, self._schema)
+            self._waiting, self._next = [], self._next + 1
+        self._written = time.monotonic()
+
+    def _describe(self, description: IndexDescription) -> None:
+        path = self.folder / DESCRIPTION
+        if not path.exists():
+            write_text(path, description.to_json())
+            return
+        there = IndexDescription.read(self.folder)
+        if there.contract.identity != description.contract.identity:
+            raise D2ZeroError(f"{self.folder} is an index of another model; choose another folder, or use that model")
+        if there.features != description.features:
+            raise D2ZeroError(
+                f"{self.folder} stores features as {there.features}, not {description.features}; choose another folder,"
+                f" or give --features {there.features}"
+            )
+
+    def _paths(self, shards: Iterable[Path], on_bad_shard: OnBadShard | None) -> set[str]:
+        known: set[str] = set()
+        for path in shards:
+            try:
+                known.update(paths_in(path, self._schema))
+            except D2ZeroError as error:
+                if on_bad_shard is None:
+                    raise
+                on_bad_shard(path, error)
+        return known
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise D2ZeroError(f"image {path} cannot be read any more: {error.strerror}") from error
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards of an index, in order."""
+    return sorted(folder.glob("shard-*.parquet"))
+
+
+def _batch_size(classes: int) -> int:
+    """Images classified at a time, so that their largest tensor stays small."""
+    return max(1, min(LARGEST_BATCH, ATTENTION_BYTES // (4 * HEADS * (classes + 1) ** 2)))
+
+
+def _ahead(items: Iterator[Rows], reader: ThreadPoolExecutor) -> Iterator[Rows]:
+    """The items, each read while the one before is worked on."""
+    pending = reader.submit(next, items, None)
+    while (rows := pending.result()) is not None:
+        pending = reader.submit(next, items, None)
+        yield rows
