@@ -44,6 +44,7 @@ def translate(program: torch.export.ExportedProgram, inputs: list[str], outputs:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     proto: onnx.ModelProto = translated.model_proto
+    del proto.metadata_props[:], proto.graph.metadata_props[:]
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""

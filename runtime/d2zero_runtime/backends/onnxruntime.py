@@ -219,7 +219,9 @@ class OnnxClassifier(Classifier):
 
     @cached_property
     def _session(self) -> "_ClassifierSession":
-        return _ClassifierSession(self._content, threads=self._threads)
+        # Without spinning: its threads would take turns with those that read and post-process.
+        waiting = {"session.intra_op.allow_spinning": "0"}
+        return _ClassifierSession(self._content, threads=self._threads, session_options=waiting)
 
 
 class _ClassifierSession(Session):

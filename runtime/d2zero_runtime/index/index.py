@@ -43,7 +43,7 @@ from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
 DESCRIPTION = "index.json"
 ROWS = 256  # of a shard at most
 SECONDS = 60.0  # after which images are written however few they are: what a killed process loses
-LARGEST_BATCH = 32  # images classified at a time
+LARGEST_BATCH = 16  # images classified at a time; more is no faster
 ATTENTION_BYTES = 64 << 20  # of a batch's largest tensor, the scores of K classes attending to each other
 HEADS = 8
 
@@ -163,6 +163,8 @@ class Index:
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
         check_vocabulary(chosen, self.contract.text_dim, self.vocabulary)
         selection(chosen, mode)
+        if not len(self):
+            raise D2ZeroError(f"{self.folder} holds no images that can be used; run `d2zero index` again")
         options: dict[str, Any] = {
             "mode": mode,
             "temperature": self.contract.softmax_temperature,
