@@ -3,8 +3,8 @@
     python benchmarks/studies/indexing.py --model demo.onnx --images 5000
 
 With the demo's model (an `.onnx` of it; it is exported if left out) over drawn images: time, memory and size of
-`d2zero index`, at a tenth of the images and at all; the same killed ten times, and whether anything was lost, doubled or
-changed; time and memory of `d2zero relabel`; and five vocabularies evaluated from the index and by five full
+`d2zero index`, at a tenth of the images and at all; the same killed ten times, and whether anything was lost, doubled
+or changed; time and memory of `d2zero relabel`; and five vocabularies evaluated from the index and by five full
 evaluations. Then the published architecture with drawn weights and drawn features: how many images a second the
 classifier names, and how many its network segments, in turns.
 """
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--images", type=int, default=5000, help="drawn images that are indexed")
     parser.add_argument("--model", type=Path, help="an .onnx of the demo's checkpoint")
-    parser.add_argument(
-        "--published", type=Path, help="an .onnx of the published architecture, 80 classes; left out, no network runs"
-    )
+    parser.add_argument("--published", type=Path, help="an .onnx of the published architecture; none runs if left out")
     parser.add_argument("--rows", type=int, default=1000, help="images of the published architecture's index")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each rate, interleaved")
     parser.add_argument("--only", choices=("archive", "vocabularies", "published"), help="one part")
@@ -174,7 +172,7 @@ def _taken(*words: object) -> dict[str, float]:
 
 def _killed(photos: Path, model: Path, index: Path, seconds: float) -> dict[str, Any]:
     """Index with kills at random moments until it is whole."""
-    draw, lengths = random.Random(SEED), []
+    draw, lengths = random.Random(SEED), list[int]()
     while True:
         process = subprocess.Popen(
             [*COMMAND, "index", str(photos), "-m", str(model), "-o", str(index)],
@@ -211,7 +209,9 @@ def _prompts(own: Vocabulary) -> list[Vocabulary]:
         found.append(replace(own, embeddings=own.embeddings + strength * noise))
     extra = _words(20, own.width, drawn)
     more = np.concatenate([own.embeddings, extra.embeddings])
-    flags = {name: np.concatenate([getattr(own, name), np.zeros(20, bool)]) for name in ("seen", "active")}
+    flags: dict[str, Any] = {
+        name: np.concatenate([getattr(own, name), np.zeros(20, bool)]) for name in ("seen", "active")
+    }
     return [*found, replace(own, names=(*own.names, *extra.names), embeddings=more, **flags)]
 
 
