@@ -6,6 +6,7 @@ computed once for all images of a batch.
 Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from d2zero_export.onnx_graph import TRACED_CLASSES, check_graph, translate
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, FEATURES, OUTPUTS
 
 Attention = MatmulAttention | FusedAttention
+MOST_KEPT = 4
+_made: dict[str, bytes] = {}  # by digest: one checkpoint is exported in several forms, and tracing takes seconds
 
 
 class ClassifierGraph(nn.Module):
@@ -98,6 +101,23 @@ def classifier_onnx(model: D2Zero) -> bytes:
     Args:
         model: On any device; not changed.
     """
+    digest = _digest(model)
+    if digest not in _made:
+        while len(_made) >= MOST_KEPT:
+            del _made[next(iter(_made))]
+        _made[digest] = _traced(model)
+    return _made[digest]
+
+
+def _digest(model: D2Zero) -> str:
+    """Of all that the classifier's graph depends on."""
+    digest = hashlib.sha256(repr((model.config, list(model.classifier.state_dict()))).encode())
+    for values in model.classifier.state_dict().values():
+        digest.update(values.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _traced(model: D2Zero) -> bytes:
     classifier, config = model.classifier, model.config
     graph = ClassifierGraph(classifier, MatmulAttention(model.decoder)).eval()
     device = classifier.logit_scale.device
