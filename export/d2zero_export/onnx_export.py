@@ -108,9 +108,10 @@ def _write(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract, path:
     written = onnx.ModelProto()
     written.CopyFrom(proto)
     _add_vocabulary(written, model, contract)
-    metadata = {CONTRACT_KEY: contract.to_json()}
+    metadata = {}
     if contract.query_dim:
         metadata[CLASSIFIER_KEY] = base64.b64encode(classifier_onnx(model)).decode()
+    metadata[CONTRACT_KEY] = contract.to_json()  # last: a file that was cut short has none, and is known by that
     onnx.helper.set_model_props(written, metadata)
     check_graph(written)
     onnx.save(written, path)

@@ -78,7 +78,7 @@ def test_it_is_loaded_and_run_like_every_exported_model(compiled: Path) -> None:
     segmenter = load(compiled, threads=1)
     images = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     for words in (embeddings(), np.ones((4, WIDTH), np.float32)):
-        class_logits, mask_logits = segmenter.backend.run(images, words)
+        class_logits, mask_logits, *_ = segmenter.backend.run(images, words)
         np.testing.assert_array_equal(class_logits[0], np.maximum(words, 0))
         np.testing.assert_array_equal(mask_logits, np.maximum(images, 0))
     assert "AOTInductor (CPU)" in segmenter.backend.name
@@ -103,7 +103,7 @@ def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) 
     words = Vocabulary(("x", "y"), np.full((2, WIDTH), 3, np.float32), source={"encoder": "word2vec"})
     replace_pt2_vocabulary(copy, words)
     assert read_exported(copy).vocabulary.names == ("x", "y")
-    class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings)
+    class_logits = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings).class_logits
     np.testing.assert_array_equal(class_logits[0], words.embeddings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt2"]
 
