@@ -59,7 +59,7 @@ def export_onnx(
         model: In evaluation mode, on the CPU; not changed.
         output: Ends in `.onnx`. Written only if every stage passed.
         options: How.
-        checkpoint_hash: Recorded in the contract.
+        checkpoint_hash: Recorded in the contract; the model's own (`D2Zero.checkpoint`) if left out.
         stage: Told each stage's name as it begins.
         traced: What `graph_of` made of this model for options that differ only in calibration, verification, what is
             done end to end, or int8 instead of float32, so that both are traced once; not changed.
@@ -229,7 +229,7 @@ def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, che
         baked=options.bake,
         tf32=options.tf32,
         opset=OPSET,
-        checkpoint=checkpoint_hash,
+        checkpoint=checkpoint_hash or model.checkpoint,
         tools=tools("torch", "onnx", "onnxscript"),
     )
 

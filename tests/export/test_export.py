@@ -14,6 +14,7 @@ import pytest
 from commands import Command
 from end_to_end_files import end_to_end_file
 from models import published_model, published_vocabulary
+from naming import EVERY_PAIR, other_words, renamed, require_equal
 from PIL import Image
 from recorded import require_recorded_detections
 from tiny_network import tiny
@@ -28,6 +29,7 @@ from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.onnx_graph import FORBIDDEN
 from d2zero_export.options import OnnxOptions
+from d2zero_export.parity import alike
 from d2zero_export.precision import cast_to, fold_batch_norms
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
@@ -147,7 +149,12 @@ def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path,
     segmenter = load(path)
     assert len(segmenter(photos[:3])) == 3 and segmenter.vocabulary.names == demo_model.vocabulary.names
     words = segmenter.vocabulary
-    replace(words, names=tuple(name.upper() for name in words.names)).save(tmp_path / "renamed.npz")
+    segments, others = segmenter.segment(photos[0]), other_words(words)
+    require_equal(segmenter.name(segments), segmenter(photos[0]))
+    expected = alike(demo_model.segmenter(), segmenter.preprocessing, others)(photos[0], **EVERY_PAIR)
+    found = segmenter.name(segments, others, **EVERY_PAIR)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    renamed(words).save(tmp_path / "renamed.npz")
     assert command("vocab", "set", path, tmp_path / "renamed.npz").code == 0
     assert load(path)(photos[0]).names[0].isupper()
     words.select(words.names[:3]).save(tmp_path / "few.npz")

@@ -29,7 +29,7 @@ def test_a_wrong_result_is_noticed() -> None:
         held: Raw
 
         def run(self, images: np.ndarray, embeddings: np.ndarray | None) -> Raw:
-            self.held = Raw.of(np.zeros((1, 1)) if embeddings is None else embeddings, images)
+            self.held = Raw.of(np.zeros((1, 1), np.float32) if embeddings is None else embeddings, images)
             time.sleep(0.001)  # another thread comes
             return self.held
 
