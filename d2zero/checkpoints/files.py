@@ -89,6 +89,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         load_exactly(model, arrays)
     except D2ZeroError as error:
         raise D2ZeroError(f"{path}: {error}") from error
+    model.checkpoint = file_hash(path)
     return model.eval().to(device)
 
 

@@ -53,6 +53,9 @@ class D2Zero(nn.Module):
 
     class_embeddings: Tensor
 
+    checkpoint: str = ""
+    """SHA-256 of the file that the weights were loaded from, if any; whoever changes the weights empties it."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -139,6 +142,7 @@ class D2Zero(nn.Module):
         decoder.layers = decoder.layers[:count]
         config = replace(self.config, decoder_layers=count)
         shorter = D2Zero(self.backbone, self.pixel_decoder, decoder, self.classifier, self.vocabulary, config)
+        shorter.checkpoint = self.checkpoint
         return shorter.to(self.class_embeddings.device).train(self.training)
 
     def contract(self, **fields: Any) -> ModelContract:
@@ -160,6 +164,7 @@ class D2Zero(nn.Module):
             "query_dim": self.config.hidden_dim,
             "preprocessing": self.config.preprocessing,
             "softmax_temperature": self.config.softmax_temperature,
+            "checkpoint": self.checkpoint,
         }
         return ModelContract(**{**known, **fields})
 

@@ -59,7 +59,7 @@ def export_onnx(
         model: In evaluation mode, on the CPU; not changed.
         output: Ends in `.onnx`. Written only if every stage passed.
         options: How.
-        checkpoint_hash: Recorded in the contract.
+        checkpoint_hash: Recorded in the contract; the model's own (`D2Zero.checkpoint`) if left out.
         stage: Told each stage's name as it begins.
         traced: What `graph_of` made of this model for options that differ only in calibration, verification, what is
             done end to end, or int8 instead of float32, so that both are traced once; not changed.
@@ -108,9 +108,10 @@ def _write(proto: onnx.ModelProto, model: D2Zero, contract: ModelContract, path:
     written = onnx.ModelProto()
     written.CopyFrom(proto)
     _add_vocabulary(written, model, contract)
-    metadata = {CONTRACT_KEY: contract.to_json()}
+    metadata = {}
     if contract.query_dim:
         metadata[CLASSIFIER_KEY] = base64.b64encode(classifier_onnx(model)).decode()
+    metadata[CONTRACT_KEY] = contract.to_json()  # last: a file that was cut short has none, and is known by that
     onnx.helper.set_model_props(written, metadata)
     check_graph(written)
     onnx.save(written, path)
@@ -228,7 +229,7 @@ def contract_for(model: D2Zero, options: GraphOptions, impl: DeformableImpl, che
         baked=options.bake,
         tf32=options.tf32,
         opset=OPSET,
-        checkpoint=checkpoint_hash,
+        checkpoint=checkpoint_hash or model.checkpoint,
         tools=tools("torch", "onnx", "onnxscript"),
     )
 

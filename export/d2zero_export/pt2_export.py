@@ -42,7 +42,7 @@ def export_pt2(
         model: In evaluation mode, on the CPU; not changed.
         output: Ends in `.pt2`. Written only if every stage passed.
         options: How.
-        checkpoint_hash: Recorded in the contract.
+        checkpoint_hash: Recorded in the contract; the model's own (`D2Zero.checkpoint`) if left out.
         stage: Told each stage's name as it begins.
 
     Returns:

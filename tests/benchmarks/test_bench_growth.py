@@ -159,7 +159,7 @@ def test_each_number_of_queries_has_a_model(exported: Path, tmp_path: Path) -> N
 
 def test_a_model_of_so_many_queries() -> None:
     with torch.inference_mode():
-        class_logits, _ = InferenceGraph(growth._model(False, 7))(torch.zeros(1, 3, 64, 64))
+        class_logits, *_ = InferenceGraph(growth._model(False, 7))(torch.zeros(1, 3, 64, 64))
     assert class_logits.shape[:2] == (1, 7)
 
 

@@ -100,7 +100,7 @@ def test_threads_reach_post_processing(exported: Path, photos: Photos, monkeypat
 
     used: list[int] = []
     monkeypatch.setattr(
-        "d2zero_runtime.masks.postprocess.ThreadPoolExecutor", lambda count: used.append(count) or ThreadPoolExecutor(1)
+        "d2zero_runtime.masks.queries.ThreadPoolExecutor", lambda count: used.append(count) or ThreadPoolExecutor(1)
     )
     for threads in (1, 3):
         candidate = Candidate(Spec("m.onnx", exported, threads=threads))

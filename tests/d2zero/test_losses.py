@@ -120,7 +120,7 @@ def test_more_targets_than_queries() -> None:
     targets = squares(*[(i, i) for i in range(9)], labels=[i % 5 for i in range(9)])
     head = head_of(torch.randn(1, 6, 6), torch.randn(1, 6, 64, 64))
     points = torch.rand(1, 50, 2)
-    costs = matching_costs(*head, [targets.labels], [targets.masks.float()], points, CONFIG)
+    costs = matching_costs(*head[:2], [targets.labels], [targets.masks.float()], points, CONFIG)
     ((queries, chosen),) = assign(costs)
     assert len(queries) == len(chosen) == 6
     assert all(torch.isfinite(value) for value in Criterion(CONFIG, TEXT)([head], [targets]).values())

@@ -37,7 +37,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
 
 
 @pytest.mark.parametrize("form", ["model", "published"])
-def test_inference_uploads_pixels_and_downloads_class_logits(
+def test_inference_uploads_pixels_and_downloads_all_but_mask_logits(
     small_model: D2Zero, pretended_gpu: PretendedGpu, form: str
 ) -> None:
     random = np.random.default_rng(0)
@@ -54,8 +54,9 @@ def test_inference_uploads_pixels_and_downloads_class_logits(
         assert isinstance(batch, PixelBatch) and len(batch.filled_up(5)[1:]) == 4
         segmenter.backend.run(batch, None)
         pretended_gpu.uploads.clear(), pretended_gpu.downloads.clear()
-        class_logits, mask_logits = segmenter.backend.run(batch, None)
-        assert (pretended_gpu.uploads, pretended_gpu.downloads) == ({"to": 1}, {"cpu": 1})
+        class_logits, mask_logits, queries, background = segmenter.backend.run(batch, None)
+        assert (pretended_gpu.uploads, pretended_gpu.downloads) == ({"to": 1}, {"cpu": 3})
+        assert not any(isinstance(part, DeviceLogits) for part in (class_logits, queries, background))
         assert isinstance(mask_logits, DeviceLogits)
         found = segmenter.predict_raw(images)
         np.testing.assert_allclose(class_logits[1], raw.class_logits[2], atol=1e-4)

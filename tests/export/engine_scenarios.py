@@ -96,6 +96,13 @@ def test_baked_model_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert setting.called("IBuilderConfig.builder_optimization_level =") == [(0,)]
 
 
+def test_the_classifier_goes_beside_the_plan(setting: Setting, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.onnx", classifier=b"a classifier")
+    options = EngineOptions(min=Shape(1, 64, 96, 1), opt=Shape(1, 64, 96, 5))
+    assert build_engine(model, tmp_path / "m.engine", options).classifier == b"a classifier"
+    assert EngineMetadata.read(tmp_path / "m.engine").classifier == b"a classifier"
+
+
 def test_tf32_is_what_the_model_allows(setting: Setting, tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx", tf32=True)
     sidecar = build_engine(

@@ -100,6 +100,10 @@ def test_what_the_runtime_cannot_do_with_it(whole: Path, shapes_data: Path) -> N
         segmenter(image, "zsis")
     with pytest.raises(D2ZeroError, match="hands over detections and no raw output"):
         segmenter.predict_raw([image])
+    for refused in (lambda: segmenter.segment(image), lambda: segmenter.classifier):
+        with pytest.raises(D2ZeroError, match="an end-to-end file hands over only what has names; use one without"):
+            refused()
+    assert read_contract(whole)[0].query_dim == 0
     with pytest.raises(D2ZeroError, match="runs with ONNX Runtime: leave out openvino"):
         load(whole, "openvino")
     segmenter.close()

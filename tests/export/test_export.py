@@ -14,6 +14,7 @@ import pytest
 from commands import Command
 from end_to_end_files import end_to_end_file
 from models import published_model, published_vocabulary
+from naming import EVERY_PAIR, other_words, renamed, require_equal
 from PIL import Image
 from recorded import require_recorded_detections
 from tiny_network import tiny
@@ -28,6 +29,7 @@ from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
 from d2zero_export.onnx_export import export_onnx
 from d2zero_export.onnx_graph import FORBIDDEN
 from d2zero_export.options import OnnxOptions
+from d2zero_export.parity import alike
 from d2zero_export.precision import cast_to, fold_batch_norms
 from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
@@ -53,14 +55,14 @@ def test_graph_equals_the_model(small_model: D2Zero) -> None:
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = small_model(images)[-1]
-        class_logits, mask_logits = InferenceGraph(small_model)(images, small_model.class_embeddings)
-    torch.testing.assert_close(class_logits, ours.class_logits, atol=5e-5, rtol=0)
-    torch.testing.assert_close(mask_logits, ours.mask_logits, atol=5e-4, rtol=0)
+        found = InferenceGraph(small_model)(images, small_model.class_embeddings)
+    for theirs, expected, tolerance in zip(found, ours, (5e-5, 5e-4, 5e-5, 5e-5), strict=True):
+        torch.testing.assert_close(theirs, expected, atol=tolerance, rtol=0)
 
 
 def test_file_equals_the_checkpoint_at_every_size_batch_and_class_count(demo_model: D2Zero, exported: Path) -> None:
     parity = raw_parity(demo_model.segmenter(), load(exported))
-    assert len(parity.differences) == 10
+    assert len(parity.differences) == 11
     for entry in parity.differences:
         assert entry.class_logits < 1e-4 and entry.mask_logits < 1e-3 and entry.flipped < 1e-4, entry
 
@@ -140,14 +142,19 @@ def test_batch_norms_are_folded_in_any_backbone(name: str) -> None:
 def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path, command: Command) -> None:
     path = tmp_path / "fixed.onnx"
     parity = export_onnx(demo_model, path, OnnxOptions(size=(96, 128), batch=2, bake=True))
-    assert parity is not None and len(parity.differences) == 7  # other class counts do not apply
+    assert parity is not None and len(parity.differences) == 8  # other class counts do not apply
     inputs = onnx.load(path).graph.input
     assert [entry.name for entry in inputs] == ["images"]
     assert [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] == [2, 3, 96, 128]
     segmenter = load(path)
     assert len(segmenter(photos[:3])) == 3 and segmenter.vocabulary.names == demo_model.vocabulary.names
     words = segmenter.vocabulary
-    replace(words, names=tuple(name.upper() for name in words.names)).save(tmp_path / "renamed.npz")
+    segments, others = segmenter.segment(photos[0]), other_words(words)
+    require_equal(segmenter.name(segments), segmenter(photos[0]))
+    expected = alike(demo_model.segmenter(), segmenter.preprocessing, others)(photos[0], **EVERY_PAIR)
+    found = segmenter.name(segments, others, **EVERY_PAIR)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    renamed(words).save(tmp_path / "renamed.npz")
     assert command("vocab", "set", path, tmp_path / "renamed.npz").code == 0
     assert load(path)(photos[0]).names[0].isupper()
     words.select(words.names[:3]).save(tmp_path / "few.npz")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from naming import require_named_alike
 from own_results import assert_own_results
 from tiny_model import CLASSES, WIDTH, contract, embeddings
 from tiny_network import tiny
@@ -30,6 +31,7 @@ from d2zero.training.config import shapes
 from d2zero_export.graph import InferenceGraph
 from d2zero_export.onnx_export import trace
 from d2zero_export.options import GraphOptions, Pt2Options
+from d2zero_export.parity import drawn_image
 from d2zero_export.precision import cast_to
 from d2zero_export.pt2_export import HEADERS, cuda_headers, export_pt2, hardware
 from d2zero_runtime import D2ZeroError, Vocabulary, load
@@ -78,7 +80,7 @@ def test_it_is_loaded_and_run_like_every_exported_model(compiled: Path) -> None:
     segmenter = load(compiled, threads=1)
     images = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     for words in (embeddings(), np.ones((4, WIDTH), np.float32)):
-        class_logits, mask_logits = segmenter.backend.run(images, words)
+        class_logits, mask_logits, *_ = segmenter.backend.run(images, words)
         np.testing.assert_array_equal(class_logits[0], np.maximum(words, 0))
         np.testing.assert_array_equal(mask_logits, np.maximum(images, 0))
     assert "AOTInductor (CPU)" in segmenter.backend.name
@@ -98,12 +100,12 @@ def test_its_contract_is_read_without_torch(compiled: Path) -> None:
 
 
 def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "other.pt2"
-    shutil.copy(compiled, copy)
+    copy = rewritten(compiled, tmp_path / "other.pt2", described(compiled, classifier=b"a classifier").to_json())
     words = Vocabulary(("x", "y"), np.full((2, WIDTH), 3, np.float32), source={"encoder": "word2vec"})
     replace_pt2_vocabulary(copy, words)
     assert read_exported(copy).vocabulary.names == ("x", "y")
-    class_logits, _ = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings)
+    assert Pt2Metadata.read(copy).classifier == b"a classifier"
+    class_logits = load(copy).backend.run(np.zeros((1, 3, 32, 32), np.float32), words.embeddings).class_logits
     np.testing.assert_array_equal(class_logits[0], words.embeddings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt2"]
 
@@ -114,6 +116,7 @@ def test_its_vocabulary_is_replaced_in_the_file(compiled: Path, tmp_path: Path) 
         ({"torch": "2.9.1"}, r"compiled by torch 2\.9\.1 and runs only with 2\.9\.\*"),
         ({"device": "cuda", "hardware": "NVIDIA H200"}, r"NVIDIA H200|this is"),
         ({"operators": ("d2zero::unheard_of",)}, "calls the operator d2zero::unheard_of, which nothing here brings"),
+        ({"classifier": "?"}, r"m\.pt2 is damaged: its classifier cannot be read"),
         ({"version": 9}, r"m\.pt2 follows version 9 of the description, this d2zero reads up to 1; upgrade d2zero$"),
     ],
 )
@@ -238,12 +241,15 @@ def test_what_is_compiled_for_a_gpu_needs_no_toolkit(tmp_path: Path) -> None:
 def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     stages: list[str] = []
-    parity = export_pt2(tiny(), path, stage=stages.append)
+    model = tiny()
+    model.set_vocabulary(replace(model.vocabulary, seen=np.array([True, False, True])))
+    parity = export_pt2(model, path, stage=stages.append)
     assert stages == ["precision", "trace", "compile", "package", "verify"]
     assert parity is not None and all(entry.class_logits < 1e-3 for entry in parity.differences)
     assert read_exported(path).contract.deform_attn == "embedding_bag"
-    found = load(path)(np.zeros((50, 70, 3), np.uint8))
-    assert found.image_size == (50, 70)
+    image = drawn_image(np.random.default_rng(0), 50, 70)
+    require_named_alike(load(path), image)
+    assert Pt2Metadata.read(path).classifier == load(path).classifier.to_onnx()
 
 
 @pytest.mark.slow

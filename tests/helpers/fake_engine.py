@@ -21,21 +21,28 @@ from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.backends.tensorrt.backend import TensorrtBackend
 
 INPUTS = ("images", "class_embeddings")
-OUTPUTS = ("class_logits", "mask_logits")
 
 
 class Setting:
     """A GPU, a TensorRT with one engine, and the files of it."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, baked: bool = False, sdk: str = "tensorrt"
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        baked: bool = False,
+        sdk: str = "tensorrt",
+        query_dim: int = 0,
     ) -> None:
         self.tensorrt = as_tensorrt(monkeypatch) if sdk == "tensorrt" else as_tensorrt_rtx(monkeypatch)
         self.cuda = FakeCuda()
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", self.cuda)
         self.calls: list[tuple[Any, ...]] = []
         self.inputs = INPUTS[:1] if baked else INPUTS
-        names = (*self.inputs, *OUTPUTS)
+        self.path = write_engine(folder / "m.engine", self.tensorrt.__version__, baked, sdk, query_dim)
+        self.baked, self.query_dim = baked, query_dim
+        self.outputs = EngineMetadata.read(self.path).contract.outputs
+        names = (*self.inputs, *self.outputs)
         modes = self.tensorrt.TensorIOMode
         self.answers: dict[str, Any] = {
             "ICudaEngine.num_io_tensors": len(names),
@@ -52,8 +59,6 @@ class Setting:
         }
         make = constructor(self.tensorrt.Runtime, self.answers, self.calls)
         monkeypatch.setattr(self.tensorrt, "Runtime", make)
-        self.path = write_engine(folder / "m.engine", self.tensorrt.__version__, baked, sdk)
-        self.baked = baked
 
     def load(self, **options: Any) -> TensorrtBackend:
         return TensorrtBackend(self.path, EngineMetadata.read(self.path), **options)
@@ -72,8 +77,13 @@ class Setting:
         given = {name: context.state["shape", name] for name in self.inputs}
         batch, _, height, width = given["images"]
         classes = CLASSES if self.baked else given["class_embeddings"][0]
-        outputs = {"class_logits": (QUERIES, classes + 1), "mask_logits": (QUERIES, height // 4, width // 4)}
-        return {**given, **{name: (batch, *dims) for name, dims in outputs.items()}}
+        outputs = {
+            "class_logits": (QUERIES, classes + 1),
+            "mask_logits": (QUERIES, height // 4, width // 4),
+            "queries": (QUERIES, self.query_dim),
+            "background": (self.query_dim,),
+        }
+        return {**given, **{name: (batch, *outputs[name]) for name in self.outputs}}
 
     def _activations(self, context: Recorder) -> int:
         return math.prod(context.state["shape", "images"])
@@ -87,9 +97,9 @@ class Setting:
             assert size >= self._activations(context)
             self.cuda.inside("device", address, size)
             arrays = {name: self._array(places[name], dims) for name, dims in shapes.items()}
-            results = expected(arrays["images"], arrays.get("class_embeddings"))
-            for name, result in zip(OUTPUTS, results, strict=True):
-                arrays[name][...] = result
+            results = expected(arrays["images"], arrays.get("class_embeddings"), self.query_dim)
+            for name in self.outputs:
+                arrays[name][...] = getattr(results, name)
 
         assert stream == 77
         self.cuda.enqueue(kernel)

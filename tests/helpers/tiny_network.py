@@ -1,5 +1,8 @@
 """A D2Zero network with all its parts and next to no weights."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from tiny_model import WIDTH
@@ -8,7 +11,8 @@ from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import Vocabulary
 
 
-def tiny() -> D2Zero:
+def tiny(**changes: Any) -> D2Zero:
+    """The network; `changes` are fields of its configuration."""
     torch.manual_seed(0)
     words = Vocabulary(tuple("abc"), np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32))
     config = ModelConfig(
@@ -27,4 +31,4 @@ def tiny() -> D2Zero:
         adaptation_heads=2,
         adaptation_ffn_dim=32,
     )
-    return build(config, words).eval()
+    return build(replace(config, **changes), words).eval()

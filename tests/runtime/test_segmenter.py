@@ -12,7 +12,7 @@ from PIL import Image
 
 from d2zero_runtime import D2ZeroError, Preprocessing, Segmenter, Vocabulary
 from d2zero_runtime.artifacts.contract import ModelContract
-from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.base import Backend, Raw
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
 
 QUERIES, WIDTH = 5, 4
@@ -28,16 +28,14 @@ class Bright(Backend):
         self.batches: list[tuple[int, ...]] = []
         self.embeddings: list[NDArray[np.float32] | None] = []
 
-    def run(
-        self, images: NDArray[np.float32], embeddings: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, images: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> Raw:
         self.batches.append(images.shape)
         self.embeddings.append(embeddings)
         text = WORDS.embeddings if embeddings is None else embeddings
         scores = np.append(10 * text[:, 0], 0).astype(np.float32)
         grey = images.mean(axis=1)[:, ::4, ::4]
         levels = np.linspace(-1, 1, QUERIES)[:, None, None]
-        return np.tile(scores, (len(images), QUERIES, 1)), (grey[:, None] - levels).astype(np.float32)
+        return Raw.of(np.tile(scores, (len(images), QUERIES, 1)), (grey[:, None] - levels).astype(np.float32))
 
 
 def segmenter(**changes: Any) -> Segmenter:

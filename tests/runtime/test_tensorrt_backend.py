@@ -47,6 +47,7 @@ def test_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"profile": {"min": "1x32x32x1"}}, r"is damaged: .*lack opt, max; build the engine again"),
         ({"embeddings": {"shape": [2, 2], "float32": "AAAA"}}, "is damaged"),
         ({"embeddings": {"shape": [2, 2], "float32": "?"}}, "is damaged"),
+        ({"classifier": "?"}, r"m\.engine\.json is damaged: its classifier cannot be read"),
         ({"contract": []}, "is damaged"),
         ({"contract": {"version": 99}}, "version 99 of the model contract"),
         ({"contract": {"version": 1}}, "model contract lacks class_names"),
@@ -93,6 +94,20 @@ def test_vocabulary_is_replaced_beside_the_plan(tmp_path: Path) -> None:
     with pytest.raises(D2ZeroError, match="exported with --bake"):
         replace_engine_vocabulary(path, words)
     assert len(EngineMetadata.read(path).vocabulary) == CLASSES
+
+
+def test_the_classifier_travels_with_the_metadata(tmp_path: Path) -> None:
+    path, content = tmp_path / "m.engine", bytes(range(256))
+    replace(sidecar(query_dim=6), classifier=content).write(path)
+    path.write_bytes(PLAN)
+    assert EngineMetadata.read(path).classifier == content and EngineMetadata.read(path).contract.query_dim == 6
+    words = Vocabulary(("cat", "dog"), np.ones((2, WIDTH), np.float32), source={"encoder": "word2vec"})
+    replace_engine_vocabulary(path, words)
+    assert EngineMetadata.read(path).classifier == content and len(EngineMetadata.read(path).vocabulary) == 2
+    older = json.loads(metadata_path(path).read_text())
+    del older["classifier"]
+    metadata_path(path).write_text(json.dumps(older))
+    assert EngineMetadata.read(path).classifier == b""
 
 
 def test_versions_are_numbers() -> None:

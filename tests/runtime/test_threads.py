@@ -10,7 +10,7 @@ from tiny_model import WIDTH, write_model
 
 from d2zero.model import D2Zero
 from d2zero_runtime import load
-from d2zero_runtime.backends.base import Backend
+from d2zero_runtime.backends.base import Backend, Raw
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
@@ -26,10 +26,10 @@ def test_checkpoints(small_model: D2Zero) -> None:
 
 def test_a_wrong_result_is_noticed() -> None:
     class Mixed(Backend):
-        held: tuple[np.ndarray, np.ndarray]
+        held: Raw
 
-        def run(self, images: np.ndarray, embeddings: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-            self.held = np.zeros((1, 1)) if embeddings is None else embeddings, images
+        def run(self, images: np.ndarray, embeddings: np.ndarray | None) -> Raw:
+            self.held = Raw.of(np.zeros((1, 1), np.float32) if embeddings is None else embeddings, images)
             time.sleep(0.001)  # another thread comes
             return self.held
 
