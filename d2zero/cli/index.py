@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -53,16 +52,12 @@ def index(
     ] = 1,
 ) -> None:
     """Segment images once, to name what is in them later. Run again, it goes on with what is not in the index yet."""
-    from d2zero.checkpoints.files import file_hash
-    from d2zero.checkpoints.runs import checkpoint_file
     from d2zero_runtime.index.index import IndexDescription, IndexWriter
 
     if features not in ("float16", "float32"):
         raise D2ZeroError(f"--features is float16 or float32, got {features!r}")
     check_output(output, folder=True)
     segmenter = open_segmenter(model, provider, device, None, threads)
-    if not segmenter.contract.checkpoint:
-        segmenter.contract = replace(segmenter.contract, checkpoint=file_hash(checkpoint_file(model)))
     sources = [Path(str(item)).absolute() for item in expand(source, leave_out=output)]
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")

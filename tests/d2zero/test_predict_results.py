@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from commands import Command
 
-from d2zero.cli.predict import picture_name
-from d2zero.cli.results import CocoWriter
+from d2zero.cli.results import CocoWriter, picture_name
 from d2zero_runtime import D2ZeroError, Detections
 from d2zero_runtime.masks import rle
 

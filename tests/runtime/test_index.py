@@ -19,6 +19,7 @@ from d2zero_runtime.index import index as index_module
 from d2zero_runtime.index.index import DESCRIPTION, Index, IndexDescription, IndexWriter, shards_in
 from d2zero_runtime.index.shards import MODEL_KEY, write_shard
 
+pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 SIZES = [(40, 64), (64, 48), (33, 50), (64, 64), (20, 70), (48, 48), (52, 30)]
 
@@ -164,8 +165,6 @@ def empty(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    import pyarrow
-
     parquet.write_table(pyarrow.table({"a": [1, 2]}), path)
 
 
