@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier
+from d2zero.model.closed import ClosedClassifier, check_closed
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
@@ -56,7 +57,7 @@ class D2Zero(nn.Module):
         backbone: Backbone,
         pixel_decoder: PixelDecoder,
         decoder: MaskedDecoder,
-        classifier: SemanticClassifier,
+        classifier: SemanticClassifier | ClosedClassifier,
         vocabulary: Vocabulary,
         config: ModelConfig,
     ) -> None:
@@ -83,8 +84,11 @@ class D2Zero(nn.Module):
         """Replace the default classes.
 
         Raises:
-            D2ZeroError: The embeddings have another width than the model's, or another encoder made them.
+            D2ZeroError: The embeddings have another width than the model's, or another encoder made them; or the
+                model is closed and the classes are not its own.
         """
+        if self.config.head == "closed":
+            check_closed(vocabulary, self.config.text_dim)
         check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
         self._vocabulary = vocabulary
         self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
@@ -205,7 +209,9 @@ class D2Zero(nn.Module):
 
 def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
     """Compose a model with fresh weights."""
-    backbone = Backbone(config.backbone, config.backbone_options, config.frozen_backbone_norm)
+    backbone = Backbone(
+        config.backbone, config.backbone_options, config.frozen_backbone_norm, config.backbone_output_norm
+    )
     pixel_decoder = PixelDecoder(
         in_channels=backbone.channels,
         dim=config.hidden_dim,
@@ -221,7 +227,13 @@ def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
         layers=config.decoder_layers,
         ffn_dim=config.decoder_ffn_dim,
     )
-    classifier = SemanticClassifier(
+    return D2Zero(backbone, pixel_decoder, decoder, _classifier(config), vocabulary, config)
+
+
+def _classifier(config: ModelConfig) -> SemanticClassifier | ClosedClassifier:
+    if config.head == "closed":
+        return ClosedClassifier(config.hidden_dim, config.text_dim)
+    return SemanticClassifier(
         dim=config.hidden_dim,
         text_dim=config.text_dim,
         semantic_dim=config.semantic_dim,
@@ -231,4 +243,3 @@ def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
         dropout=config.adaptation_dropout,
         logit_scale=config.logit_scale,
     )
-    return D2Zero(backbone, pixel_decoder, decoder, classifier, vocabulary, config)
