@@ -141,18 +141,26 @@ def _read(path: Path) -> tuple[_Description, dict[str, torch.Tensor]]:
         raise D2ZeroError(
             f"{path} is not a .safetensors checkpoint; turn a published one into it with `d2zero convert`"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except Exception as error:  # SafetensorError, OSError, torch's and Python's for odd headers
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise D2ZeroError(f"{path} is damaged, cut short, or no .safetensors file: {reason}") from error
+    metadata, arrays = read_safetensors(path)
     if _KEY not in metadata:
         raise D2ZeroError(
             f"{path} holds weights but no d2zero model description; turn it into one with `d2zero convert`"
         )
     return _described(metadata[_KEY], path), arrays
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and arrays of a `.safetensors` file, anyone's.
+
+    Raises:
+        D2ZeroError: It is absent, damaged, or no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except Exception as error:  # SafetensorError, OSError, torch's and Python's for odd headers
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise D2ZeroError(f"{path} is damaged, cut short, or no .safetensors file: {reason}") from error
 
 
 def _described(text: str, path: Path) -> _Description:

@@ -1,12 +1,15 @@
 """Reading published D2Zero checkpoints: every array accounted for by name, nothing executed.
 
 Published files are detectron2's: `.pth` saved by torch (`{"model": {name: tensor}}`) or `.pkl` (a pickled
-dict of NumPy arrays). An older layout leaves `pixel_decoder.` out of the pixel decoder's names.
+dict of NumPy arrays). An older layout leaves `pixel_decoder.` out of the pixel decoder's names. The names are
+Mask2Former's, whose own checkpoints `mask2former` reads.
 """
 
+import operator
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +21,23 @@ from d2zero.checkpoints.plain_pickle import read_pickle
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
 
-# published name -> ours, the first rule that matches the whole name
+# published name -> ours, the first rule that matches the whole name; `<2-1>` in a name is computed
+Rules = Sequence[tuple[str, str]]
 _HEAD = r"sem_seg_head\."
 _PIXELS = _HEAD + r"(?:pixel_decoder\.)?"
 _PREDICTOR = _HEAD + r"predictor\."
-_RULES: tuple[tuple[str, str], ...] = (
+DETECTRON2_RULES: Rules = (
     (r"backbone\.stem\.conv1\.norm\.(.+)", r"backbone.net.bn1.\1"),
     (r"backbone\.stem\.conv1\.(.+)", r"backbone.net.conv1.\1"),
-    (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)", r"backbone.net.layer<\1>.\2.downsample.1.\3"),
-    (r"backbone\.res(\d)\.(\d+)\.shortcut\.(.+)", r"backbone.net.layer<\1>.\2.downsample.0.\3"),
-    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)", r"backbone.net.layer<\1>.\2.bn\3.\4"),
-    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.(.+)", r"backbone.net.layer<\1>.\2.conv\3.\4"),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)", r"backbone.net.layer<\1-1>.\2.downsample.1.\3"),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.(.+)", r"backbone.net.layer<\1-1>.\2.downsample.0.\3"),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)", r"backbone.net.layer<\1-1>.\2.bn\3.\4"),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.(.+)", r"backbone.net.layer<\1-1>.\2.conv\3.\4"),
+    (r"backbone\.patch_embed\.(.+)", r"backbone.net.patch_embed.\1"),
+    (r"backbone\.layers\.(\d)\.blocks\.(.+)", r"backbone.net.layers_\1.blocks.\2"),
+    (r"backbone\.layers\.(\d)\.downsample\.(.+)", r"backbone.net.layers_<\1+1>.downsample.\2"),  # timm's come first
+    (r"backbone\.norm(\d)\.(.+)", r"backbone.output_norms.\1.\2"),
+    (_PREDICTOR + r"class_embed\.(.+)", r"classifier.linear.\1"),
     (_PREDICTOR + r"logit_scale", "classifier.logit_scale"),
     (_PREDICTOR + r"fc_semantic\.(.+)", r"classifier.query_projection.\1"),
     (_PREDICTOR + r"text_projection\.(.+)", r"classifier.text_projection.\1"),
@@ -47,7 +56,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (_PREDICTOR + r"(?:query_feat|static_query)\.weight", "decoder.query_features"),
     (_PREDICTOR + r"query_embed\.weight", "decoder.query_positions"),
     (_PREDICTOR + r"level_embed\.weight", "decoder.level_embedding"),
-    (_PREDICTOR + r"mask_embed\.layers\.(\d+)\.(.+)", r"decoder.mask_mlp.<\1>.\2"),
+    (_PREDICTOR + r"mask_embed\.layers\.(\d+)\.(.+)", r"decoder.mask_mlp.<\1*2>.\2"),  # among ReLUs
     (_PIXELS + r"input_proj\.(\d+)\.(.+)", r"pixel_decoder.input_projections.\1.\2"),
     (_PIXELS + r"transformer\.level_embed", "pixel_decoder.level_embedding"),
     (_PIXELS + r"transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)", r"pixel_decoder.layers.\1.attention.\2"),
@@ -59,17 +68,20 @@ _RULES: tuple[tuple[str, str], ...] = (
     (_PIXELS + r"mask_features\.(.+)", r"pixel_decoder.mask_features.\1"),
 )
 _LOSS_WEIGHT = "criterion.empty_weight"  # (seen classes + 1,): a constant of the loss, not of the model
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-def our_name(published: str) -> str | None:
+def our_name(published: str, rules: Rules = DETECTRON2_RULES) -> str | None:
     """Our name of a published array, or None if it has none."""
-    for pattern, replacement in _RULES:
+    for pattern, replacement in rules:
         match = re.fullmatch(pattern, published)
         if match:
-            name = match.expand(replacement)
-            name = re.sub(r"layer<(\d)>", lambda m: f"layer{int(m[1]) - 1}", name)  # res2 is timm's layer1
-            return re.sub(r"<(\d)>", lambda m: str(2 * int(m[1])), name)  # linear layers among ReLUs
+            return re.sub(r"<(\d{1,4})([-+*])(\d)>", _computed, match.expand(replacement))
     return None
+
+
+def _computed(match: re.Match[str]) -> str:
+    return str(_ARITHMETIC[match[2]](int(match[1]), int(match[3])))
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Image features at strides 4, 8, 16 and 32 from any timm backbone.
 
 Published D2Zero uses ResNet-50 with stride in the 3×3 convolution and frozen batch norm, which is timm's
-`resnet50` with its batch norms frozen. Leaves weights to `d2zero.checkpoints`.
+`resnet50` with its batch norms frozen. Mask2Former's Swin is timm's with a layer norm on each of the four maps.
+Leaves weights to `d2zero.checkpoints`.
 """
 
 import re
@@ -13,6 +14,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from d2zero.model.swin import pad_before_shift
 from d2zero_runtime import D2ZeroError
 
 STRIDES = (4, 8, 16, 32)
@@ -53,12 +55,19 @@ class Backbone(nn.Module):
         name: A timm model that supports `features_only`.
         options: Further arguments of `timm.create_model`: sizes only (`SIZES`), numbers or lists of them.
         frozen_norm: Replace batch norm by a fixed scale and shift.
+        output_norm: Layer norm over the channels of each map.
 
     Raises:
         D2ZeroError: timm has no such model, an option is no size, or it lacks features at strides 4, 8, 16 and 32.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any] | None = None, frozen_norm: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        frozen_norm: bool = True,
+        output_norm: bool = False,
+    ) -> None:
         super().__init__()
         options = dict(options or {})
         _require_sizes(options)
@@ -72,12 +81,17 @@ class Backbone(nn.Module):
         self.channels_last = net.feature_info.get_dicts()[0].get("format") == "NHWC" or (
             getattr(net, "output_fmt", "NCHW") == "NHWC"
         )
+        pad_before_shift(net)
         self.net: nn.Module = freeze_batch_norm_2d(net) if frozen_norm else net
+        self.output_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels if output_norm)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Four maps (B, C_i, H/s, W/s) for s = 4, 8, 16, 32."""
         features: list[Tensor] = self.net(images_B3HW)
-        return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else features
+        if not self.output_norms:
+            return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else features
+        maps_BHWC = features if self.channels_last else [f.permute(0, 2, 3, 1) for f in features]
+        return [norm(f).permute(0, 3, 1, 2) for norm, f in zip(self.output_norms, maps_BHWC, strict=True)]
 
 
 def _feature_strides(name: str, options: dict[str, Any]) -> list[int]:

@@ -29,6 +29,7 @@ class SemanticClassifier(nn.Module):
     """
 
     logit_scale: Tensor
+    reads_background = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """What a D2Zero model is made of, as data. Saved in every checkpoint."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
@@ -10,7 +10,7 @@ from d2zero_runtime.masks.postprocess import SOFTMAX_TEMPERATURE
 
 LEVELS = 3  # of the pixel decoder's memory: strides 32, 16, 8
 
-
+HeadName = Literal["semantic", "closed"]
 LARGEST = 1 << 16  # of a model's widths and counts
 MOST_LAYERS = 256
 
@@ -22,6 +22,7 @@ class ModelConfig:
     backbone: str = "resnet50"  # any timm model with features at strides 4, 8, 16 and 32
     backbone_options: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
     frozen_backbone_norm: bool = True  # batch norm as fixed scale and shift
+    backbone_output_norm: bool = False  # layer norm on each of the backbone's maps, as Mask2Former's Swin has
     hidden_dim: int = 256  # C, of pixel decoder, queries and mask features
     num_heads: int = 8  # of pixel decoder and decoder attention
     encoder_layers: int = 6  # deformable layers of the pixel decoder
@@ -30,7 +31,8 @@ class ModelConfig:
     num_queries: int = 100  # Q
     decoder_layers: int = 9  # masked-attention layers, cycling strides 32, 16, 8
     decoder_ffn_dim: int = 2048
-    text_dim: int = 300  # D, width of the class embeddings
+    head: HeadName = "semantic"  # classes by their text, or "closed": a linear layer with one output per class
+    text_dim: int = 300  # D, width of the class embeddings; of a closed head, its number of classes
     semantic_dim: int = 512  # where queries and classes are compared
     adaptation_layers: int = 1  # input-conditional adaptation of the classes; 0 leaves it out
     adaptation_heads: int = 8
@@ -41,6 +43,8 @@ class ModelConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
+        if self.head not in get_args(HeadName):
+            raise D2ZeroError(f"model.head must be one of {', '.join(get_args(HeadName))}, got {self.head!r}")
         for name in (
             "hidden_dim",
             "num_heads",

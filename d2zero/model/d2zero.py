@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier, background_embedding
+from d2zero.model.closed import ClosedClassifier, check_closed
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
@@ -35,7 +36,9 @@ class HeadOutput(NamedTuple):
     class_logits: Tensor  # (B, Q, K + 1), the background last
     mask_logits: Tensor  # (B, Q, H/4, W/4)
     queries: Tensor  # (B, Q, C), normalised
-    background: Tensor  # (B, C), the mean mask feature of what no query claims, L2-normalised
+    background: (
+        Tensor  # (B, C), the mean mask feature of what no query claims, L2-normalised; zeros if nothing reads it
+    )
 
 
 class D2Zero(nn.Module):
@@ -61,7 +64,7 @@ class D2Zero(nn.Module):
         backbone: Backbone,
         pixel_decoder: PixelDecoder,
         decoder: MaskedDecoder,
-        classifier: SemanticClassifier,
+        classifier: SemanticClassifier | ClosedClassifier,
         vocabulary: Vocabulary,
         config: ModelConfig,
     ) -> None:
@@ -88,8 +91,11 @@ class D2Zero(nn.Module):
         """Replace the default classes.
 
         Raises:
-            D2ZeroError: The embeddings have another width than the model's, or another encoder made them.
+            D2ZeroError: The embeddings have another width than the model's, or another encoder made them; or the
+                model is closed and the classes are not its own.
         """
+        if self.config.head == "closed":
+            check_closed(vocabulary, self.config.text_dim)
         check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
         self._vocabulary = vocabulary
         self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
@@ -113,7 +119,10 @@ class D2Zero(nn.Module):
         heads = self.decoder(mask_features, memory)
         found = []
         for queries, mask_logits in heads if all_heads else heads[-1:]:
-            background = background_embedding(mask_features, mask_logits)
+            if self.classifier.reads_background:
+                background = background_embedding(mask_features, mask_logits)
+            else:
+                background = queries.new_zeros(len(queries), queries.shape[2])
             found.append(HeadOutput(self.classifier(queries, background, text_KD), mask_logits, queries, background))
         return found
 
@@ -214,7 +223,9 @@ class D2Zero(nn.Module):
 
 def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
     """Compose a model with fresh weights."""
-    backbone = Backbone(config.backbone, config.backbone_options, config.frozen_backbone_norm)
+    backbone = Backbone(
+        config.backbone, config.backbone_options, config.frozen_backbone_norm, config.backbone_output_norm
+    )
     pixel_decoder = PixelDecoder(
         in_channels=backbone.channels,
         dim=config.hidden_dim,
@@ -230,7 +241,13 @@ def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
         layers=config.decoder_layers,
         ffn_dim=config.decoder_ffn_dim,
     )
-    classifier = SemanticClassifier(
+    return D2Zero(backbone, pixel_decoder, decoder, _classifier(config), vocabulary, config)
+
+
+def _classifier(config: ModelConfig) -> SemanticClassifier | ClosedClassifier:
+    if config.head == "closed":
+        return ClosedClassifier(config.hidden_dim, config.text_dim)
+    return SemanticClassifier(
         dim=config.hidden_dim,
         text_dim=config.text_dim,
         semantic_dim=config.semantic_dim,
@@ -240,4 +257,3 @@ def build(config: ModelConfig, vocabulary: Vocabulary) -> D2Zero:
         dropout=config.adaptation_dropout,
         logit_scale=config.logit_scale,
     )
-    return D2Zero(backbone, pixel_decoder, decoder, classifier, vocabulary, config)

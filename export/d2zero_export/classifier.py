@@ -1,7 +1,7 @@
-"""The semantic classifier as it is exported: as the last part of the network, and by itself.
+"""Classifiers as they are exported: as the last part of the network, and by themselves.
 
-The same function as `d2zero.model.classifier`, as one graph for any vocabulary. What depends on the vocabulary only is
-computed once for all images of a batch.
+The same functions as `d2zero.model.classifier` and `d2zero.model.closed`, as one graph for any vocabulary. What depends
+on the vocabulary only is computed once for all images of a batch.
 
 Letters: B batch, Q queries, K classes, C hidden channels, D text width, E semantic width.
 """
@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from d2zero.model import D2Zero
 from d2zero.model.classifier import SemanticClassifier
+from d2zero.model.closed import ClosedClassifier
 from d2zero_export.attention import FusedAttention, MatmulAttention, projected
 from d2zero_export.onnx_graph import TRACED_CLASSES, check_graph, translate
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, FEATURES, OUTPUTS
@@ -26,38 +27,75 @@ _made: dict[str, bytes] = {}  # by digest: one checkpoint is exported in several
 
 
 class ClassifierGraph(nn.Module):
-    """`(queries, background, class_embeddings) → class_logits`.
+    """`(queries, background, class_embeddings) → class_logits`, in two steps."""
 
-    Args:
-        classifier: Its weights are shared; it computes in their precision.
-        attention: How its adaptation attends.
-    """
-
-    def __init__(self, classifier: SemanticClassifier, attention: Attention) -> None:
-        super().__init__()
-        self.classifier, self.attention = classifier, attention
+    reads_background = False
 
     def forward(self, queries: Tensor, background: Tensor, class_embeddings: Tensor) -> Tensor:
         """Class logits (B, Q, K + 1), float32, the background last.
 
         Args:
             queries: (B, Q, C) normalised.
-            background: (B, C) L2-normalised.
+            background: (B, C) L2-normalised; anything if it is not read.
             class_embeddings: (K, D).
         """
         return self.classify(queries, background, self.project(class_embeddings))
 
     def project(self, class_embeddings: Tensor) -> Tensor:
-        """Class embeddings (K, D) in semantic space, (K, E)."""
-        projected: Tensor = self.classifier.text_projection(class_embeddings.to(self._precision))
-        return projected
+        """What depends on the classes only."""
+        raise NotImplementedError
 
-    def classify(self, queries_BQC: Tensor, background_BC: Tensor, text_KE: Tensor) -> Tensor:
+    def classify(self, queries_BQC: Tensor, background_BC: Tensor, classes: Tensor) -> Tensor:
         """The same as `forward` for classes that are projected."""
-        classifier, precision = self.classifier, self._precision
+        raise NotImplementedError
+
+
+class ClosedGraph(ClassifierGraph):
+    """A linear layer, whose outputs the classes choose.
+
+    Args:
+        classifier: Its weights are shared; it computes in their precision.
+    """
+
+    def __init__(self, classifier: ClosedClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def project(self, class_embeddings: Tensor) -> Tensor:
+        """As they are, (K, D)."""
+        return class_embeddings
+
+    def classify(self, queries_BQC: Tensor, background_BC: Tensor, classes: Tensor) -> Tensor:
+        """See `ClassifierGraph`."""
+        logits: Tensor = self.classifier(queries_BQC.to(_precision(self.classifier)), background_BC, classes)
+        return logits
+
+
+class SemanticGraph(ClassifierGraph):
+    """Queries against class text, adapted to the image.
+
+    Args:
+        classifier: Its weights are shared; it computes in their precision.
+        attention: How its adaptation attends.
+    """
+
+    reads_background = True
+
+    def __init__(self, classifier: SemanticClassifier, attention: Attention) -> None:
+        super().__init__()
+        self.classifier, self.attention = classifier, attention
+
+    def project(self, class_embeddings: Tensor) -> Tensor:
+        """In semantic space, (K, E)."""
+        text_KE: Tensor = self.classifier.text_projection(class_embeddings.to(_precision(self.classifier)))
+        return text_KE
+
+    def classify(self, queries_BQC: Tensor, background_BC: Tensor, classes: Tensor) -> Tensor:
+        """See `ClassifierGraph`."""
+        classifier, precision = self.classifier, _precision(self.classifier)
         queries_BQE = F.normalize(classifier.query_projection(queries_BQC.to(precision)), dim=-1)
         background_BE = F.normalize(classifier.background_projection(background_BC.to(precision)), dim=-1)
-        text_KE = F.normalize(text_KE, dim=-1)
+        text_KE = F.normalize(classes, dim=-1)
         text = _joined(text_KE, background_BE)
         if classifier.adaptation is not None:
             for number, layer in enumerate(classifier.adaptation.layers):
@@ -85,9 +123,21 @@ class ClassifierGraph(nn.Module):
         output: Tensor = layer.norm3(text + layer.linear2(F.relu(layer.linear1(text))))
         return output
 
-    @property
-    def _precision(self) -> torch.dtype:
-        return self.classifier.query_projection.weight.dtype
+
+def classifier_graph(model: D2Zero, attention: Attention) -> ClassifierGraph:
+    """A model's classifier as a graph.
+
+    Args:
+        model: Its weights are shared.
+        attention: How a semantic classifier's adaptation attends.
+    """
+    if isinstance(model.classifier, ClosedClassifier):
+        return ClosedGraph(model.classifier)
+    return SemanticGraph(model.classifier, attention)
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def _joined(text_KE: Tensor, background_BE: Tensor) -> Tensor:
@@ -118,9 +168,8 @@ def _digest(model: D2Zero) -> str:
 
 
 def _traced(model: D2Zero) -> bytes:
-    classifier, config = model.classifier, model.config
-    graph = ClassifierGraph(classifier, MatmulAttention(model.decoder)).eval()
-    device = classifier.logit_scale.device
+    config, device = model.config, model.class_embeddings.device
+    graph = classifier_graph(model, MatmulAttention(model.decoder)).eval()
     shapes = ((2, config.num_queries, config.hidden_dim), (2, config.hidden_dim), (TRACED_CLASSES, config.text_dim))
     batch, classes = Dim("batch", min=1, max=65_536), Dim("classes", min=1, max=100_000)
     with torch.no_grad():

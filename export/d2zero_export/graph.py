@@ -24,7 +24,7 @@ from d2zero.model.config import LEVELS
 from d2zero.model.decoder import DecoderLayer, MaskedDecoder, MaskMLP, blocked
 from d2zero.model.positions import sine_positions
 from d2zero_export.attention import FusedAttention, MatmulAttention, packed_weights, projected, readers
-from d2zero_export.classifier import ClassifierGraph
+from d2zero_export.classifier import classifier_graph
 
 ATTENTION_MASK = "attention_mask_"  # the graph's values of that name and a layer's number: where it must not look
 
@@ -48,7 +48,7 @@ class InferenceGraph(nn.Module):
         self.model, self.fused = model, fused
         with torch.no_grad():
             self.attention = (FusedAttention if fused else MatmulAttention)(model.decoder)
-            self.classifier = ClassifierGraph(model.classifier, self.attention)
+            self.classifier = classifier_graph(model, self.attention)
             self.register_buffer("text_KE", self.classifier.project(model.class_embeddings) if baked else None)
             self.mask_mlp = folded_mask_mlp(model.decoder.mask_mlp, model.pixel_decoder.mask_features)
             self.register_buffer("first_QC", self._mask_embeddings(model.decoder.norm(model.decoder.query_features)))
@@ -72,7 +72,10 @@ class InferenceGraph(nn.Module):
             )
         mask_logits = self._mask_logits(self._mask_embeddings(queries), fused.flatten(2))
         mask_logits = mask_logits.unflatten(2, fused.shape[2:]).float()
-        background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR)
+        if self.classifier.reads_background:
+            background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR)
+        else:
+            background = torch.zeros_like(queries[:, 0], dtype=torch.float32)
         return self.classifier.classify(queries, background, text_KE), mask_logits, queries.float(), background
 
     def attention_masks(self, images: Tensor) -> list[Tensor]:

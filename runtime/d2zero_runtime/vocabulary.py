@@ -250,6 +250,9 @@ def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary
     check_encoder(vocabulary.width, vocabulary.encoder, text_dim, previous.encoder if previous else "")
 
 
+CLOSED = "closed"  # in place of a text encoder's name: a row for each output of a model's linear layer
+
+
 def check_encoder(width: int, encoder: str, text_dim: int, trained_with: str, what: str = "the vocabulary") -> None:
     """Refuse embeddings that a model cannot use.
 
@@ -263,6 +266,11 @@ def check_encoder(width: int, encoder: str, text_dim: int, trained_with: str, wh
     Raises:
         D2ZeroError: Width or encoder differ.
     """
+    if trained_with == CLOSED and (encoder != CLOSED or width != text_dim):
+        raise D2ZeroError(
+            f"the model has a closed vocabulary, the {text_dim} classes that it was trained on, and reads no text; {what}"
+            f" has others (encoder {encoder or 'unknown'}); choose among its own by `select` or `with_active`"
+        )
     if width != text_dim:
         raise D2ZeroError(
             f"the model reads class embeddings of width {text_dim}, {what} has {width}"
