@@ -268,8 +268,8 @@ def check_encoder(width: int, encoder: str, text_dim: int, trained_with: str, wh
     """
     if trained_with == CLOSED and (encoder != CLOSED or width != text_dim):
         raise D2ZeroError(
-            f"the model has a closed vocabulary, the {text_dim} classes that it was trained on, and reads no text; {what}"
-            f" has others (encoder {encoder or 'unknown'}); choose among its own by `select` or `with_active`"
+            f"the model has a closed vocabulary, the {text_dim} classes that it was trained on, and reads no text, but"
+            f" {what} has others (encoder {encoder or 'unknown'}); choose among its own by `select` or `with_active`"
         )
     if width != text_dim:
         raise D2ZeroError(
