@@ -133,6 +133,15 @@ class Index:
             for paths in self._usable(paths_in, path):
                 yield from paths
 
+    def check_compatible(self, vocabulary: Vocabulary, mode: Mode) -> None:
+        """Refuse a vocabulary that images cannot be named with.
+
+        Raises:
+            D2ZeroError: It does not fit the model or the mode.
+        """
+        check_vocabulary(vocabulary, self.contract.text_dim, self.vocabulary)
+        selection(vocabulary, mode)
+
     def name(
         self,
         vocabulary: Vocabulary | None = None,
@@ -165,8 +174,7 @@ class Index:
         """
         chosen = vocabulary or self.vocabulary
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
-        check_vocabulary(chosen, self.contract.text_dim, self.vocabulary)
-        selection(chosen, mode)
+        self.check_compatible(chosen, mode)
         options: dict[str, Any] = {
             "mode": mode,
             "temperature": self.contract.softmax_temperature,
