@@ -1,4 +1,4 @@
-"""`d2zero eval`: accuracy of a checkpoint, or of a file of detections."""
+"""`d2zero eval`: accuracy of a checkpoint, of a file of detections, or of vocabularies over an index."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def evaluate(
         Path | None,
         typer.Argument(
             help="A checkpoint (.safetensors, a run's folder or last.pt) or an exported model; leave it out with"
-            " --detections."
+            " --detections or --index."
         ),
     ] = None,
     data: Annotated[
@@ -44,6 +44,12 @@ def evaluate(
     detections: Annotated[
         Path | None, typer.Option("--detections", help="COCO results to evaluate without a model.")
     ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            "--index", help="A folder that `d2zero index` made of the test images: the network does not run again."
+        ),
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option("--annotations", help="The test file, if not in DIR/annotations.")
     ] = None,
@@ -52,10 +58,13 @@ def evaluate(
         str | None,
         typer.Option("--split", help="coco-48-17, coco-65-15 or a file (.yaml, .json); the model's own by default."),
     ] = None,
-    vocabulary: Annotated[
-        Path | None,
+    vocabularies: Annotated[
+        list[Path] | None,
         typer.Option(
-            "--vocabulary", "-v", help="Classes to use instead of the checkpoint's, or to judge --detections by."
+            "--vocabulary",
+            "-v",
+            help="Classes to use instead of the model's, or to judge --detections by. Several over an --index are"
+            " compared.",
         ),
     ] = None,
     output: Annotated[
@@ -90,8 +99,8 @@ def evaluate(
     Start it with `torchrun` to share the images among several GPUs or machines.
     """
     modes = [Mode.parse(name.strip()) for name in mode.split(",")]
-    if (checkpoint is None) == (detections is None):
-        raise D2ZeroError("give either a checkpoint or --detections FILE")
+    if [checkpoint, detections, index].count(None) != 2:
+        raise D2ZeroError("give a checkpoint, --detections FILE or --index FOLDER, one of them")
     check_output(output, folder=True)
     check_output(json_file, "--json")
     check_output(pictures, "--pictures")
@@ -99,12 +108,22 @@ def evaluate(
         raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
     if detections is not None and any((data, images, output, pictures, limit, jobs > 1)):
         raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
-    _check_processes(jobs, detections)
+    if index is not None and any((data, images, output, pictures, limit, provider, jobs > 1)):
+        raise D2ZeroError("--index has what a network found: leave out flags that are for a network and its images")
+    if index is None and len(vocabularies or []) > 1:
+        raise D2ZeroError(f"{len(vocabularies or [])} vocabularies are compared over an --index; give one")
+    _check_processes(jobs, "--detections are" if detections else "--index is" if index else "")
     from d2zero.data.splits import check_split, find_split
     from d2zero.processes import torchrun
 
     run, summaries = None, None
     chosen = find_split(split) if split else None
+    if index is not None:
+        from d2zero.cli.index_evaluation import evaluate_index
+
+        evaluate_index(index, annotations, chosen, vocabularies or [], modes, threads, json_file, per_class)
+        return
+    vocabulary = vocabularies[0] if vocabularies else None
     if detections is not None:
         summaries = _of_detections(detections, annotations, chosen, vocabulary, modes)
     else:
@@ -124,7 +143,7 @@ def evaluate(
             check_split(model.vocabulary, chosen)
         name = chosen.name if chosen else model.vocabulary.split
         truth, folder = _test_data(files.with_val(annotations, images).test_part(name, modes))
-        truth = _grouped(truth, chosen)
+        truth = grouped(truth, chosen)
         output = output or Path("runs") / f"eval-{checkpoint.stem}"
         identity = f"{file_hash(checkpoint)} {model.backend.name}"
         run = EvaluationRun(model, truth, folder, output, modes, batch_size, identity, limit)
@@ -136,24 +155,30 @@ def evaluate(
             known = f"{run.kept} of {len(run.image_ids)} images were evaluated before, and not again"
             print(f"{known}: their detections are in {run.folder}", file=sys.stderr)
     if json_file:  # before anything is printed, which a terminal may refuse
-        content = summaries[modes[0]] if len(modes) == 1 else {str(key): value for key, value in summaries.items()}
-        write_text(json_file, json.dumps(content, indent=1))
-    _show(list(summaries.values()), per_class)
+        write_text(json_file, json.dumps(by_mode(summaries), indent=1))
+    show(list(summaries.values()), per_class)
     if json_file:
         print(f"all metrics: {json_file}", file=sys.stderr)
     if pictures and run is not None:
         _draw(run, pictures, checkpoint.name if checkpoint else "")
 
 
-def _check_processes(jobs: int, detections: Path | None) -> None:
+def by_mode(summaries: dict[Mode, dict[str, Any]]) -> dict[str, Any]:
+    """What is written as JSON: a single mode's summary as it is."""
+    if len(summaries) == 1:
+        return next(iter(summaries.values()))
+    return {str(mode): summary for mode, summary in summaries.items()}
+
+
+def _check_processes(jobs: int, alone: str) -> None:
     """Refuse what cannot be shared out; of the processes that `torchrun` started, only the main one warns."""
     from d2zero.processes import torchrun
 
     started = torchrun()
     if started.count > 1 and jobs > 1:
         raise D2ZeroError("--jobs starts processes itself; leave it out, or start the command without torchrun")
-    if started.count > 1 and detections is not None:
-        raise D2ZeroError("--detections are evaluated by one process; start the command without torchrun")
+    if started.count > 1 and alone:
+        raise D2ZeroError(f"{alone} evaluated by one process; start the command without torchrun")
     if started.rank:
         logger.setLevel(logging.ERROR)
 
@@ -185,7 +210,8 @@ def _metrics(
     return run.run(tracked)
 
 
-def _show(summaries: list[dict[str, Any]], per_class: bool) -> None:
+def show(summaries: list[dict[str, Any]], per_class: bool) -> None:
+    """Tables of one evaluation, for each mode."""
     from d2zero.cli.terminal import console
     from d2zero.evaluation.table import groups_table, per_class_table, summary_table
 
@@ -231,19 +257,20 @@ def _of_detections(
         assert split is not None
         chosen = split
     with open_coco(annotations) as truth:
-        _report_without_pixels(truth)
+        report_without_pixels(truth)
         chosen.is_seen(truth.categories)  # refuses a file of another split
         with open_results(detections, truth) as found:
-            return {modes[0]: score(_grouped(truth, split), found, chosen.seen, modes[0])}
+            return {modes[0]: score(grouped(truth, split), found, chosen.seen, modes[0])}
 
 
-def _grouped(truth: "CocoFile", split: "Split | None") -> "CocoFile":
+def grouped(truth: "CocoFile", split: "Split | None") -> "CocoFile":
     """The groups of classes that a split has take the place of the file's own."""
     groups = split.groups if split else {}
     return replace(truth, groups=groups) if groups else truth
 
 
-def _report_without_pixels(truth: "CocoFile") -> None:
+def report_without_pixels(truth: "CocoFile") -> None:
+    """Warn of annotations that nothing can match."""
     if truth.without_pixels:
         logger.warning(
             "%d annotations of %s have masks of no pixel (ids %s): they count, as in pycocotools, and nothing can match"
@@ -258,7 +285,7 @@ def _test_data(part: "Part") -> "tuple[CocoFile, Path]":
     from d2zero.data.coco import read_coco
 
     truth = read_coco(part.annotations)
-    _report_without_pixels(truth)
+    report_without_pixels(truth)
     return truth, part.images
 
 

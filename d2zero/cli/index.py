@@ -183,8 +183,9 @@ def classes_for(
 
 def _named_in(bad: list[Path]) -> "OnBadShard":
     def told(path: Path, error: D2ZeroError) -> None:
-        bad.append(path)
-        logger.warning("skipped: %s", error)
+        if path not in bad:  # several passes over an index meet the same shards
+            bad.append(path)
+            logger.warning("skipped: %s", error)
 
     return told
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from d2zero import __version__
-from d2zero.cli import convert, data, demo, evaluate, index, predict, train, vocab
+from d2zero.cli import convert, data, demo, evaluate, index, predict, search, train, vocab
 from d2zero.cli.terminal import logged
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.errors import missing_package, printable
@@ -35,6 +35,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("index")(index.index)
 app.command("relabel")(index.relabel)
+app.command("search")(search.search)
 app.command("convert")(convert.convert)
 app.add_typer(vocab.app, name="vocab")
 app.add_typer(data.app, name="data")

@@ -145,14 +145,15 @@ class ResultsWriter:
     """
 
     def __init__(self, path: Path, annotations: "CocoFile", sources: Sequence[Path]) -> None:
-        names = Counter(Path(entry["file_name"]).name for entry in annotations.images.values())
-        strange = [source.name for source in sources if names[source.name] != 1]
+        from d2zero.data.coco import ids_by_file_name
+
+        self._ids = ids_by_file_name(annotations)
+        strange = [source.name for source in sources if source.name not in self._ids]
         if strange:
             raise D2ZeroError(
                 f"{annotations.path} lists {len(strange)} of {len(sources)} files not at all or several times:"
                 f" {join_truncated(strange)}; --results-for takes the annotations of these images"
             )
-        self._ids = {Path(entry["file_name"]).name: number for number, entry in annotations.images.items()}
         self._annotations, self._rows = annotations, _Rows(path, "[\n")
 
     @classmethod
@@ -173,11 +174,10 @@ class ResultsWriter:
         Raises:
             D2ZeroError: The image has another size than the annotation file says, which its masks would not fit.
         """
-        number = self._ids[source.name]
-        entry, known = self._annotations.images[number], self._annotations.categories
-        if found.image_size != (entry["height"], entry["width"]):
-            said = (entry["height"], entry["width"])
-            raise D2ZeroError(f"{source} is {found.image_size} (height, width), its annotations say {said}")
+        from d2zero.data.coco import require_size
+
+        number, known = self._ids[source.name], self._annotations.categories
+        require_size(self._annotations.images[number], found.image_size)
         self._rows.extend(found.named(known).to_coco(number, known))
 
     def __exit__(

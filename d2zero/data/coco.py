@@ -1,6 +1,6 @@
 """COCO annotation files: reading them, finding them in a data folder, decoding their masks."""
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -316,6 +316,13 @@ def _file_names(image: Mapping[str, Any]) -> list[str]:
     return [name, name.rpartition("/")[2]] if by_address else [name]
 
 
+def ids_by_file_name(annotations: CocoFile) -> dict[str, Id]:
+    """Image ids by file name, in whatever folder the files are; names that several images have are left out."""
+    names = Counter(Path(entry["file_name"]).name for entry in annotations.images.values())
+    ids = {Path(entry["file_name"]).name: number for number, entry in annotations.images.items()}
+    return {name: number for name, number in ids.items() if names[name] == 1}
+
+
 def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDArray[np.uint8]:
     """An annotation file's image (H, W, 3) uint8 RGB, of the size that the file says.
 
@@ -324,7 +331,7 @@ def read_listed_image(annotations: CocoFile, folder: Path, image_id: Id) -> NDAr
     """
     entry = annotations.images[image_id]
     image = read_image(image_path(folder, entry))
-    _require_size(entry, size_of(image))
+    require_size(entry, size_of(image))
     return image
 
 
@@ -335,10 +342,15 @@ def check_listed_size(annotations: CocoFile, folder: Path, image_id: Id) -> None
         D2ZeroError: It is absent, no image, or has another size.
     """
     entry = annotations.images[image_id]
-    _require_size(entry, image_size(image_path(folder, entry)))
+    require_size(entry, image_size(image_path(folder, entry)))
 
 
-def _require_size(image: Mapping[str, Any], size: Size) -> None:
+def require_size(image: Mapping[str, Any], size: Size) -> None:
+    """Refuse an image (height, width) that masks of its annotations would not fit.
+
+    Raises:
+        D2ZeroError: Its entry says another size.
+    """
     expected = (image["height"], image["width"])
     if size != expected:
         raise D2ZeroError(f"{image['file_name']} is {size} (height, width), its annotations say {expected}")

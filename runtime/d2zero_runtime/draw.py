@@ -1,4 +1,4 @@
-"""Pictures of results: overlays of one image, and contact sheets of many.
+"""Pictures of results: overlays of one image, contact sheets of many, and sheets of single instances.
 
 Seen and unseen classes are told apart by the outline and the label: seen instances have a thin outline and a
 dark label, unseen ones a thick white outline and a white label with a star.
@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from d2zero_runtime.errors import printable
 from d2zero_runtime.fonts import font_for
 
 SMALLEST_SIDE = 240  # pictures with shorter sides are drawn enlarged, so that labels can be read
 LARGEST_SIDE = 8192  # of an enlarged picture
+BACKDROP, GREY, WHITE, PALE = (32, 34, 38), (84, 87, 92), (255, 255, 255), (200, 204, 210)  # of sheets
+SURROUNDINGS = 0.3  # of an instance's longer side, shown on each side of it
 _GOLDEN = 0.618033988749895
 
 
@@ -82,6 +85,9 @@ def overlay(
     return canvas
 
 
+LEGEND = "thick white outline and *: class never seen in training"
+
+
 @dataclass(frozen=True)
 class SheetRow:
     """One image of a contact sheet with its annotations and predictions."""
@@ -110,12 +116,8 @@ def contact_sheet(
     gap, head = 10, 58
     pair = 2 * cell + 4
     lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (pair + gap) + gap, head + lines * (cell + gap) + gap), (32, 34, 38))
-    draw = ImageDraw.Draw(sheet)
-    legend = f"{sides}; thick white outline and *: class never seen in training"
-    for text, top, size, colour in ((title, 8, 20, (255, 255, 255)), (legend, 34, 14, (200, 204, 210))):
-        font, text = font_for(text, size)
-        draw.text((gap, top), text, fill=colour, font=font)
+    sheet = Image.new("RGB", (columns * (pair + gap) + gap, head + lines * (cell + gap) + gap), BACKDROP)
+    _draw_heading(sheet, gap, title, f"{sides}; {LEGEND}")
     for number, row in enumerate(rows):
         left = gap + (number % columns) * (pair + gap)
         top = head + (number // columns) * (cell + gap)
@@ -126,6 +128,101 @@ def contact_sheet(
     return sheet
 
 
+@dataclass(frozen=True, eq=False)
+class SheetCell:
+    """One instance of a sheet.
+
+    Args:
+        picture: What `crop` made, or why there is no picture.
+        caption: Lines below it.
+    """
+
+    picture: Image.Image | str
+    caption: Sequence[str]
+
+
+def crop(image: Image.Image | NDArray[np.uint8], instance: Instance, side: int) -> Image.Image:
+    """An instance with its outline and what is around it.
+
+    Args:
+        image: An RGB image, or (H, W, 3) uint8 RGB.
+        instance: Where it is; without a mask, its box is outlined. Its label is not drawn.
+        side: The longer side of the result, to which small instances are enlarged.
+    """
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    left, top, right, bottom = _window(instance.box, image.size)
+    factor = side / max(right - left, bottom - top)
+    size = max(1, round(factor * (right - left))), max(1, round(factor * (bottom - top)))
+    picture = image.crop((left, top, right, bottom)).resize(size, Image.Resampling.LANCZOS)
+    if instance.mask is None:
+        inside = np.zeros((image.height, image.width), bool)
+        x1, y1, x2, y2 = (int(place) for place in instance.box)
+        inside[y1:y2, x1:x2] = True
+    else:
+        inside = instance.mask()
+    shape = Image.fromarray(inside[top:bottom, left:right]).resize(size, Image.Resampling.NEAREST)
+    _draw_outline(picture, (0, 0, *size), np.asarray(shape), instance, max(2, side // 100))
+    return picture
+
+
+def crop_sheet(cells: Sequence[SheetCell], columns: int = 8, title: str = "", side: int = 220) -> Image.Image:
+    """Single instances in rows, best first as they are given, with captions.
+
+    Args:
+        cells: The instances; one without a picture becomes a grey cell that says why.
+        columns: Cells side by side.
+        title: One line above.
+        side: The side of each cell in pixels; no picture is larger.
+    """
+    gap, head, line, letters = 10, 58, 17, 13
+    columns = min(columns, max(3, len(cells)))  # room for the title
+    pitch = side + line * max((len(cell.caption) for cell in cells), default=0) + gap
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, head + rows * pitch + gap), BACKDROP)
+    draw = ImageDraw.Draw(sheet)
+    _draw_heading(sheet, gap, title, LEGEND)
+    for number, cell in enumerate(cells):
+        left, top = gap + (number % columns) * (side + gap), head + (number // columns) * pitch
+        if isinstance(cell.picture, str):
+            draw.rectangle((left, top, left + side - 1, top + side - 1), fill=GREY)
+            _draw_line(draw, (left + gap, top + side // 2 - letters), cell.picture, letters, WHITE, side - 2 * gap)
+        else:
+            width, height = cell.picture.size
+            sheet.paste(cell.picture, (left + (side - width) // 2, top + (side - height) // 2))
+        for place, text in enumerate(cell.caption):
+            _draw_line(draw, (left, top + side + 2 + place * line), text, letters, PALE if place else WHITE, side)
+    return sheet
+
+
+def _window(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A square around a box with its surroundings, as far as the image goes."""
+    x1, y1, x2, y2 = box
+    half = max(8.0, max(x2 - x1, y2 - y1) * (0.5 + SURROUNDINGS))
+    (left, right), (top, bottom) = (
+        (max(0, int(middle - half)), min(length, int(np.ceil(middle + half))))
+        for middle, length in zip(((x1 + x2) / 2, (y1 + y2) / 2), size, strict=True)
+    )
+    return left, top, right, bottom
+
+
+def _draw_heading(sheet: Image.Image, gap: int, title: str, legend: str) -> None:
+    draw, width = ImageDraw.Draw(sheet), sheet.width - 2 * gap
+    for text, top, size, colour in ((title, 8, 20, WHITE), (legend, 34, 14, PALE)):
+        _draw_line(draw, (gap, top), text, size, colour, width)
+
+
+def _draw_line(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], width: int
+) -> None:
+    """Draw a line of text; the middle of a long one gives way to an ellipsis."""
+    font, text = font_for(printable(text), size)
+    shown, kept = text, len(text)
+    while font.getlength(shown) > width and kept > 2:
+        kept -= 1
+        shown = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+    draw.text(place, shown, fill=colour, font=font)
+
+
 def _draw_mask(canvas: Image.Image, instance: Instance, zoom: int, thickness: int) -> None:
     x1, y1, x2, y2 = (int(side) for side in instance.box)
     if instance.mask is None or x2 <= x1 or y2 <= y1:
@@ -133,10 +230,15 @@ def _draw_mask(canvas: Image.Image, instance: Instance, zoom: int, thickness: in
     box = (x1 * zoom, y1 * zoom, x2 * zoom, y2 * zoom)
     shape = Image.fromarray(instance.mask()[y1:y2, x1:x2])
     mask = np.asarray(shape.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST))
-    colour, seen = class_colour(instance.class_id), instance.seen
-    edge = mask & ~_eroded(mask, thickness if seen else 2 * thickness)
-    canvas.paste(colour, box, Image.fromarray(mask * np.uint8(0.45 * 255)))
-    canvas.paste(colour if seen else "white", box, Image.fromarray(edge))
+    canvas.paste(class_colour(instance.class_id), box, Image.fromarray(mask * np.uint8(0.45 * 255)))
+    _draw_outline(canvas, box, mask, instance, thickness)
+
+
+def _draw_outline(
+    canvas: Image.Image, box: tuple[int, int, int, int], mask: NDArray[np.bool_], instance: Instance, thickness: int
+) -> None:
+    edge = mask & ~_eroded(mask, thickness if instance.seen else 2 * thickness)
+    canvas.paste(class_colour(instance.class_id) if instance.seen else "white", box, Image.fromarray(edge))
 
 
 def _eroded(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -132,6 +132,29 @@ class Vocabulary:
             synonyms={word: name for word, name in self.synonyms.items() if {word, name} <= kept},
         )
 
+    def with_classes(self, other: "Vocabulary") -> "Vocabulary":
+        """Add the classes of another vocabulary; one that is there gets the other's embedding and keeps its flags.
+
+        Raises:
+            D2ZeroError: The embeddings are another encoder's, or of another width.
+        """
+        check_encoder(other.width, other.encoder, self.width, self.encoder)
+        row_of = {name: row for row, name in enumerate(other.names)}
+        new = [name for name in other.names if name not in set(self.names)]
+        rows = [row_of[name] for name in new]
+        embeddings = self.embeddings.copy()
+        for row, name in enumerate(self.names):
+            if name in row_of:
+                embeddings[row] = other.embeddings[row_of[name]]
+        return replace(
+            self,
+            names=(*self.names, *new),
+            embeddings=np.concatenate([embeddings, other.embeddings[rows]]),
+            seen=np.append(self.seen, other.seen[rows]),
+            active=np.append(self.active, other.active[rows]),
+            synonyms={**{word: name for word, name in other.synonyms.items() if word in new}, **self.synonyms},
+        )
+
     def _require(self, names: Sequence[str]) -> None:
         known = set(self.names)
         unknown = [name for name in names if name not in known]

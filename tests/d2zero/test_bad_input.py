@@ -61,7 +61,7 @@ CASES = [
     ("", None),
     ("fly", "No such command 'fly'"),
     ("eval --bogus", "No such option: --bogus"),
-    ("eval", "give either a checkpoint or --detections FILE"),
+    ("eval", "give a checkpoint, --detections FILE or --index FOLDER"),
     ("eval none.safetensors --data data", "checkpoint none.safetensors does not exist"),
     ("eval cut.safetensors --data data", "damaged, cut short"),
     ("eval cut.pth --data data", "turn a published one into it with `d2zero convert`"),

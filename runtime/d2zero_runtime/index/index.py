@@ -9,7 +9,7 @@ Letters: B batch, K classes.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -133,6 +133,15 @@ class Index:
             for paths in self._usable(paths_in, path):
                 yield from paths
 
+    def check_compatible(self, vocabulary: Vocabulary, mode: Mode) -> None:
+        """Refuse a vocabulary that images cannot be named with.
+
+        Raises:
+            D2ZeroError: It does not fit the model or the mode.
+        """
+        check_vocabulary(vocabulary, self.contract.text_dim, self.vocabulary)
+        selection(vocabulary, mode)
+
     def name(
         self,
         vocabulary: Vocabulary | None = None,
@@ -141,6 +150,7 @@ class Index:
         score_threshold: float = SCORE_THRESHOLD,
         max_detections: int = MAX_DETECTIONS,
         masks: MaskKind = "rle",
+        only: Sequence[str] | None = None,
     ) -> Iterator[tuple[IndexedImage, Detections]]:
         """Name what was found in every image, as `Segmenter.name` does.
 
@@ -152,17 +162,19 @@ class Index:
             score_threshold: As there.
             max_detections: As there.
             masks: As there.
+            only: Names of the classes to report; all that are active if left out. The others compete all the same, and
+                take no places among `max_detections`.
 
         Yields:
             Each image with its instances, in the order in which they were segmented.
 
         Raises:
-            D2ZeroError: The vocabulary does not fit the model or the mode, or a shard cannot be used.
+            D2ZeroError: The vocabulary does not fit the model or the mode, it lacks a class to report, or a shard
+                cannot be used.
         """
         chosen = vocabulary or self.vocabulary
         mode = Mode.parse(mode) if isinstance(mode, str) else mode
-        check_vocabulary(chosen, self.contract.text_dim, self.vocabulary)
-        selection(chosen, mode)
+        self.check_compatible(chosen, mode)
         if not len(self):
             raise D2ZeroError(f"{self.folder} holds no images that can be used; run `d2zero index` again")
         options: dict[str, Any] = {
@@ -171,6 +183,7 @@ class Index:
             "score_threshold": score_threshold,
             "max_detections": max_detections,
             "masks": masks,
+            "only": None if only is None else chosen.with_active(only).active,
         }
 
         def finish(rows: Rows, class_logits_BQK: NDArray[np.float32]) -> list[tuple[IndexedImage, Detections]]:
@@ -267,7 +280,7 @@ class IndexWriter:
         Raises:
             D2ZeroError: The file is not there any more.
         """
-        self._waiting.append((IndexedImage(str(path), _hash(path), segments.image_size), segments))
+        self._waiting.append((IndexedImage(str(path), content_hash(path), segments.image_size), segments))
         self._known.add(str(path))
         if len(self._waiting) >= self._most or time.monotonic() - self._written > SECONDS:
             self.flush()
@@ -305,7 +318,12 @@ class IndexWriter:
         return known
 
 
-def _hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
+    """SHA-256 of an image file, as `IndexedImage.sha256`.
+
+    Raises:
+        D2ZeroError: The file cannot be read.
+    """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

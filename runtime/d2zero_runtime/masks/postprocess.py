@@ -65,8 +65,19 @@ class Selection:
     groups: tuple[tuple[NDArray[np.bool_], int], ...]  # ((K,) members, instances kept)
 
 
-def selection(vocabulary: Vocabulary, mode: Mode, max_detections: int = MAX_DETECTIONS) -> Selection:
+def selection(
+    vocabulary: Vocabulary,
+    mode: Mode,
+    max_detections: int = MAX_DETECTIONS,
+    only: NDArray[np.bool_] | None = None,
+) -> Selection:
     """The one mechanism behind all modes.
+
+    Args:
+        vocabulary: The K classes.
+        mode: Which of them compete, and for which places.
+        max_detections: The number of places.
+        only: (K,) bool, the classes that may be reported; all if left out. It has no influence on which compete.
 
     Raises:
         D2ZeroError: The mode needs seen or unseen classes that the vocabulary does not have.
@@ -75,6 +86,8 @@ def selection(vocabulary: Vocabulary, mode: Mode, max_detections: int = MAX_DETE
     if mode is not Mode.GZSIS and not (active & ~seen).any():
         raise D2ZeroError(f"mode {mode} needs unseen classes, the vocabulary has none that are active")
     classes = active & (vocabulary.class_of == np.arange(len(vocabulary)))  # synonyms compete, but are not named
+    if only is not None:
+        classes &= only
     if mode is Mode.ZSIS:
         return Selection(active & ~seen, ((classes & ~seen, max_detections),))
     if mode is Mode.GZSIS_COPY_PASTE:
@@ -182,6 +195,7 @@ def named(
     max_detections: int = MAX_DETECTIONS,
     score_threshold: float = 0.0,
     masks: MaskKind = "rle",
+    only: NDArray[np.bool_] | None = None,
 ) -> Detections:
     """Give one image's queries names: instances, best first.
 
@@ -194,6 +208,7 @@ def named(
         max_detections: At most this many instances.
         score_threshold: Instances below this final score are dropped.
         masks: The kind of masks.
+        only: (K,) bool, the classes that may be reported; all if left out. The others compete all the same.
 
     Raises:
         D2ZeroError: As of `postprocess`.
@@ -211,7 +226,7 @@ def named(
             "the network's class logits are not finite: its weights are damaged, or a file in half precision overflows"
         )
     mode = Mode.parse(mode) if isinstance(mode, str) else mode
-    chosen = selection(vocabulary, mode, max_detections)
+    chosen = selection(vocabulary, mode, max_detections, only)
     probabilities = class_probabilities(class_logits, chosen.competing, temperature)
     if vocabulary.synonyms:
         probabilities = _with_synonyms(probabilities, vocabulary.class_of)
