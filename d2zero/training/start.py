@@ -25,7 +25,9 @@ from d2zero.evaluation.metrics import METRICS
 from d2zero.evaluation.pictures import draw_predictions, predictions
 from d2zero.evaluation.processes import evaluate_share
 from d2zero.evaluation.run import EvaluationRun
-from d2zero.model import D2Zero, build
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model.closed import closed_vocabulary
+from d2zero.model.config import HeadName
 from d2zero.processes import Processes, joined
 from d2zero.training.config import TrainConfig, config_to_dict
 from d2zero.training.loop import Run
@@ -34,13 +36,17 @@ from d2zero.training.step import TrainingStep
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import write_text
-from d2zero_runtime.vocabulary import check_vocabulary
+from d2zero_runtime.vocabulary import CLOSED, check_vocabulary
 
 logger = logging.getLogger("d2zero")
 
 PICTURES = 6
 LONGEST_WAIT = timedelta(hours=6)  # of processes, while the main one sums up an evaluation or draws
 EVALUATION_FOLDER = "evaluation"  # of the run's, while it is evaluated
+_SEMANTIC = (  # settings of a semantic classifier, which a closed model does not have
+    "semantic_dim", "logit_scale", "softmax_temperature",
+    "adaptation_layers", "adaptation_heads", "adaptation_ffn_dim", "adaptation_dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Inputs:
 
     Args:
         data: Where the annotations and images are.
-        vocabulary: Seen and unseen classes; the data set's own if left out.
+        vocabulary: Seen and unseen classes; the data set's own if left out. A closed model needs none: it has the
+            classes that are annotated.
         split: Says which classes of the vocabulary are seen, instead of the vocabulary itself.
         init: A checkpoint whose weights to start from.
         skip: Parts of it that are not taken, such as `classifier`.
@@ -76,6 +83,17 @@ class Inputs:
         require_trainable(vocabulary)
         return vocabulary
 
+    def is_closed(self, config: TrainConfig, source: D2Zero | None) -> bool:
+        """Whether a closed model is trained: by its configuration, or as no vocabulary is given for closed weights.
+
+        Raises:
+            D2ZeroError: It is, and a vocabulary is given.
+        """
+        named = self.vocabulary or self.data.vocabulary
+        if named and config.model.head == "closed":
+            raise D2ZeroError("a closed model has the classes that are annotated; leave the vocabulary out")
+        return named is None and (config.model.head == "closed" or (source is not None and _is_closed(source)))
+
 
 @dataclass(frozen=True)
 class _Validation:
@@ -91,21 +109,22 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     Raises:
         D2ZeroError: Inputs are missing or do not belong together, or the folder holds another run.
     """
-    vocabulary = inputs.classes()
-    config = replace(config, model=replace(config.model, text_dim=vocabulary.width))
     if output.exists() and not output.is_dir():
         raise D2ZeroError(f"--output takes a folder, {output} is a file")
     if (output / STATE_FILE).exists() and not resume:
         raise D2ZeroError(f"{output} already holds a run; continue it with --resume, or choose another folder")
-    part = inputs.data.training_part(vocabulary.split)
-    data = TrainingSet(
-        read_coco(part.annotations, leave_out=True), part.images, vocabulary, config.augment, config.cache
-    )
+    source = load_model(inputs.init) if inputs.init else None
+    vocabulary = None if inputs.is_closed(config, source) else inputs.classes()
+    part = inputs.data.training_part(vocabulary.split if vocabulary else "")
+    annotations = read_coco(part.annotations, leave_out=True)
+    vocabulary = vocabulary or _closed_classes(annotations, source)
+    config = replace(config, model=_model_config(config.model, vocabulary, source))
+    data = TrainingSet(annotations, part.images, vocabulary, config.augment, config.cache)
     recipe, config = config, config.for_images(len(data))
     torch.manual_seed(config.seed)
     model = build(config.model, vocabulary)
-    if inputs.init:
-        start_from(model, load_model(inputs.init), inputs.skip)
+    if source:
+        start_from(model, source, _skipped(model, source, inputs.skip))
     if inputs.backbone_weights:
         load_backbone(model.backbone, read_arrays(inputs.backbone_weights))
     validation = _validation(config, inputs.data, vocabulary.split)
@@ -120,6 +139,50 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
             part.annotations,
             resume,
         )
+
+
+def _closed_classes(annotations: CocoFile, source: D2Zero | None) -> Vocabulary:
+    """Of a closed model: all that its weights know, if they know what is annotated, and else what is annotated."""
+    names = tuple(annotations.categories)
+    if source and _is_closed(source) and set(names) <= set(source.vocabulary.names):
+        return source.vocabulary
+    return closed_vocabulary(names)
+
+
+def _model_config(config: ModelConfig, vocabulary: Vocabulary, source: D2Zero | None) -> ModelConfig:
+    """The run's model: its sizes are those of the Mask2Former whose weights it starts from, if there is one."""
+    head: HeadName = "closed" if vocabulary.encoder == CLOSED else "semantic"
+    if source and _is_closed(source):
+        kept = {} if head == "closed" else {name: getattr(config, name) for name in _SEMANTIC}
+        config = replace(source.config, **kept)
+    config = replace(config, head=head, text_dim=vocabulary.width)
+    return replace(config, softmax_temperature=1.0) if head == "closed" else config
+
+
+def _skipped(model: D2Zero, source: D2Zero, skip: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts that do not start from a checkpoint's weights: its head, too, where that is for other classes."""
+    if not _is_closed(source) or model.vocabulary is source.vocabulary:
+        return skip
+    taught = [name for name in model.vocabulary.unseen_names if name in source.vocabulary.names]
+    if taught:
+        logger.warning(
+            "NOT ZERO-SHOT: the weights that this run starts from were trained on %d of its %d unseen classes (%s);"
+            " their accuracy will say nothing about classes that were never seen",
+            len(taught),
+            len(model.vocabulary.unseen_names),
+            join_truncated(taught),
+        )
+    elif not _is_closed(model):
+        logger.warning(
+            "the weights that this run starts from were trained on %s: what looks like one of these was seen, whatever"
+            " it is called here",
+            join_truncated(source.vocabulary.names),
+        )
+    return tuple(dict.fromkeys((*skip, "classifier")))
+
+
+def _is_closed(model: D2Zero) -> bool:
+    return model.config.head == "closed"
 
 
 def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
@@ -158,7 +221,8 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
 def next_command(run: Path, inputs: Inputs) -> str:
     """The command that evaluates a finished run, or one that shows what it finds where nothing is to evaluate on."""
     try:
-        part = inputs.data.test_part(inputs.classes().split, [Mode.GZSIS])
+        split = inputs.classes().split if inputs.vocabulary or inputs.data.vocabulary else ""
+        part = inputs.data.test_part(split, [Mode.GZSIS])
     except D2ZeroError:
         return shlex.join(["d2zero", "predict", "PHOTOS", "-m", str(run), "-o", "found"])
     files = ["--annotations", str(part.annotations), "--images", str(part.images)]

@@ -1,0 +1,134 @@
+"""Closed-vocabulary models: trained by the same command, started from, evaluated, and refused what they cannot do."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import Command
+
+from d2zero.checkpoints.files import load_model, save_model
+from d2zero.data.shapes import ALL_NAMES
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model.closed import closed_vocabulary
+from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.images import Preprocessing
+
+SMALL = ("--steps", "1", "--batch-size", "2", "--set", "workers=0", "--set", "picture_every=0", "--device", "cpu")
+SIZES = [
+    "model.backbone=test_resnet", "model.hidden_dim=32", "model.num_heads=2", "model.encoder_layers=1",
+    "model.encoder_ffn_dim=32", "model.num_queries=10", "model.decoder_layers=2", "model.decoder_ffn_dim=32",
+    "model.semantic_dim=32", "model.adaptation_ffn_dim=32",
+]  # fmt: skip
+AUGMENT = ("--set", "augment.size=96")
+
+
+def closed_model(names: tuple[str, ...] = ALL_NAMES) -> D2Zero:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone="test_resnet",
+        hidden_dim=32,
+        num_heads=2,
+        encoder_layers=1,
+        encoder_ffn_dim=32,
+        num_queries=10,
+        decoder_layers=2,
+        decoder_ffn_dim=32,
+        head="closed",
+        text_dim=len(names),
+        softmax_temperature=1.0,
+        preprocessing=Preprocessing(shortest_edge=96, longest_edge=96),
+    )
+    return build(config, closed_vocabulary(names)).eval()
+
+
+@pytest.fixture
+def train(shapes_data: Path) -> tuple[object, ...]:
+    annotations = shapes_data / "annotations/instances_train_seen_shapes.json"
+    return ("train", "--annotations", annotations, "--images", shapes_data / "train", *SMALL)
+
+
+def settings() -> list[str]:
+    return [word for setting in SIZES for word in ("--set", setting)]
+
+
+def test_a_closed_model_is_trained_and_gone_on_with(
+    train: tuple[object, ...], shapes_data: Path, tmp_path: Path, command: Command
+) -> None:
+    outcome = command(*train, *settings(), "--set", "model.head=closed", "-o", tmp_path / "first")
+    assert outcome.code == 0, outcome.err
+    first = load_model(tmp_path / "first")
+    truth = json.loads((shapes_data / "annotations/instances_train_seen_shapes.json").read_text())
+    names = tuple(category["name"] for category in truth["categories"])
+    assert first.vocabulary.names == names and first.config.head == "closed"
+    assert first.config.softmax_temperature == 1
+    outcome = command(*train, "--init", tmp_path / "first", "-o", tmp_path / "second")
+    assert outcome.code == 0 and "not from the checkpoint" not in outcome.err, outcome.err
+    assert load_model(tmp_path / "second").config == first.config
+    truth = shapes_data / "annotations/instances_val_gzsi_shapes.json"
+    content = json.loads(truth.read_text())
+    kept = {c["id"] for c in content["categories"] if c["name"] in names}
+    content["categories"] = [c for c in content["categories"] if c["id"] in kept]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in kept]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    files = ("--annotations", tmp_path / "val.json", "--images", shapes_data / "val", "--limit", "2")
+    outcome = command(
+        "eval", tmp_path / "second", *files, "-o", tmp_path / "evaluated", "--json", tmp_path / "metrics.json"
+    )
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["segm"]
+    assert metrics["ap"] is not None and metrics["unseen_ap50"] is None
+
+
+def test_a_head_for_other_classes_is_fresh(train: tuple[object, ...], tmp_path: Path, command: Command) -> None:
+    source = save_model(closed_model(("red ring", "dog")), tmp_path / "closed.safetensors", {})
+    outcome = command(*train, "--init", source, "-o", tmp_path / "run")
+    assert outcome.code == 0 and "2 arrays are not from the checkpoint, as asked" in outcome.err, outcome.err
+    assert load_model(tmp_path / "run").config.text_dim == 27
+
+
+def test_a_zero_shot_model_starts_from_closed_weights_with_a_warning(
+    train: tuple[object, ...], shapes_data: Path, tmp_path: Path, command: Command
+) -> None:
+    model = closed_model()
+    source = save_model(model, tmp_path / "closed.safetensors", {})
+    words = ("-v", shapes_data / "vocabulary.npz", "--set", "optim.lr=1e-12")
+    outcome = command(*train, *settings()[-4:], *words, "--init", source, "-o", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "NOT ZERO-SHOT: the weights that this run starts from" in outcome.err
+    assert "were trained on 9 of its 9 unseen classes (" in outcome.err
+    trained = load_model(tmp_path / "run")
+    assert trained.config.head == "semantic" and trained.config.decoder_layers == 2
+    assert trained.config.preprocessing == model.config.preprocessing
+    assert torch.allclose(trained.decoder.query_features, model.decoder.query_features, atol=1e-6)
+    other = save_model(closed_model(("dog", "cat")), tmp_path / "other.safetensors", {})
+    outcome = command(*train, *settings()[-4:], *words, "--init", other, "-o", tmp_path / "other")
+    assert outcome.code == 0 and "were trained on dog, cat: what looks like one of these was seen" in outcome.err
+
+
+def test_what_a_closed_model_cannot_do_is_refused(
+    train: tuple[object, ...], shapes_data: Path, tmp_path: Path, command: Command
+) -> None:
+    segmenter = closed_model().segmenter()
+    image = np.zeros((96, 96, 3), np.uint8)
+    with pytest.raises(D2ZeroError, match="needs unseen classes"):
+        segmenter(image, "zsis")
+    words = Vocabulary.load(shapes_data / "vocabulary.npz")
+    for wrong in (words, replace(words, source={})):
+        with pytest.raises(D2ZeroError, match="has a closed vocabulary, the 36 classes that it was trained on"):
+            segmenter.set_vocabulary(wrong)
+    words = ("-v", shapes_data / "vocabulary.npz")
+    outcome = command(*train, *words, "--set", "model.head=closed", "-o", tmp_path / "run")
+    assert outcome.code == 2 and "a closed model has the classes that are annotated" in outcome.err
+
+
+def test_a_closed_model_keeps_to_some_of_its_classes() -> None:
+    model = closed_model()
+    segmenter, image = model.segmenter(), np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    chosen = segmenter.vocabulary.select(["blue star", "red ring"])
+    found = segmenter(image, vocabulary=chosen, score_threshold=0)
+    assert set(found.names) <= {"blue star", "red ring"} and len(found)
+    named = segmenter.name(segmenter.segment(image), chosen, score_threshold=0)
+    assert named.names == found.names and np.allclose(named.scores, found.scores, atol=1e-6)
