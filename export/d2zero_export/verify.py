@@ -1,7 +1,7 @@
 """Is an exported file the same model as its checkpoint?
 
-Raw tensors (batches, sizes, class counts), the decoder's attention masks, instances as sets, and accuracy
-on seen and unseen classes. What may differ depends on the file's precision.
+Raw tensors (batches, sizes, class counts, the classifier by itself), the decoder's attention masks, instances as sets,
+and accuracy on seen and unseen classes. What may differ depends on the file's precision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
+
+CLASSIFIER_CLASSES = 9  # drawn ones that an exported file's classifier is compared with
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _accuracy(
 
 
 def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
-    """Compare raw output on drawn images: sizes, batches, their rows, and other class counts.
+    """Compare raw output on drawn images: sizes, batches, their rows, other class counts, the classifier by itself.
 
     Args:
         reference: What to compare with: the checkpoint (`D2Zero.segmenter`), or the file that an engine
@@ -206,10 +208,11 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
     ]
     found += _batch_against_single(segmenter, square, flipped)
     for count in _class_counts(segmenter):
-        rows = random.standard_normal((count, contract.text_dim)).astype(np.float32)
-        found.append(
-            _with_classes(reference, segmenter, Vocabulary(tuple(f"class {i}" for i in range(count)), rows), square)
-        )
+        found.append(_with_classes(reference, segmenter, _drawn_classes(random, count, contract), square))
+    if contract.query_dim:
+        own = reference.contract.baked
+        classes = reference.vocabulary if own else _drawn_classes(random, CLASSIFIER_CLASSES, contract)
+        found.append(_classifier(reference, segmenter, classes, square))
     return RawParity(tuple(found))
 
 
@@ -234,6 +237,11 @@ def _class_counts(segmenter: Segmenter) -> list[int]:
     return sorted({min(max(count, low.classes), high.classes) for count in counts})
 
 
+def _drawn_classes(random: np.random.Generator, count: int, contract: ModelContract) -> Vocabulary:
+    rows = random.standard_normal((count, contract.text_dim)).astype(np.float32)
+    return Vocabulary(tuple(f"class {number}" for number in range(count)), rows)
+
+
 def _range(segmenter: Segmenter) -> tuple[Shape, Shape]:
     """Smallest and largest shape that can be run."""
     if segmenter.backend.profile:
@@ -256,15 +264,32 @@ def _batch_against_single(segmenter: Segmenter, one: NDArray[np.uint8], other: N
 def _with_classes(
     reference: Segmenter, segmenter: Segmenter, classes: Vocabulary, image: NDArray[np.uint8]
 ) -> Difference:
-    both = (reference, segmenter)
-    before = [candidate.vocabulary for candidate in both]
+    both = (_raw_with(candidate, classes, image) for candidate in (reference, segmenter))
+    return _difference(f"{len(classes)} other classes", *both)
+
+
+def _classifier(
+    reference: Segmenter, segmenter: Segmenter, classes: Vocabulary, image: NDArray[np.uint8]
+) -> Difference:
+    """The file's classifier, on the features that its network hands over, against the reference's whole network."""
+    contract = segmenter.contract
+    padded = segmenter.preprocessing.padded_size(image.shape[:2])
+    batch = segmenter.input_of([image] * (contract.batch or 1), padded)
+    raw = segmenter.backend.run(batch, None if contract.baked else segmenter.vocabulary.embeddings).first(1)
+    class_logits = segmenter.classifier.run(raw.queries, raw.background, classes.embeddings)
+    expected = _raw_with(reference, classes, image)
+    case = f"the classifier by itself, {len(classes)} classes"
+    return _difference(case, expected, replace(expected, class_logits=class_logits))  # which makes no masks
+
+
+def _raw_with(segmenter: Segmenter, classes: Vocabulary, image: NDArray[np.uint8]) -> RawOutput:
+    """A segmenter's raw output with other classes, which it then forgets."""
+    before = segmenter.vocabulary
     try:
-        for candidate in both:
-            candidate.set_vocabulary(replace(classes, source=candidate.vocabulary.source))
-        return _difference(f"{len(classes)} other classes", *(candidate.predict_raw([image]) for candidate in both))
+        segmenter.set_vocabulary(replace(classes, source=before.source))
+        return segmenter.predict_raw([image])
     finally:
-        for candidate, vocabulary in zip(both, before, strict=True):
-            candidate.set_vocabulary(vocabulary)
+        segmenter.set_vocabulary(before)
 
 
 def _difference(case: str, ours: RawOutput, theirs: RawOutput) -> Difference:

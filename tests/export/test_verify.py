@@ -8,13 +8,17 @@ import numpy as np
 import onnx
 import pytest
 from commands import Command
+from exported_files import changed, older, with_classifier, with_constant_classes
 
 import d2zero
+from d2zero.checkpoints.files import load_model
 from d2zero.data.coco import read_coco
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.evaluation.run import EvaluationRun
 from d2zero_export.instances import instance_agreement
-from d2zero_runtime import Detections, Mode
+from d2zero_export.parity import LIMITS
+from d2zero_export.verify import raw_parity
+from d2zero_runtime import Detections, Mode, load
 from d2zero_runtime.masks import rle
 
 
@@ -62,6 +66,30 @@ def test_another_model_fails_with_the_tensor_the_value_and_the_limit(
     limits = ("--max-logits", "1000", "--max-relative", "1000", "--min-matched", "0")
     lenient = command("verify", packaged_checkpoint(), other, *limits)
     assert lenient.code == 0
+
+
+def scale_background(classifier: onnx.ModelProto) -> None:
+    tensor = next(t for t in classifier.graph.initializer if t.name.endswith("background_projection.weight"))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(tensor), tensor.name))
+
+
+def test_another_classifier_beside_the_network_fails(exported: Path, tmp_path: Path) -> None:
+    path = changed(exported, tmp_path / "m.onnx", with_classifier(scale_background))
+    (failure,) = raw_parity(load_model(packaged_checkpoint()).segmenter(), load(path)).failures(LIMITS["float32"])
+    assert failure.startswith("class_logits differ by ") and "(limit 1e-03) for the classifier by itself" in failure
+
+
+def test_a_classifier_is_compared_where_there_is_one(exported: Path, tmp_path: Path) -> None:
+    reference = load_model(packaged_checkpoint()).segmenter()
+    baked = load(changed(exported, tmp_path / "baked.onnx", with_constant_classes, baked=True))
+    for left, right, cases in (
+        (reference, load(exported), ["the classifier by itself, 9 classes"]),
+        (reference, load(older(exported, tmp_path / "older.onnx")), []),
+        (baked, baked, ["the classifier by itself, 36 classes"]),  # an engine and the file that it was built from
+    ):
+        parity = raw_parity(left, right)
+        assert [entry.case for entry in parity.differences if "classifier" in entry.case] == cases
+        assert parity.failures(LIMITS["float32"]) == [] and len(left.vocabulary) == len(right.vocabulary) == 36
 
 
 def test_exported_models_are_evaluated_as_checkpoints_are(
