@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def benchmark(
     models: Annotated[
         list[Path],
-        typer.Argument(help="Checkpoints (.safetensors) and exported models (.onnx, .engine, .pt2), side by side."),
+        typer.Argument(
+            help="Checkpoints (.safetensors), exported models (.onnx, .engine, .pt2) and folders of transformers with a"
+            " Mask2Former, side by side."
+        ),
     ],
     variant: Annotated[
         str | None, typer.Option("--variant", help="Of each checkpoint: model, published; several with commas.")
@@ -91,7 +94,7 @@ def benchmark(
     from d2zero_bench.gates import Gate
     from d2zero_bench.plan import Plan
 
-    missing = [str(path) for path in [*models, *([annotations] if annotations else [])] if not path.is_file()]
+    missing = [str(path) for path in [*models, *([annotations] if annotations else [])] if not path.exists()]
     if missing:  # known before seconds of loading
         raise D2ZeroError(f"no such file: {join_truncated(missing)}")
     if html_file:

@@ -48,7 +48,7 @@ class Measurement:
         """Compare outputs and take times in each case."""
         for number, case in enumerate(cases, 1):
             # A peer has no classes to vary.
-            kinds = ("d2zero", "peer") if case.classes == cases[0].classes else ("d2zero",)
+            kinds = ("d2zero", "transformers", "peer") if case.classes == cases[0].classes else ("d2zero",)
             ready = self._prepare(case, kinds)
             self._compare(case, ready)
             self._measure(case, ready, f"{case} ({number} of {len(cases)})")

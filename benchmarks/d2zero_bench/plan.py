@@ -21,7 +21,7 @@ class Plan:
     """What to measure, and how.
 
     Args:
-        models: Checkpoints and exported models.
+        models: Checkpoints, exported models, and folders of transformers.
         variants: Variants of each checkpoint, among `VARIANTS`; the model itself if left out.
         peers: Peers' names, or `all`; see `d2zero_bench.peers`.
         baseline: The candidate that others are compared with; the first by default.
@@ -78,7 +78,7 @@ class Plan:
     title: str = "D2Zero benchmark"
 
     def __post_init__(self) -> None:
-        exported = [path for path in self.models if is_exported(path)]
+        exported = [path for path in self.models if is_exported(path) or path.is_dir()]
         if not self.models:
             raise D2ZeroError("there is no model to measure")
         if self.annotations and not self.images:
@@ -127,7 +127,7 @@ class Plan:
                 replace(model, name=f"{path.name}:{provider}" if several else path.name, providers=(provider,))
                 for provider in providers
             ]
-        if is_exported(path):
+        if is_exported(path) or path.is_dir():
             return [model]
         chosen = self.variants or ("model",)
         unknown = [name for name in chosen if name not in VARIANTS]

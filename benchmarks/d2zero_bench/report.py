@@ -66,7 +66,7 @@ class CandidateInfo:
 
     Args:
         name: The candidate's name, unique in the report.
-        kind: `d2zero`, or `peer` (only the network, random weights).
+        kind: `d2zero`; `transformers`, from file to instances, too; or `peer` (only the network, random weights).
         backend: What ran its network, and where.
         precision: What it computes in.
         megabytes: The size of its file; None without one.
@@ -281,6 +281,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def names(report: Report, kinds: Sequence[str] = ("d2zero", "peer")) -> list[str]:
+def names(report: Report, kinds: Sequence[str] = ("d2zero", "transformers", "peer")) -> list[str]:
     """Names of the candidates of some kinds."""
     return [info.name for info in report.candidates if info.kind in kinds]

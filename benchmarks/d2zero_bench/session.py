@@ -15,6 +15,7 @@ from d2zero_bench.measure import Measurement
 from d2zero_bench.plan import Plan
 from d2zero_bench.report import Report
 from d2zero_bench.rounds import Progress
+from d2zero_bench.transformers_model import preprocessing_of
 from d2zero_bench.worker import Worker
 from d2zero_runtime import D2ZeroError, Preprocessing
 from d2zero_runtime.formats import is_exported, read_exported
@@ -121,6 +122,8 @@ def _require_images(annotations: Path, images: Path, limit: int | None) -> None:
 
 
 def _preprocessing(path: Path) -> Preprocessing:
+    if path.is_dir():
+        return preprocessing_of(path)
     if is_exported(path):
         return read_exported(path).contract.preprocessing
     from d2zero.checkpoints.files import load_model

@@ -19,9 +19,11 @@ from d2zero_bench.memory import gpu_peak_mb, host_peak_mb, reset_gpu_peak, reset
 from d2zero_bench.peers import Peer
 from d2zero_bench.report import Accuracy, CandidateInfo
 from d2zero_bench.rounds import one_line
+from d2zero_bench.transformers_model import TransformersModel
 from d2zero_runtime import D2ZeroError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+Measured = Candidate | Peer | TransformersModel
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
 
@@ -33,24 +35,24 @@ class Memory(NamedTuple):
     gpu_mb: float | None
 
 
-def prepare(candidate: Candidate | Peer, case: Case) -> None:
+def prepare(candidate: Measured, case: Case) -> None:
     """Get ready for a case, and forget the last one's memory."""
     candidate.prepare(case)
     reset_host_peak()
     reset_gpu_peak()
 
 
-def run(candidate: Candidate | Peer, case: Case, paths: Sequence[Path], with_logits: bool = False) -> Outcome:
+def run(candidate: Measured, case: Case, paths: Sequence[Path], with_logits: bool = False) -> Outcome:
     """Run one batch, from files to detections; of a peer, its network."""
     return candidate.run(case, paths, with_logits)
 
 
-def read_memory(candidate: Candidate | Peer) -> Memory:
+def read_memory(candidate: Measured) -> Memory:
     """Tell the peak memory."""
     return Memory(host_peak_mb(), gpu_peak_mb())
 
 
-def evaluate(candidate: Candidate | Peer, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
+def evaluate(candidate: Measured, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
     """Measure the accuracy on annotated images; None for a peer."""
     return candidate.evaluate(annotations, images, limit)
 
@@ -84,7 +86,7 @@ class Worker:
 
     def ask(
         self,
-        function: Callable[Concatenate[Candidate | Peer, Arguments], Answer],
+        function: Callable[Concatenate[Measured, Arguments], Answer],
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> Answer:
@@ -125,7 +127,7 @@ def _serve(connection: Connection, spec: Spec) -> None:
     """The worker's process: open the candidate, then call functions until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     try:
-        candidate = Peer(spec) if spec.peer else Candidate(spec)
+        candidate = _opened(spec)
         connection.send(candidate.info)
         while True:
             function, arguments, named = connection.recv()
@@ -137,6 +139,12 @@ def _serve(connection: Connection, spec: Spec) -> None:
         return
     except Exception as error:
         connection.send(_told(spec, error))
+
+
+def _opened(spec: Spec) -> Measured:
+    if spec.path is None:
+        return Peer(spec)
+    return TransformersModel(spec) if spec.path.is_dir() else Candidate(spec)
 
 
 def _told(spec: Spec, error: Exception) -> D2ZeroError:
