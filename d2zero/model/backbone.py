@@ -14,7 +14,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from d2zero.model.swin import pad_before_shift
+from d2zero.model.swin import use_original_windows
 from d2zero_runtime import D2ZeroError
 
 STRIDES = (4, 8, 16, 32)
@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         self.channels_last = net.feature_info.get_dicts()[0].get("format") == "NHWC" or (
             getattr(net, "output_fmt", "NCHW") == "NHWC"
         )
-        pad_before_shift(net)
+        use_original_windows(net)
         self.net: nn.Module = freeze_batch_norm_2d(net) if frozen_norm else net
         self.output_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels if output_norm)
 
