@@ -141,7 +141,7 @@ def test_same_model_at_every_size_batch_and_class_count(
 ) -> None:
     assert eight_bits.stat().st_size < 0.55 * exported.stat().st_size
     parity = raw_parity(demo_model.segmenter(), load(eight_bits))
-    assert len(parity.differences) == 10 and not parity.failures(LIMITS["int8"])
+    assert len(parity.differences) == 11 and not parity.failures(LIMITS["int8"])
     assert parity.failures(LIMITS["float32"])  # it is another precision
     photos = sorted((shapes_data / "val").iterdir())[:12]
     result = verify(demo_model, eight_bits, images=photos)
