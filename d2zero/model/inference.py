@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2zero_runtime import D2ZeroError
 from d2zero_runtime.backends.base import Backend, Classifier, LatestUpload, Raw
 from d2zero_runtime.backends.inputs import Input, PixelBatch
 from d2zero_runtime.backends.torch_math import float32_math
@@ -108,7 +109,9 @@ class TorchClassifier(Classifier):
             D2ZeroError: The package that exports is not installed.
         """
         optional("onnx")
-        (entry,) = entry_points(group=EXPORTERS, name="classifier")
+        entry = next(iter(entry_points(group=EXPORTERS, name="classifier")), None)
+        if entry is None:
+            raise D2ZeroError("this installation of d2zero has no exporter; install it again, such as 'd2zero[export]'")
         content: bytes = entry.load()(self._model)
         return content
 

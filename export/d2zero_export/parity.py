@@ -10,6 +10,7 @@ Letters: B batch, Q queries, K classes.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -160,6 +161,7 @@ def drawn_image(random: np.random.Generator, height: int, width: int) -> NDArray
 def alike(reference: Segmenter, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Segmenter:
     """The reference with another's preprocessing and vocabulary, for comparing like with like."""
     contract = replace(reference.contract, preprocessing=preprocessing)
-    same = Segmenter(reference.backend, contract, reference.vocabulary)
+    same = copy(reference)
+    same.contract = contract
     same.set_vocabulary(replace(vocabulary, source=reference.vocabulary.source))
     return same

@@ -182,7 +182,7 @@ def _read_onnx(path: Path) -> Exported:
     def opened(options: LoadOptions) -> Segmenter:
         if contract.end_to_end:
             return _open_end_to_end(path, contract, vocabulary, options)
-        classifier = OnnxClassifier(lambda: read_classifier(path), options.threads)
+        classifier = OnnxClassifier(lambda: read_classifier(path), path, options.threads)
         return Segmenter(open_onnx(path, contract, options), contract, vocabulary, classifier)
 
     return Exported(contract, vocabulary, opened)
@@ -199,7 +199,7 @@ def _read_engine(path: Path) -> Exported:
                 " engines of files without --end-to-end"
             )
         backend = TensorrtBackend(path, metadata, options.device, options.cuda_graphs)
-        return Segmenter(backend, contract, vocabulary, OnnxClassifier(lambda: metadata.classifier))
+        return Segmenter(backend, contract, vocabulary, OnnxClassifier(lambda: metadata.classifier, path))
 
     return Exported(contract, vocabulary, opened)
 
@@ -209,7 +209,7 @@ def _read_pt2(path: Path) -> Exported:
 
     def opened(options: LoadOptions) -> Segmenter:
         backend = Pt2Backend(path, metadata, options.device, options.cuda_graphs, options.threads)
-        classifier = OnnxClassifier(lambda: metadata.classifier, options.threads)
+        classifier = OnnxClassifier(lambda: metadata.classifier, path, options.threads)
         return Segmenter(backend, metadata.contract, metadata.vocabulary, classifier)
 
     return Exported(metadata.contract, metadata.vocabulary, opened)

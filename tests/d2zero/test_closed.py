@@ -119,8 +119,8 @@ def test_what_a_closed_model_cannot_do_is_refused(
     for wrong in (words, replace(words, source={})):
         with pytest.raises(D2ZeroError, match="has a closed vocabulary, the 36 classes that it was trained on"):
             segmenter.set_vocabulary(wrong)
-    words = ("-v", shapes_data / "vocabulary.npz")
-    outcome = command(*train, *words, "--set", "model.head=closed", "-o", tmp_path / "run")
+    given = ("-v", shapes_data / "vocabulary.npz")
+    outcome = command(*train, *given, "--set", "model.head=closed", "-o", tmp_path / "run")
     assert outcome.code == 2 and "a closed model has the classes that are annotated" in outcome.err
 
 

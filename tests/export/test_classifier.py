@@ -13,10 +13,12 @@ import torch
 from tiny_model import WIDTH
 from tiny_network import tiny
 from torch import Tensor
+from torch.nn import ModuleList
 
 from d2zero.model import D2Zero
+from d2zero.model.classifier import SemanticClassifier
 from d2zero_export.attention import FusedAttention, MatmulAttention
-from d2zero_export.classifier import ClassifierGraph, classifier_onnx
+from d2zero_export.classifier import SemanticGraph, classifier_onnx
 from d2zero_export.onnx_graph import FORBIDDEN, OPSET
 from d2zero_runtime.backends.onnxruntime import OnnxClassifier
 
@@ -32,8 +34,9 @@ in_files = pytest.mark.parametrize(
 @pytest.fixture(scope="module", params=[0, 1, 2], ids="adaptation layers: {}".format)
 def model(request: pytest.FixtureRequest) -> D2Zero:
     found = tiny(adaptation_layers=request.param)
+    assert isinstance(found.classifier, SemanticClassifier)
     layers = found.classifier.adaptation.layers if found.classifier.adaptation else ()
-    assert len(layers) == request.param
+    assert isinstance(layers, tuple | ModuleList) and len(layers) == request.param
     return found
 
 
@@ -60,7 +63,7 @@ def cases() -> list[tuple[int, int]]:
 def test_the_graph_equals_the_models_classifier(
     model: D2Zero, attention: type[MatmulAttention] | type[FusedAttention]
 ) -> None:
-    graph = ClassifierGraph(model.classifier, attention(model.decoder)).eval()
+    graph = SemanticGraph(model.classifier, attention(model.decoder)).eval()
     for images, classes in cases():
         given = inputs(model, images, classes)
         with torch.inference_mode():
@@ -71,7 +74,7 @@ def test_the_graph_equals_the_models_classifier(
 
 @in_files
 def test_the_file_equals_the_models_classifier(model: D2Zero, exported_classifier: bytes) -> None:
-    classifier = OnnxClassifier(lambda: exported_classifier)
+    classifier = OnnxClassifier(lambda: exported_classifier, Path("a file"))
     for images, classes in cases():
         given = inputs(model, images, classes)
         with torch.inference_mode():
@@ -83,7 +86,7 @@ def test_the_file_equals_the_models_classifier(model: D2Zero, exported_classifie
 
 @in_files
 def test_images_of_a_batch_do_not_influence_each_other(model: D2Zero, exported_classifier: bytes) -> None:
-    classifier = OnnxClassifier(lambda: exported_classifier)
+    classifier = OnnxClassifier(lambda: exported_classifier, Path("a file"))
     queries, background, words = (array.numpy() for array in inputs(model, 3, 7))
     together = classifier.run(queries, background, words)
     for row in range(3):
@@ -113,7 +116,7 @@ def test_a_checkpoint_hands_over_its_classifier_as_a_file(
 
     monkeypatch.setattr("d2zero.model.inference.entry_points", entry_points)
     ours = model.segmenter().classifier
-    theirs = OnnxClassifier(ours.to_onnx)
+    theirs = OnnxClassifier(ours.to_onnx, Path("a file"))
     given = [array.numpy() for array in inputs(model, 3, 7)]
     np.testing.assert_allclose(ours.run(*given), theirs.run(*given), atol=TOLERANCE, rtol=0)
     assert theirs.to_onnx() == exported_classifier and made_of == [model]  # read once

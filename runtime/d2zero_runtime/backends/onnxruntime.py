@@ -43,6 +43,7 @@ class Session:
             default. An explicit `use_tf32` among the options of `cuda` has precedence. `tensorrt` has no such option:
             for it, `NVIDIA_TF32_OVERRIDE=0` is set in the environment of the process unless the variable is there.
         session_options: Attributes of `onnxruntime.SessionOptions` and, where the name has a dot, configuration keys.
+        where: What messages call it; the file's path if left out.
 
     Raises:
         D2ZeroError: Onnxruntime is not installed, a provider is not available, its libraries, the NVIDIA driver or
@@ -61,8 +62,10 @@ class Session:
         threads: int | None = None,
         tf32: bool = False,
         session_options: Mapping[str, Any] | None = None,
+        where: str = "",
     ) -> None:
-        content, where = (file, "the classifier") if isinstance(file, bytes) else (str(file), str(file))
+        content = file if isinstance(file, bytes) else str(file)
+        where = where or str(file)
         onnxruntime = _onnxruntime()
         chosen = [_named(entry) for entry in providers]
         names = [name for name, _ in chosen]
@@ -197,11 +200,12 @@ class OnnxClassifier(Classifier):
 
     Args:
         read: Reads the classifier, an ONNX file; called once.
+        where: The file that it is in, for messages.
         threads: Threads inside an operator; ONNX Runtime's choice if left out.
     """
 
-    def __init__(self, read: Callable[[], bytes], threads: int | None = None) -> None:
-        self._read, self._threads = read, threads
+    def __init__(self, read: Callable[[], bytes], where: Path, threads: int | None = None) -> None:
+        self._read, self._where, self._threads = read, where, threads
 
     def run(
         self, queries_BQC: NDArray[np.float32], background_BC: NDArray[np.float32], embeddings_KD: NDArray[np.float32]
@@ -221,7 +225,8 @@ class OnnxClassifier(Classifier):
     def _session(self) -> "_ClassifierSession":
         # Without spinning: its threads would take turns with those that read and post-process.
         waiting = {"session.intra_op.allow_spinning": "0"}
-        return _ClassifierSession(self._content, threads=self._threads, session_options=waiting)
+        where = f"the classifier in {self._where}"
+        return _ClassifierSession(self._content, threads=self._threads, session_options=waiting, where=where)
 
 
 class _ClassifierSession(Session):

@@ -119,7 +119,7 @@ class Index:
         self._on_bad_shard, self._schema = on_bad_shard, self.description.schema
         self._shards = [(path, rows) for path in shards_in(folder) for rows in self._usable(shard_length, path)]
         self.contract, self.vocabulary = self.description.contract, self.description.vocabulary
-        self._classifier = OnnxClassifier(lambda: self.description.classifier, threads)
+        self._classifier = OnnxClassifier(lambda: self.description.classifier, folder / DESCRIPTION, threads)
 
     def __repr__(self) -> str:
         return f"<Index: {len(self)} images in {self.folder}>"
