@@ -18,7 +18,7 @@ from torch.nn import ModuleList
 from d2zero.model import D2Zero
 from d2zero.model.classifier import SemanticClassifier
 from d2zero_export.attention import FusedAttention, MatmulAttention
-from d2zero_export.classifier import SemanticGraph, classifier_onnx
+from d2zero_export.classifier import classifier_graph, classifier_onnx
 from d2zero_export.onnx_graph import FORBIDDEN, OPSET
 from d2zero_runtime.backends.onnxruntime import OnnxClassifier
 
@@ -63,7 +63,7 @@ def cases() -> list[tuple[int, int]]:
 def test_the_graph_equals_the_models_classifier(
     model: D2Zero, attention: type[MatmulAttention] | type[FusedAttention]
 ) -> None:
-    graph = SemanticGraph(model.classifier, attention(model.decoder)).eval()
+    graph = classifier_graph(model, attention(model.decoder)).eval()
     for images, classes in cases():
         given = inputs(model, images, classes)
         with torch.inference_mode():
