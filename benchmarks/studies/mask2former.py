@@ -1,0 +1,147 @@
+"""Mask2Former as published, in transformers and converted: is every head equal?
+
+    python benchmarks/studies/mask2former.py --backbones resnet50,swin-tiny --sizes 448x672,416x608
+
+Drawn weights, batch 2, class and mask logits of every head. The decoder attends where mask logits are not negative: one
+that is nearer to 0 than rounding errors falls to either side, and from that head on single queries differ by more. So
+such bits are counted, and the largest difference is given of all heads and of those before the first such bit.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from d2zero.checkpoints.mask2former import model_of
+from d2zero.checkpoints.transformers_folder import read_folder
+from d2zero.cli.terminal import console
+from d2zero.model import D2Zero
+from d2zero.model.decoder import blocked
+from d2zero_bench.cases import parse_sizes
+from d2zero_bench.tables import Table
+from d2zero_runtime import D2ZeroError
+from studies.study import header, parser_of, run, write
+
+BATCH = 2
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {  # configuration of transformers, and its options
+    "resnet50": ("ResNetConfig", {}),
+    "resnet101": ("ResNetConfig", {"depths": [3, 4, 23, 3]}),
+    "swin-tiny": ("SwinConfig", {}),
+    "swin-base": (
+        "SwinConfig", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    ),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print and write."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--backbones", default="resnet50,swin-tiny", help=f"some of {', '.join(BACKBONES)}")
+    parser.add_argument("--sizes", default="448x672,416x608", help="heights x widths of the network's input")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
+    parser.add_argument("--keep", type=Path, help="a folder to keep the models of transformers in")
+    parser.add_argument("--json", type=Path, help="write all that was found")
+    return run(compare, parser, arguments)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Compare all that was asked for."""
+    chosen, sizes = given.backbones.split(","), parse_sizes(given.sizes)
+    unknown = [name for name in chosen if name not in BACKBONES]
+    if unknown:
+        raise D2ZeroError(f"--backbones must be some of {', '.join(BACKBONES)}; got {unknown[0]!r}")
+    found: list[dict[str, Any]] = []
+    try:
+        with TemporaryDirectory() as folder:
+            for name in chosen:
+                theirs, ours = _models(name, given.seed, (given.keep or Path(folder)) / name)
+                found += [{"backbone": name, **_compared(theirs, ours, size, given.seed)} for size in sizes]
+    finally:
+        console().print(_table(found).for_terminal())
+        write(given.json, {"kind": "mask2former", **header(__file__, given, seed=given.seed), "found": found})
+
+
+def _models(backbone: str, seed: int, folder: Path) -> tuple[Any, D2Zero]:
+    """A model of transformers with drawn weights, saved, and what is converted from its folder."""
+    transformers: Any = import_module("transformers")  # partly typed, and not to our use
+    kind, options = BACKBONES[backbone]
+    config = transformers.Mask2FormerConfig(
+        backbone_config=getattr(transformers, kind)(out_features=STAGES, **options),
+        id2label={number: f"class {number}" for number in range(80)},
+    )
+    model, draw = transformers.Mask2FormerForUniversalSegmentation(config).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, array in model.state_dict().items():
+            if array.is_floating_point() and "empty_weight" not in name:
+                array.copy_(_drawn(name, torch.randn(array.shape, generator=draw)))
+    model.save_pretrained(folder)
+    transformers.Mask2FormerImageProcessor().save_pretrained(folder)
+    return model, model_of(read_folder(folder))
+
+
+def _drawn(name: str, noise: Tensor) -> Tensor:
+    """Weights that keep activations about as large as they are."""
+    if "running_var" in name:
+        return 1 + 0.1 * noise.abs()
+    if noise.dim() < 2:
+        return (1 if name.endswith("weight") else 0) + 0.1 * noise
+    if "queries" in name or "level_embed" in name:
+        return noise
+    scaled: Tensor = noise / noise[0].numel() ** 0.5
+    return scaled
+
+
+@torch.inference_mode()
+def _compared(theirs: Any, ours: D2Zero, size: tuple[int, int], seed: int) -> dict[str, Any]:
+    images = torch.randn(BATCH, 3, *size, generator=torch.Generator().manual_seed(seed))
+    out = theirs(images, pixel_mask=torch.ones(BATCH, *size), output_auxiliary_logits=True)
+    expected = [(head["class_queries_logits"], head["masks_queries_logits"]) for head in (*out.auxiliary_logits, out)]
+    heads, flips = [], 0
+    for index, (head, (classes, masks)) in enumerate(zip(ours(images, all_heads=True), expected, strict=True)):
+        heads.append(
+            {
+                "class_logits": float((head.class_logits - classes).abs().max()),
+                "mask_logits": float((head.mask_logits - masks).abs().max()),
+                "flipped_before": flips,
+            }
+        )
+        level = (32, 16, 8)[index % 3]
+        flips += _flipped(head.mask_logits, masks, (size[0] // level, size[1] // level))
+    return {"size": list(size), "mask_range": float(expected[-1][1].abs().max()), "heads": heads}
+
+
+def _flipped(ours: Tensor, theirs: Tensor, size: tuple[int, int]) -> int:
+    """Bits of the next layer's attention mask that differ."""
+    places = [blocked(interpolate(masks, size, mode="bilinear").flatten(2)) for masks in (ours, theirs)]
+    return int((places[0] != places[1]).sum())
+
+
+def _table(found: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for entry in found:
+        before = [head for head in entry["heads"] if not head["flipped_before"]]
+        rows.append(
+            [
+                entry["backbone"],
+                "×".join(map(str, entry["size"])),
+                *(f"{max(head[key] for head in part):.1e}" for part in (before, entry["heads"]) for key in _KEYS),
+                f"{len(before)} of {len(entry['heads'])}",
+                str(entry["heads"][-1]["flipped_before"]),
+            ]
+        )
+    head = ["", "size", "class, before", "mask, before", "class", "mask", "heads before a bit differs", "bits"]
+    return Table(head, rows, "largest differences of logits, transformers and converted")
+
+
+_KEYS = ("class_logits", "mask_logits")
+
+if __name__ == "__main__":
+    sys.exit(main())
