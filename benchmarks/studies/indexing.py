@@ -6,7 +6,7 @@ With the demo's model (an `.onnx` of it; it is exported if left out) over drawn 
 `d2zero index`, at a tenth of the images and at all; the same killed ten times, and whether anything was lost, doubled
 or changed; time and memory of `d2zero relabel`; and five vocabularies evaluated from the index and by five full
 evaluations. Then the published architecture with drawn weights and drawn features: how many images a second the
-classifier names, and how many its network segments, in turns.
+classifier names, and how many its network segments, interleaved.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import D2ZeroError, Segments, Vocabulary, load
-from d2zero_runtime.index.index import Index, IndexDescription, IndexWriter, shards_in
+from d2zero_runtime.index import Index, IndexDescription, IndexWriter
+from d2zero_runtime.index.index import shards_in
 from d2zero_runtime.masks import rle
 from studies.study import header, parser_of, run, write
 
@@ -241,7 +242,11 @@ def _write_drawn(model: D2Zero, folder: Path, count: int, scratch: Path) -> int:
 
     drawn, contract = np.random.default_rng(SEED), model.contract(checkpoint="drawn")
     description = IndexDescription(
-        contract=contract, embeddings=model.vocabulary.embeddings, classifier=classifier_onnx(model), features="float16"
+        contract=contract,
+        embeddings=model.vocabulary.embeddings,
+        classifier=classifier_onnx(model),
+        features="float16",
+        model=contract.identity,
     )
     photo = scratch / "photo.jpg"
     photo.write_bytes(b"drawn")
@@ -279,7 +284,7 @@ def _relabelled(index: Index, words: Vocabulary, count: int, folder: Path) -> fl
 
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "out").mkdir()
-    index.name(words)
+    next(index.name(words))  # opens the classifier
     started, done = time.perf_counter(), 0
     with CocoWriter(folder / "out/detections.json", words.names) as written:
         for image, found in index.name(words, score_threshold=0.05):

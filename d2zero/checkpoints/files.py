@@ -1,6 +1,5 @@
 """Our own checkpoints: weights as safetensors, with configuration and vocabulary in the metadata."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from d2zero.model import D2Zero, ModelConfig, build
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.errors import join_truncated
-from d2zero_runtime.files import atomic_write
+from d2zero_runtime.files import atomic_write, file_hash
 
 FORMAT_VERSION = 1
 _KEY = "d2zero"  # of the JSON contract in the file's metadata
@@ -200,9 +199,3 @@ def _read_state(path: Path) -> tuple[_Description, dict[str, torch.Tensor]]:
     if "description" not in state:
         raise D2ZeroError(f"{path} is of an older d2zero, and names no classes; continue its run with --resume first")
     return _described(state["description"], path), state["ema"]["model"] if state.get("ema") else state["model"]
-
-
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

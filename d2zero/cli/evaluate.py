@@ -108,7 +108,8 @@ def evaluate(
         raise D2ZeroError(f"--pictures must end in {' or '.join(PICTURE_SUFFIXES)}, got {pictures.name!r}")
     if detections is not None and any((data, images, output, pictures, limit, jobs > 1)):
         raise D2ZeroError("--detections are evaluated as they are: leave out flags that are for a model and its images")
-    if index is not None and any((data, images, output, pictures, limit, provider, jobs > 1)):
+    network_only = (data, images, output, pictures, limit, provider, jobs > 1, batch_size > 1, device != "auto")
+    if index is not None and any(network_only):
         raise D2ZeroError("--index has what a network found: leave out flags that are for a network and its images")
     if index is None and len(vocabularies or []) > 1:
         raise D2ZeroError(f"{len(vocabularies or [])} vocabularies are compared over an --index; give one")
@@ -127,11 +128,11 @@ def evaluate(
     if detections is not None:
         summaries = _of_detections(detections, annotations, chosen, vocabulary, modes)
     else:
-        from d2zero.checkpoints.files import file_hash
         from d2zero.checkpoints.runs import checkpoint_file
         from d2zero.cli.models import open_segmenter
         from d2zero.data.dataset import Dataset
         from d2zero.evaluation.run import EvaluationRun
+        from d2zero_runtime.files import file_hash
 
         assert checkpoint is not None
         checkpoint = checkpoint_file(checkpoint)

@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from d2zero.cli.models import TypedNames, open_segmenter
 from d2zero.cli.results import CocoWriter, ResultsWriter, draw, picture_name, print_summary
 from d2zero.cli.terminal import tracked
-from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary
 from d2zero_runtime.files import check_output
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
 from d2zero_runtime.sources import ImageLike, expand
 
 if TYPE_CHECKING:
-    from d2zero_runtime.index.index import Index, OnBadShard
-    from d2zero_runtime.index.shards import Features
+    from d2zero_runtime.index import Index, IndexedImage
 
 logger = logging.getLogger("d2zero")
 
@@ -52,20 +51,21 @@ def index(
     ] = 1,
 ) -> None:
     """Segment images once, to name what is in them later. Run again, it goes on with what is not in the index yet."""
-    from d2zero_runtime.index.index import IndexDescription, IndexWriter
+    from d2zero_runtime.index import IndexDescription, IndexWriter
+    from d2zero_runtime.index.shards import Features
 
-    if features not in ("float16", "float32"):
-        raise D2ZeroError(f"--features is float16 or float32, got {features!r}")
+    if features not in get_args(Features):
+        raise D2ZeroError(f"--features is {' or '.join(get_args(Features))}, got {features!r}")
+    kind: Any = features
     check_output(output, folder=True)
     segmenter = open_segmenter(model, provider, device, None, threads)
-    sources = [Path(str(item)).absolute() for item in expand(source, leave_out=output)]
+    sources = [_located(Path(str(item))) for item in expand(source, leave_out=output)]
     if not any(path.exists() for path in sources):
         raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
     failed: list[ImageLike] = []
-    bad: list[Path] = []
     started = time.perf_counter()
-    description = IndexDescription.of(segmenter, cast("Features", features))
-    with IndexWriter(output, description, on_bad_shard=_named_in(bad)) as writer:
+    description = IndexDescription.of(segmenter, kind)
+    with IndexWriter(output, description, on_bad_shard=_put_aside) as writer:
         left = [path for path in sources if path not in writer]
         if len(left) < len(sources):
             logger.info("%d of %d images are in the index", len(sources) - len(left), len(sources))
@@ -73,13 +73,16 @@ def index(
             left, batch_size=batch_size, on_error=lambda source, _error: failed.append(source)
         )
         for path, segments in tracked(results, len(left), "segmenting"):
-            writer.add(Path(str(path)), segments)
+            try:
+                writer.add(Path(str(path)), segments)
+            except D2ZeroError as error:
+                logger.warning("skipped: %s", error)
+                failed.append(path)
         seconds, count = time.perf_counter() - started, len(left) - len(failed)
         print(
             f"{output}: {len(writer)} images; {count} in {seconds:.1f} s"
             f" ({count / max(seconds, 1e-9):.2f} per second), {segmenter.backend.name}"
         )
-    _refuse_bad(bad, "their images were segmented again")
     if failed:
         raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
 
@@ -120,11 +123,11 @@ def relabel(
 ) -> None:
     """Name what is in an index with any vocabulary, without its network: detections.json as of `d2zero predict`."""
     check_output(output, folder=True)
-    Mode.parse(mode)
+    chosen = Mode.parse(mode)
     typed = TypedNames.of(names, text_encoder, vocabulary)
     with opened_index(folder, threads) as index:
         classes = classes_for(index, vocabulary, typed, threads)
-        _relabel(index, classes, Mode.parse(mode), output, score, pictures, results_for)
+        _relabel(index, classes, chosen, output, score, pictures, results_for)
 
 
 def _relabel(
@@ -136,12 +139,12 @@ def _relabel(
     pictures: str | None,
     results_for: Path | None,
 ) -> None:
+    results = index.name(classes, mode, score_threshold=score)  # refuses what does not fit, before a file is touched
     paths = map(Path, index.paths()) if results_for else ()
     listing = ResultsWriter.wanted(output / "results.json", results_for, list(paths))
     output.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    started = time.perf_counter()
-    results = index.name(classes, mode, score_threshold=score)
+    drawn, started = 0, time.perf_counter()
     with CocoWriter(output / "detections.json", classes.names) as written, listing or nullcontext():
         for image, found in tracked(results, len(index), "naming"):
             path = Path(image.path)
@@ -150,7 +153,10 @@ def _relabel(
                 listing.add(path, found)
             counts.update(found.names)
             if pictures and fnmatch(image.path, pictures):
-                draw(path, None, found, output / picture_name(number, path))
+                drawn += 1
+                _draw(image, found, output / picture_name(number, path))
+    if pictures and not drawn:
+        logger.warning("no image's path fits %s; paths are absolute: begin the pattern with */", pictures)
     print_summary(classes, counts, len(written.images), time.perf_counter() - started, "named without the network")
 
 
@@ -161,11 +167,20 @@ def opened_index(folder: Path, threads: int | None = None) -> "Iterator[Index]":
     Raises:
         D2ZeroError: The folder is no index, or has shards that cannot be used.
     """
-    from d2zero_runtime.index.index import Index
+    from d2zero_runtime.index import Index
+    from d2zero_runtime.index.index import shards_in
 
     bad: list[Path] = []
-    yield Index(folder, threads, _named_in(bad))
-    _refuse_bad(bad, "the others were used")
+
+    def told(path: Path, error: D2ZeroError) -> None:
+        if path not in bad:  # several passes over an index meet the same shards
+            bad.append(path)
+            logger.warning("skipped: %s", error)
+
+    yield Index(folder, threads, told)
+    if bad:
+        count = len(shards_in(folder))
+        raise D2ZeroError(f"{len(bad)} of {count} shards could not be used (listed above); the others were used")
 
 
 def classes_for(
@@ -181,15 +196,17 @@ def classes_for(
     return Vocabulary.load(vocabulary) if vocabulary else index.vocabulary
 
 
-def _named_in(bad: list[Path]) -> "OnBadShard":
-    def told(path: Path, error: D2ZeroError) -> None:
-        if path not in bad:  # several passes over an index meet the same shards
-            bad.append(path)
-            logger.warning("skipped: %s", error)
-
-    return told
+def _located(path: Path) -> Path:
+    """The one path of a file, however it was given: its name in its folder, whose links are followed."""
+    return path.parent.resolve() / path.name
 
 
-def _refuse_bad(bad: list[Path], rest: str) -> None:
-    if bad:
-        raise D2ZeroError(f"{len(bad)} shards could not be used (listed above); {rest}")
+def _put_aside(path: Path, error: D2ZeroError) -> None:
+    logger.warning("%s; it was renamed to %s.bad, and its images are segmented again", error, path.name)
+
+
+def _draw(image: "IndexedImage", found: Detections, picture: Path) -> None:
+    if image.problem:
+        logger.warning("not drawn: %s: %s since it was segmented", image.path, image.problem)
+    else:
+        draw(Path(image.path), None, found, picture)

@@ -23,8 +23,7 @@ from d2zero_runtime.masks import rle
 from d2zero_runtime.sources import open_rgb
 
 if TYPE_CHECKING:
-    from d2zero_runtime.index.index import Index
-    from d2zero_runtime.index.search import Match
+    from d2zero_runtime.index import Index, Match
 
 logger = logging.getLogger("d2zero")
 
@@ -36,10 +35,13 @@ ROWS = 20  # of the table
 def search(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `d2zero index` made.")],
     names: Annotated[str, typer.Option("--names", help="The classes to look for: 'red mug, cat|kitty'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for results.json and sheet.jpg.")],
     top: Annotated[
         int, typer.Option("--top", min=1, help="At most this many instances, of all classes together.")
     ] = 50,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder for sheet.jpg and results.json; only a table without it."),
+    ] = None,
     text_encoder: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +62,7 @@ def search(
 
     All classes of the vocabulary compete. Names that it lacks join it as unseen classes, with --text-encoder.
     """
-    from d2zero_runtime.index.search import search as best_matches
+    from d2zero_runtime.index import search as best_matches
 
     check_output(output, folder=True)
     with opened_index(folder, threads) as index:
@@ -68,13 +70,15 @@ def search(
         started = time.perf_counter()
         found = best_matches(index, asked, classes, top=top, score_threshold=score, progress=tracked)
         seconds = time.perf_counter() - started
-        write_text(output / "results.json", json.dumps([_entry(*ranked) for ranked in enumerate(found, 1)], indent=1))
-        shown = found[:LARGEST_SHEET]
-        title = f"{', '.join(asked)}: best {len(shown)} in {len(index)} images"
-        _draw(shown, classes, title, output / "sheet.jpg")
+        if output:
+            content = json.dumps([_entry(*ranked) for ranked in enumerate(found, 1)], indent=1)
+            write_text(output / "results.json", content)
+            shown = found[:LARGEST_SHEET]
+            title = f"{', '.join(asked)}: best {len(shown)} in {len(index)} images"
+            _draw(shown, classes, title, output / "sheet.jpg")
         _print_table(found)
-        rate = len(index) / max(seconds, 1e-9)
-        print(f"{output}: {len(found)} instances in {len(index)} images, {seconds:.1f} s ({rate:.2f} per second)")
+        rate, where = len(index) / max(seconds, 1e-9), f"{output}: " if output else ""
+        print(f"{where}{len(found)} instances in {len(index)} images, {seconds:.1f} s ({rate:.2f} per second)")
 
 
 def _classes(
@@ -138,15 +142,11 @@ def _draw(found: "Sequence[Match]", classes: Vocabulary, title: str, file: Path)
 def _picture(match: "Match", classes: Vocabulary) -> Image.Image | str:
     """The instance with what is around it, or why it cannot be shown."""
     from d2zero_runtime.draw import Instance, crop
-    from d2zero_runtime.index.index import content_hash
 
-    path = Path(match.image.path)
-    if not path.exists():
-        return "image is gone"
+    if problem := match.image.problem:
+        return problem
     try:
-        if content_hash(path) != match.image.sha256:
-            return "image has changed"
-        image = open_rgb(path)
+        image = open_rgb(match.image.path)
     except D2ZeroError:
         return "image cannot be read"
     number = classes.names.index(match.name)

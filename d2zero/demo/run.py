@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
-from d2zero.checkpoints.files import file_hash, load_model
+from d2zero.checkpoints.files import load_model
 from d2zero.checkpoints.runs import MODEL_FILE, STATE_FILE
 from d2zero.data.coco import read_coco
 from d2zero.data.dataset import Dataset
@@ -27,6 +27,7 @@ from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
+from d2zero_runtime.files import file_hash
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 BATCH_SIZE = 8

@@ -20,7 +20,7 @@ from d2zero.evaluation.metrics import ZeroShotScores, in_order
 from d2zero.evaluation.run import require_known_classes
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
 from d2zero_runtime.errors import join_truncated
-from d2zero_runtime.index.index import Index
+from d2zero_runtime.index import Index
 from d2zero_runtime.text.prompts import Progress
 
 

@@ -57,7 +57,7 @@ class D2Zero(nn.Module):
     class_embeddings: Tensor
 
     checkpoint: str = ""
-    """SHA-256 of the file that the weights were loaded from, if any; whoever changes the weights empties it."""
+    """SHA-256 of the file that the weights were loaded from; empty if there is none, or they may have been trained."""
 
     def __init__(
         self,
@@ -125,6 +125,12 @@ class D2Zero(nn.Module):
                 background = queries.new_zeros(len(queries), queries.shape[2])
             found.append(HeadOutput(self.classifier(queries, background, text_KD), mask_logits, queries, background))
         return found
+
+    def train(self, mode: bool = True) -> "D2Zero":
+        """Put the model into training mode, in which its weights will not stay those of its file; or out of it."""
+        if mode:
+            self.checkpoint = ""
+        return super().train(mode)
 
     def segmenter(self) -> Segmenter:
         """The model behind the same interface as an exported one, in evaluation mode.

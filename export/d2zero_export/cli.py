@@ -262,8 +262,9 @@ class _Source:
 
     def load(self) -> "tuple[D2Zero, str]":
         """The model, and its file's hash."""
-        from d2zero.checkpoints.files import file_hash, load_model
+        from d2zero.checkpoints.files import load_model
         from d2zero.data.splits import find_split, with_split
+        from d2zero_runtime.files import file_hash
 
         model = load_model(self.checkpoint)
         if self.vocabulary:

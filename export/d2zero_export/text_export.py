@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from d2zero.checkpoints.files import file_hash
 from d2zero.text.clip import Clip, load_clip
 from d2zero_export.onnx_export import tools
 from d2zero_export.onnx_graph import OPSET, check_graph, translate
 from d2zero_runtime import D2ZeroError, TextEncoder
 from d2zero_runtime.artifacts.text_encoder import FEATURES_OUTPUT, TEXT_KEY, TOKENS_INPUT, TextContract
 from d2zero_runtime.errors import optional
-from d2zero_runtime.files import atomic_write
+from d2zero_runtime.files import atomic_write, file_hash
 from d2zero_runtime.text.prompts import TEMPLATES, embed_names
 from d2zero_runtime.text.tokenizer import END, START
 

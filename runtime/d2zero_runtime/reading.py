@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from d2zero_runtime.sources import ImageLike
 logger = logging.getLogger("d2zero")
 
 OnError = Callable[[ImageLike, D2ZeroError], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,17 @@ def _taken(source: ImageLike, future: Future[Prepared], on_error: OnError | None
             raise
         logger.warning("skipped: %s", error)
         on_error(source, error)
+
+
+def one_behind(submitted: Iterator[Future[T]]) -> Iterator[T]:
+    """What other threads make, in order: the next is handed over before the last is waited for."""
+    waiting: deque[Future[T]] = deque()
+    for future in submitted:
+        waiting.append(future)
+        if len(waiting) > 1:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def grouped(prepared: Iterator[Prepared], batch_size: int) -> Iterator[list[Prepared]]:

@@ -35,10 +35,11 @@ from d2zero_runtime.masks.postprocess import (
     ModeName,
     named,
     postprocess_all,
+    require_finite_output,
     selection,
 )
 from d2zero_runtime.masks.queries import LogitMasks
-from d2zero_runtime.reading import OnError, Prepared, grouped, read_ahead
+from d2zero_runtime.reading import OnError, Prepared, grouped, one_behind, read_ahead
 from d2zero_runtime.segments import Segments
 from d2zero_runtime.sources import ImageLike, expand, is_many, open_rgb
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
@@ -137,6 +138,11 @@ class Segmenter:
     def precision(self) -> str:
         """What the network computes in: as its file says, unless the backend lowers it."""
         return self.backend.precision or self.contract.precision
+
+    @property
+    def identity(self) -> str:
+        """Of this model in this precision: `segment` notes it, and `name` takes no other's segments."""
+        return replace(self.contract, precision=self.precision).identity
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -316,8 +322,8 @@ class Segmenter:
         """
         chosen = vocabulary or self._vocabulary
         _check_options(1, {"max_detections": max_detections, "masks": masks})
-        if segments.model != self.contract.identity:
-            raise D2ZeroError("these segments are another model's; name them with the model that made them")
+        if segments.model != self.identity:
+            raise D2ZeroError("these segments are another model's, or of another precision; name them with theirs")
         found = named(
             self._class_logits(segments, chosen),
             segments.of_queries,
@@ -367,7 +373,13 @@ class Segmenter:
         return class_logits
 
     def _segments(self, entry: Prepared, raw: Raw, row: int, vocabulary: Vocabulary) -> Segments:
-        """One image of a batch, with all masks made."""
+        """One image of a batch, with all masks made.
+
+        Raises:
+            D2ZeroError: The network's output is not finite.
+        """
+        for part in (raw.class_logits, raw.queries, raw.background):
+            require_finite_output(part[row])
         count = self.contract.num_queries
         found = self._masks_of(entry, raw, row).found(np.arange(count), "rle")
         return Segments(
@@ -377,7 +389,7 @@ class Segmenter:
             qualities=np.array([mask.quality for mask in found], np.float32),
             masks=tuple(mask.rle for mask in found if mask.rle is not None),
             image_size=entry.output_size,
-            model=self.contract.identity,
+            model=self.identity,
             embeddings=vocabulary.embeddings,
             class_logits=raw.class_logits[row],
         )
@@ -422,17 +434,20 @@ class Segmenter:
         def prepare(source: ImageLike) -> Prepared:
             return self._prepared(source, keep_images)
 
-        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as finisher:
-            finishing: list[tuple[list[Prepared], Future[list[T]]]] = []
+        def finished(batch: list[Prepared], raw: Any) -> list[tuple[Prepared, T]]:
+            return list(zip(batch, finish(batch, raw), strict=True))
+
+        def run(
+            readers: ThreadPoolExecutor, finisher: ThreadPoolExecutor
+        ) -> Iterator[Future[list[tuple[Prepared, T]]]]:
             read = read_ahead(iter(sources), prepare, readers, max(batch_size, READERS), on_error)
             for batch in grouped(read, batch_size):
                 raw = self._run(joined([entry.pixels for entry in batch]), vocabulary)
-                finishing.append((batch, finisher.submit(finish, batch, raw)))
-                if len(finishing) > 1:
-                    done, future = finishing.pop(0)
-                    yield from zip(done, future.result(), strict=True)
-            for done, future in finishing:
-                yield from zip(done, future.result(), strict=True)
+                yield finisher.submit(finished, batch, raw)
+
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as finisher:
+            for done in one_behind(run(readers, finisher)):
+                yield from done
 
     def close(self) -> None:
         """Give a GPU's memory back now, not when the object is collected. Closing twice does nothing."""

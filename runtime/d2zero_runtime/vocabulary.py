@@ -139,8 +139,8 @@ class Vocabulary:
             D2ZeroError: The embeddings are another encoder's, or of another width.
         """
         check_encoder(other.width, other.encoder, self.width, self.encoder)
-        row_of = {name: row for row, name in enumerate(other.names)}
-        new = [name for name in other.names if name not in set(self.names)]
+        row_of, own = {name: row for row, name in enumerate(other.names)}, set(self.names)
+        new = [name for name in other.names if name not in own]
         rows = [row_of[name] for name in new]
         embeddings = self.embeddings.copy()
         for row, name in enumerate(self.names):

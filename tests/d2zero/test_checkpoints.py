@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import d2zero
-from d2zero.checkpoints.files import file_hash, load_model, read_notes, save_model
+from d2zero.checkpoints.files import load_model, read_notes, save_model
 from d2zero.model import D2Zero
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.files import file_hash
 
 
 def test_round_trip(small_model: D2Zero, tmp_path: Path) -> None:

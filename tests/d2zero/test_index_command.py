@@ -16,7 +16,8 @@ from commands import Command
 
 from d2zero.demo.run import packaged_checkpoint
 from d2zero_runtime import Vocabulary
-from d2zero_runtime.index.index import Index, shards_in
+from d2zero_runtime.index import Index
+from d2zero_runtime.index.index import shards_in
 
 pytest.importorskip("pyarrow")
 
@@ -96,8 +97,23 @@ def test_damaged_images_are_named_and_come_later(
     shard = shards_in(index)[0]
     shard.write_bytes(shard.read_bytes()[:-50])
     outcome = command("relabel", index, "-o", tmp_path / "out")
-    assert outcome.code == 2 and "1 shards could not be used" in outcome.err and f"{shard} is cut short" in outcome.err
-    assert "1 images in" in outcome.out
+    assert outcome.code == 2 and "1 of 2 shards could not be used" in outcome.err
+    assert f"{shard} is cut short" in outcome.err and "1 images in" in outcome.out
+    outcome = command("index", folder, "-m", exported, "-o", index)
+    assert outcome.code == 0 and "it was renamed to shard-00000.parquet.bad" in outcome.err
+    assert "9 images; 8 in" in outcome.out
+    outcome = command("index", folder / ".." / "photos", "-m", exported, "-o", index)
+    assert outcome.code == 0 and "9 images; 0 in" in outcome.out
+    assert command("relabel", index, "-o", tmp_path / "out").code == 0
+    before = (tmp_path / "out/detections.json").read_bytes()
+    Vocabulary(("a",), np.ones((1, 5), np.float32)).save(tmp_path / "wrong.npz")
+    outcome = command("relabel", index, "-o", tmp_path / "out", "-v", tmp_path / "wrong.npz")
+    assert outcome.code == 2 and (tmp_path / "out/detections.json").read_bytes() == before
+    outcome = command("relabel", index, "-o", tmp_path / "out", "--pictures", "100*")
+    assert outcome.code == 0 and "no image's path fits 100*" in outcome.err
+    (folder / "1000003.png").write_bytes(whole)
+    outcome = command("relabel", index, "-o", tmp_path / "out", "--pictures", "*/1000003*")
+    assert "1000003.png: image has changed since it was segmented" in outcome.err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Indexes: what is stored gets the names that the model gives, and what is damaged is named."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_model import WIDTH
 from tiny_network import tiny
 
-from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary
-from d2zero_runtime.artifacts.metadata import Metadata
+from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter, Vocabulary, load
+from d2zero_runtime.index import Index, IndexDescription, IndexWriter
 from d2zero_runtime.index import index as index_module
-from d2zero_runtime.index.index import DESCRIPTION, Index, IndexDescription, IndexWriter, shards_in
-from d2zero_runtime.index.shards import MODEL_KEY, write_shard
+from d2zero_runtime.index.index import DESCRIPTION, shards_in
+from d2zero_runtime.index.shards import write_shard
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -160,6 +162,12 @@ def damaged_inside(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -173,6 +181,7 @@ def foreign(path: Path) -> None:
     [
         (cut, "is cut short or damaged"),
         (damaged_inside, "is cut short or damaged"),
+        (flipped, "is cut short or damaged"),
         (empty, "is cut short or damaged"),
         (foreign, "is no shard of an index"),
     ],
@@ -205,13 +214,13 @@ def test_images_of_a_bad_shard_are_segmented_again(made: Made, tmp_path: Path) -
         for path, segments in made.segmenter.segment_stream(left):
             writer.add(Path(str(path)), segments)
     assert bad == [shards[1]] and left == made.photos[3:6]
-    shards[1].unlink()
+    assert not shards[1].exists() and shards[1].with_name("shard-00001.parquet.bad").exists()
     assert sorted(Index(tmp_path).paths()) == sorted(map(str, made.photos))
 
 
 def test_a_shard_of_another_model_is_refused(made: Made, tmp_path: Path) -> None:
     shards = shards_in(made.write(tmp_path))
-    schema = made.descriptions["float16"].schema.with_metadata({MODEL_KEY: "0" * 64})
+    schema = replace(made.descriptions["float16"], model="0" * 64).schema
     rows = [(image, made.segmenter.segment(image.path)) for image, _ in list(Index(tmp_path).name())[:2]]
     write_shard(shards[0], rows, schema)
     with pytest.raises(D2ZeroError, match=r"shard-00000.parquet was made with another model than the index"):
@@ -221,9 +230,11 @@ def test_a_shard_of_another_model_is_refused(made: Made, tmp_path: Path) -> None
 def test_an_index_of_another_model_is_not_gone_on_with(made: Made, tmp_path: Path) -> None:
     made.write(tmp_path)
     description = made.descriptions["float16"]
-    other = replace(description, contract=replace(description.contract, checkpoint="another"))
-    with pytest.raises(D2ZeroError, match="is an index of another model"):
-        IndexWriter(tmp_path, other)
+    contract = made.segmenter.contract
+    for changes in ({"checkpoint": "another"}, {"precision": "bfloat16"}):
+        model = replace(contract, **changes).identity  # type: ignore[arg-type]
+        with pytest.raises(D2ZeroError, match="is an index of another model, or of the same in another precision"):
+            IndexWriter(tmp_path, replace(description, model=model))
     with pytest.raises(D2ZeroError, match="stores features as float16, not float32"):
         IndexWriter(tmp_path, made.descriptions["float32"])
     renamed = replace(
@@ -260,9 +271,13 @@ def test_what_is_no_index_is_refused(made: Made, tmp_path: Path) -> None:
 
 def test_a_moved_index_is_whole(made: Made, tmp_path: Path) -> None:
     """The classifier is inside: neither the model's file nor the photos are needed."""
-    shutil.move(made.write(tmp_path / "here"), tmp_path / "there")
-    index = Index(tmp_path / "there")
-    assert isinstance(index.description, Metadata) and len(list(index.name(words(5)))) == len(SIZES)
+    photos = [Path(shutil.copy(photo, tmp_path)) for photo in made.photos]
+    replace(made, photos=photos).write(tmp_path / "here")
+    for photo in photos:
+        photo.unlink()
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    found = list(Index(tmp_path / "there").name(words(5)))
+    assert [image.problem for image, _ in found] == ["image is gone"] * len(SIZES)
 
 
 def test_batches_of_many_classes_are_small() -> None:
@@ -282,6 +297,57 @@ def test_a_photo_that_is_gone_is_not_added(made: Made, tmp_path: Path) -> None:
         pytest.raises(D2ZeroError, match="cannot be read any more"),
     ):
         writer.add(photo, segments)
+
+
+def test_odd_names_of_files(made: Made, tmp_path: Path) -> None:
+    segments = made.segmenter.segment(made.photos[0])
+    strange = tmp_path / os.fsdecode(b"\xff.png")
+    shutil.copy(made.photos[0], strange)
+    with IndexWriter(tmp_path / "index", made.descriptions["float16"]) as writer:
+        with pytest.raises(D2ZeroError, match="has a name that is not UTF-8"):
+            writer.add(strange, segments)
+        for name in ("ä ü.png", "木.png", "a\nb.png"):
+            writer.add(Path(shutil.copy(made.photos[0], tmp_path / name)), segments)
+    index = Index(tmp_path / "index")
+    assert [Path(path).name for path in index.paths()] == ["ä ü.png", "木.png", "a\nb.png"]
+    assert [image.problem for image, _ in index.name()] == [""] * 3
+
+
+def test_shards_are_ordered_by_number_and_others_ignored(made: Made, tmp_path: Path) -> None:
+    first, *_ = shards_in(made.write(tmp_path))
+    for name in ("shard-99999.parquet", "shard-100000.parquet", "shard-00001 (copy).parquet", "shard-old.parquet"):
+        shutil.copy(first, tmp_path / name)
+    assert [path.name for path in shards_in(tmp_path)][-2:] == ["shard-99999.parquet", "shard-100000.parquet"]
+    assert len(shards_in(tmp_path)) == 5
+    with IndexWriter(tmp_path, made.descriptions["float16"]) as writer:
+        writer.add(made.photos[0], made.segmenter.segment(made.photos[0]))
+    assert shards_in(tmp_path)[-1].name == "shard-100001.parquet"
+
+
+def test_a_network_that_overflows_is_named_at_once(made: Made) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("inf"))
+    with pytest.raises(D2ZeroError, match="the network's output is not finite"):
+        model.segmenter().segment(made.photos[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+@pytest.mark.parametrize("mode", Mode)
+def test_exported_models_fill_an_index(exported: Path, made: Made, provider: str, mode: Mode, tmp_path: Path) -> None:
+    if provider == "openvino":
+        pytest.importorskip("openvino")
+    segmenter = load(exported, provider)
+    own = segmenter.vocabulary
+    description = IndexDescription.of(segmenter, "float32")
+    index = Index(Made(segmenter, made.photos, {"float32": description}).write(tmp_path, "float32"))
+    for chosen in (own, own.select(own.names[3:30])):
+        for (_, found), photo in zip(index.name(chosen, mode, score_threshold=0.01), made.photos, strict=True):
+            expected = segmenter(photo, mode, vocabulary=chosen, score_threshold=0.01)
+            ours, theirs = by_mask(found), by_mask(expected)
+            assert ours.keys() == theirs.keys()
+            assert max((abs(score - theirs[key]) for key, score in ours.items()), default=0) <= 3e-6
 
 
 def features_of(index: Index) -> NDArray[np.float32]:

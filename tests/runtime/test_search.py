@@ -237,7 +237,7 @@ def test_a_damaged_shard_is_named_and_the_others_are_searched(
     shard = sorted(folder.glob("shard-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     outcome = command("search", folder, "--names", "red ring", "-o", tmp_path / "out")
-    assert outcome.code == 2 and outcome.err.count("\n") == 2 and "1 shards could not be used" in outcome.err
+    assert outcome.code == 2 and outcome.err.count("\n") == 2 and "1 of 2 shards could not be used" in outcome.err
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert {entry["path"] for entry in found} <= {str(path) for path in images[3:6]} and found
 

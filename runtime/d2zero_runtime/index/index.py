@@ -6,13 +6,12 @@
 Letters: B batch, K classes.
 """
 
-import hashlib
+import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
@@ -24,7 +23,7 @@ from d2zero_runtime.artifacts.metadata import Metadata
 from d2zero_runtime.backends.onnxruntime import OnnxClassifier
 from d2zero_runtime.detections import Detections
 from d2zero_runtime.errors import D2ZeroError
-from d2zero_runtime.files import locked, write_text
+from d2zero_runtime.files import file_hash, locked, write_text
 from d2zero_runtime.index.shards import (
     Features,
     IndexedImage,
@@ -36,6 +35,7 @@ from d2zero_runtime.index.shards import (
     write_shard,
 )
 from d2zero_runtime.masks.postprocess import MAX_DETECTIONS, MaskKind, Mode, ModeName, named, selection
+from d2zero_runtime.reading import one_behind
 from d2zero_runtime.segmenter import SCORE_THRESHOLD, Segmenter
 from d2zero_runtime.segments import Segments
 from d2zero_runtime.vocabulary import Vocabulary, check_vocabulary
@@ -46,6 +46,7 @@ SECONDS = 60.0  # after which images are written however few they are: what a ki
 LARGEST_BATCH = 16  # images classified at a time; more is no faster
 ATTENTION_BYTES = 64 << 20  # of a batch's largest tensor, the scores of K classes attending to each other
 HEADS = 8
+_SHARD = re.compile(r"shard-(\d+)\.parquet")
 
 T = TypeVar("T")
 OnBadShard = Callable[[Path, D2ZeroError], None]
@@ -54,6 +55,7 @@ OnBadShard = Callable[[Path, D2ZeroError], None]
 @dataclass(frozen=True)
 class _Fields:
     features: Features
+    model: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +64,11 @@ class IndexDescription(Metadata):
 
     Args:
         features: The type that features are stored in.
+        model: The identity of the model that makes it (`Segmenter.identity`).
     """
 
     features: Features
+    model: str
 
     FIELDS: ClassVar[type[Any]] = _Fields
     REMEDY: ClassVar[str] = "make the index again"
@@ -82,6 +86,7 @@ class IndexDescription(Metadata):
             embeddings=vocabulary.embeddings,
             classifier=segmenter.classifier.to_onnx(),
             features=features,
+            model=segmenter.identity,
         )
 
     @classmethod
@@ -99,7 +104,7 @@ class IndexDescription(Metadata):
     @property
     def schema(self) -> Any:
         """The Arrow schema of the shards."""
-        return schema_of(self.contract, self.features)
+        return schema_of(self.contract, self.features, self.model)
 
 
 class Index:
@@ -152,7 +157,7 @@ class Index:
         masks: MaskKind = "rle",
         only: Sequence[str] | None = None,
     ) -> Iterator[tuple[IndexedImage, Detections]]:
-        """Name what was found in every image, as `Segmenter.name` does.
+        """Name what was found in every image, as `Segmenter.name` does; arguments are checked now.
 
         Some images are read while others are classified and the last ones are post-processed; memory is flat.
 
@@ -165,7 +170,7 @@ class Index:
             only: Names of the classes to report; all that are active if left out. The others compete all the same, and
                 take no places among `max_detections`.
 
-        Yields:
+        Returns:
             Each image with its instances, in the order in which they were segmented.
 
         Raises:
@@ -186,21 +191,27 @@ class Index:
             "only": None if only is None else chosen.with_active(only).active,
         }
 
-        def finish(rows: Rows, class_logits_BQK: NDArray[np.float32]) -> list[tuple[IndexedImage, Detections]]:
+        def assigned(rows: Rows, class_logits_BQK: NDArray[np.float32]) -> list[tuple[IndexedImage, Detections]]:
             return [
                 (image, named(class_logits_BQK[row], rows.masks(row), chosen, **options).without_empty())
                 for row, image in enumerate(rows.images)
             ]
 
+        return self._classified(chosen, assigned)
+
+    def _classified(
+        self, vocabulary: Vocabulary, finish: Callable[[Rows, NDArray[np.float32]], list[T]]
+    ) -> Iterator[T]:
+        """What comes of all images, classified here and finished in another thread."""
+
+        def run(reader: ThreadPoolExecutor, finisher: ThreadPoolExecutor) -> Iterator[Future[list[T]]]:
+            for rows in _ahead(self._rows(_batch_size(len(vocabulary))), reader):
+                class_logits = self._classifier.run(rows.queries_NQC, rows.background_NC, vocabulary.embeddings)
+                yield finisher.submit(finish, rows, class_logits)
+
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
-            finishing: deque[Future[list[tuple[IndexedImage, Detections]]]] = deque()
-            for rows in _ahead(self._rows(_batch_size(len(chosen))), reader):
-                class_logits = self._classifier.run(rows.queries_NQC, rows.background_NC, chosen.embeddings)
-                finishing.append(finisher.submit(finish, rows, class_logits))
-                if len(finishing) > 1:
-                    yield from finishing.popleft().result()
-            while finishing:
-                yield from finishing.popleft().result()
+            for done in one_behind(run(reader, finisher)):
+                yield from done
 
     def _rows(self, size: int) -> Iterator[Rows]:
         for path, _ in self._shards:
@@ -232,7 +243,8 @@ class IndexWriter:
         folder: The index, which is made if it is not there.
         description: Of the index to make; one that is there must have been made with the same model.
         rows: Images of a shard at most.
-        on_bad_shard: Told of a shard that cannot be used: its images are not in the index.
+        on_bad_shard: Told of a shard that cannot be used and is put aside (`….parquet.bad`): its images are not in the
+            index any more. Without it, that raises.
 
     Raises:
         D2ZeroError: The index that is there is another model's or stores other features, or another process is
@@ -250,7 +262,7 @@ class IndexWriter:
             stack.enter_context(locked(folder / ".lock", f"another process is writing the index {folder}"))
             self._describe(description)
             shards = shards_in(folder)
-            self._next = int(shards[-1].stem.rpartition("-")[2]) + 1 if shards else 0
+            self._next = _number(shards[-1]) + 1 if shards else 0
             self._known = self._paths(shards, on_bad_shard)
             self._lock = stack.pop_all()
 
@@ -278,9 +290,16 @@ class IndexWriter:
             segments: What was found in it.
 
         Raises:
-            D2ZeroError: The file is not there any more.
+            D2ZeroError: The file is not there any more, or its name is not UTF-8.
         """
-        self._waiting.append((IndexedImage(str(path), content_hash(path), segments.image_size), segments))
+        if not _is_utf8(str(path)):
+            raise D2ZeroError(f"image {path} has a name that is not UTF-8, which an index cannot hold; rename it")
+        try:
+            image = IndexedImage(str(path), file_hash(path), segments.image_size)
+        except OSError as error:
+            raise D2ZeroError(f"image {path} cannot be read any more: {error.strerror}") from error
+        empty = np.zeros((0, 0), np.float32)
+        self._waiting.append((image, replace(segments, class_logits=empty, embeddings=empty)))  # not stored
         self._known.add(str(path))
         if len(self._waiting) >= self._most or time.monotonic() - self._written > SECONDS:
             self.flush()
@@ -298,8 +317,11 @@ class IndexWriter:
             write_text(path, description.to_json())
             return
         there = IndexDescription.read(self.folder)
-        if there.contract.identity != description.contract.identity:
-            raise D2ZeroError(f"{self.folder} is an index of another model; choose another folder, or use that model")
+        if there.model != description.model:
+            raise D2ZeroError(
+                f"{self.folder} is an index of another model, or of the same in another precision; use that, or choose"
+                " another folder"
+            )
         if there.features != description.features:
             raise D2ZeroError(
                 f"{self.folder} stores features as {there.features}, not {description.features}; choose another folder,"
@@ -314,25 +336,28 @@ class IndexWriter:
             except D2ZeroError as error:
                 if on_bad_shard is None:
                     raise
+                path.replace(path.with_name(f"{path.name}.bad"))
                 on_bad_shard(path, error)
         return known
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of an image file, as `IndexedImage.sha256`.
-
-    Raises:
-        D2ZeroError: The file cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise D2ZeroError(f"image {path} cannot be read any more: {error.strerror}") from error
-
-
 def shards_in(folder: Path) -> list[Path]:
-    """The shards of an index, in order."""
-    return sorted(folder.glob("shard-*.parquet"))
+    """The shards of an index, in order; other files are none of them."""
+    return sorted((path for path in folder.glob("shard-*.parquet") if _SHARD.fullmatch(path.name)), key=_number)
+
+
+def _number(shard: Path) -> int:
+    found = _SHARD.fullmatch(shard.name)
+    assert found
+    return int(found[1])
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a file name that are none
+        return False
+    return True
 
 
 def _batch_size(classes: int) -> int:

@@ -1,8 +1,8 @@
-"""A shard of an index: a Parquet file with a row per image, which any tool reads.
+"""A shard of an index: a Parquet file with one row per image, which any tool reads.
 
 Columns: `path`, `sha256` of the file, `height`, `width`, and of its Q queries `boxes` (4·Q), `qualities` (Q), `masks`
 (Q COCO run lengths), `queries` (Q·C features) and `background` (C). Under `d2zero_model` in the file's metadata is the
-identity of the model (`ModelContract.identity`).
+identity of the model (`Segmenter.identity`).
 
 Letters: N images, Q queries, C hidden channels.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.errors import D2ZeroError, optional
-from d2zero_runtime.files import atomic_write
+from d2zero_runtime.files import atomic_write, file_hash
 from d2zero_runtime.images import Size
 from d2zero_runtime.masks.queries import KeptMasks
 from d2zero_runtime.segments import Segments
@@ -40,6 +40,16 @@ class IndexedImage:
     path: str
     sha256: str
     size: Size
+
+    @property
+    def problem(self) -> str:
+        """Why the file cannot be drawn on; empty if it is there and the same."""
+        try:
+            return "" if file_hash(self.path) == self.sha256 else "image has changed"
+        except FileNotFoundError:
+            return "image is gone"
+        except OSError:
+            return "image cannot be read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +98,14 @@ class _Texts(Sequence[str]):
         return _Texts(self._ends[start : stop + 1], self._content)
 
 
-def schema_of(contract: ModelContract, features: Features) -> Any:
-    """The Arrow schema of an index's shards."""
+def schema_of(contract: ModelContract, features: Features, model: str) -> Any:
+    """The Arrow schema of an index's shards.
+
+    Args:
+        contract: The model's contract.
+        features: The type that features are stored in.
+        model: The model's identity (`Segmenter.identity`).
+    """
     pa = optional("pyarrow")
     queries, width = contract.num_queries, contract.query_dim
     kinds = {"float16": pa.float16(), "float32": pa.float32()}
@@ -105,7 +121,7 @@ def schema_of(contract: ModelContract, features: Features) -> Any:
             ("queries", pa.list_(kinds[features], queries * width)),
             ("background", pa.list_(pa.float32(), width)),
         ],
-        metadata={MODEL_KEY: contract.identity},
+        metadata={MODEL_KEY: model},
     )
 
 
@@ -145,6 +161,7 @@ def write_shard(path: Path, rows: Sequence[tuple[IndexedImage, Segments]], schem
             use_dictionary=False,
             use_byte_stream_split=["queries.list.element"],
             row_group_size=len(rows),
+            write_page_checksum=True,
         )
 
 
@@ -180,7 +197,7 @@ def shard_length(path: Path, schema: Any) -> int:
 @contextmanager
 def _opened(path: Path, schema: Any) -> Iterator[Any]:
     try:
-        with optional("pyarrow.parquet").ParquetFile(path) as file:
+        with optional("pyarrow.parquet").ParquetFile(path, page_checksum_verification=True) as file:
             model = (file.schema_arrow.metadata or {}).get(MODEL_KEY)
             if model is None:
                 raise D2ZeroError(f"{path} is no shard of an index")

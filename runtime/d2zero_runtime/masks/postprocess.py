@@ -221,10 +221,7 @@ def named(
             f"class logits must be (Q, {len(vocabulary) + 1}) for a vocabulary of {len(vocabulary)} classes and"
             f" the background, got {class_logits.shape}"
         )
-    if not np.isfinite(class_logits).all():
-        raise D2ZeroError(
-            "the network's class logits are not finite: its weights are damaged, or a file in half precision overflows"
-        )
+    require_finite_output(class_logits)
     mode = Mode.parse(mode) if isinstance(mode, str) else mode
     chosen = selection(vocabulary, mode, max_detections, only)
     probabilities = class_probabilities(class_logits, chosen.competing, temperature)
@@ -248,6 +245,18 @@ def named(
         masks=of_queries.of_kind(queries[order], picked, masks),
         image_size=of_queries.size,
     )
+
+
+def require_finite_output(values: NDArray[np.float32]) -> None:
+    """Refuse a network's output with infinity or what is no number.
+
+    Raises:
+        D2ZeroError: Says what it may come from.
+    """
+    if not np.isfinite(values).all():
+        raise D2ZeroError(
+            "the network's output is not finite: its weights are damaged, or a file in half precision overflows"
+        )
 
 
 def postprocess_all(
