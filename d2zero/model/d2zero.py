@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier, background_embedding
-from d2zero.model.closed import ClosedClassifier, check_closed
+from d2zero.model.closed import ClosedClassifier
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
@@ -94,9 +94,8 @@ class D2Zero(nn.Module):
             D2ZeroError: The embeddings have another width than the model's, or another encoder made them; or the
                 model is closed and the classes are not its own.
         """
-        if self.config.head == "closed":
-            check_closed(vocabulary, self.config.text_dim)
-        check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
+        closed = self.config.head == "closed"
+        check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None), closed)
         self._vocabulary = vocabulary
         self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
 

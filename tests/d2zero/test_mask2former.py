@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,7 +210,7 @@ def test_a_folder_is_converted_by_the_command(folder: Path, tmp_path: Path, comm
     model = d2zero.load(tmp_path / "m.safetensors")
     assert model.vocabulary.names == NAMES and model.vocabulary.seen.all()
     assert model.preprocessing == Preprocessing()
-    assert model.contract().softmax_temperature == 1 and model.contract().vocabulary_source == {"encoder": "closed"}
+    assert model.contract().softmax_temperature == 1 and model.vocabulary.encoder == "closed"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     expected = model_of(read_folder(folder)).predict_raw([pixels])
     np.testing.assert_array_equal(model.predict_raw([pixels]).class_logits, expected.class_logits)
@@ -457,12 +457,26 @@ def test_a_closed_model_chooses_among_its_own_classes(converted: Callable, tmp_p
         model.set_vocabulary(closed_vocabulary(NAMES))
 
 
-@pytest.mark.parametrize("rows", [np.ones((2, 5)), np.eye(2, 300)])
-@pytest.mark.parametrize("encoder", ["word2vec", "closed"])
-def test_a_closed_model_refuses_other_classes(rows: np.ndarray, encoder: str, converted: Callable) -> None:
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (
+            Vocabulary(("zebra",), np.eye(1, 5, dtype=np.float32), source={"encoder": "word2vec"}),
+            "has others",
+        ),
+        (Vocabulary(("zebra",), np.eye(1, 5, dtype=np.float32)), "has others"),
+        (closed_vocabulary(["zebra", "giraffe"]), "a closed vocabulary, the 5 classes that it was trained on"),
+        (closed_vocabulary(list(reversed(NAMES))), "that of another closed model with 5 classes"),
+    ],
+)
+def test_a_closed_model_refuses_other_classes(vocabulary: Vocabulary, message: str, converted: Callable) -> None:
     model = converted("swin", "folder")
-    with pytest.raises(D2ZeroError, match="closed-vocabulary model has no text encoder and knows only the 5 classes"):
-        model.set_vocabulary(Vocabulary(("zebra", "giraffe"), rows.astype(np.float32), source={"encoder": encoder}))
+    for target in (model, model.segmenter()):
+        with pytest.raises(D2ZeroError, match=message):
+            target.set_vocabulary(vocabulary)
+    if vocabulary.encoder != "closed":
+        with pytest.raises(D2ZeroError, match=message):
+            build(replace(model.config, text_dim=vocabulary.width), vocabulary)
     with pytest.raises(D2ZeroError, match="needs unseen classes"):
         model.predict([np.zeros((32, 32, 3), np.uint8)], mode="zsis")
 
