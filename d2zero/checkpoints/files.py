@@ -73,23 +73,43 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     described, arrays = _read(path)
     try:
         config = ModelConfig.from_dict(described.config)
-        if "class_embeddings" not in arrays:
-            raise D2ZeroError("it lacks the class embeddings")
-        words = described.vocabulary
-        vocabulary = Vocabulary(
-            names=words.names,
-            embeddings=arrays["class_embeddings"].float().numpy(),
-            seen=np.array(words.seen, bool),
-            active=np.array(words.active, bool),
-            source=words.source,
-            synonyms=words.synonyms,
-        )
+        vocabulary = _vocabulary(described.vocabulary, arrays)
         _require_layers(config, arrays)
         model = build_exactly(config, vocabulary, arrays)
     except D2ZeroError as error:
         raise D2ZeroError(f"{path}: {error}") from error
     model.checkpoint = file_hash(path)
     return model.eval().to(device)
+
+
+def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
+    """The classes of a checkpoint, without its model.
+
+    Args:
+        path: As for `load_model`.
+
+    Raises:
+        D2ZeroError: The file is absent, damaged, of a newer version, or no checkpoint of ours.
+    """
+    path = checkpoint_file(path)
+    described, arrays = _read(path)
+    try:
+        return _vocabulary(described.vocabulary, arrays)
+    except D2ZeroError as error:
+        raise D2ZeroError(f"{path}: {error}") from error
+
+
+def _vocabulary(words: "_Words", arrays: dict[str, torch.Tensor]) -> Vocabulary:
+    if "class_embeddings" not in arrays:
+        raise D2ZeroError("it lacks the class embeddings")
+    return Vocabulary(
+        names=words.names,
+        embeddings=arrays["class_embeddings"].float().numpy(),
+        seen=np.array(words.seen, bool),
+        active=np.array(words.active, bool),
+        source=words.source,
+        synonyms=words.synonyms,
+    )
 
 
 def _require_layers(config: ModelConfig, arrays: dict[str, torch.Tensor]) -> None:
