@@ -115,11 +115,16 @@ def read_folder(folder: Path) -> Checkpoint:
     Raises:
         D2ZeroError: A file is missing or damaged, or the model is no Mask2Former like the published ones.
     """
-    config = _read_json(folder, CONFIG)
-    _check_config(folder / CONFIG, config)
+    config = _read_config(folder)
     preprocessing, notes = read_preprocessing(folder)
     arrays, unexpected = renamed(_read_weights(folder), RULES, UNUSED)
     return Checkpoint(joined(arrays), unexpected, _names(folder / CONFIG, config), preprocessing, notes)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder, CONFIG)
+    _check_config(folder / CONFIG, config)
+    return config
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -175,16 +180,28 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         D2ZeroError: There are none, or a file is missing or damaged.
     """
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)[1]
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
-    if (folder / OLD_WEIGHTS).is_file():
+    files = weight_files(folder)
+    if files == [folder / OLD_WEIGHTS]:
         return read_arrays(folder / OLD_WEIGHTS)
+    return {name: array for path in files for name, array in read_safetensors(path)[1].items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the folder's weights.
+
+    Raises:
+        D2ZeroError: There are none, or one of several is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    if (folder / OLD_WEIGHTS).is_file():
+        return [folder / OLD_WEIGHTS]
     raise D2ZeroError(f"{folder} has no weights: expected {WEIGHTS}, {INDEX} or {OLD_WEIGHTS}; download it again")
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _shards(folder: Path) -> list[Path]:
     places = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise D2ZeroError(f"{folder / INDEX} is damaged: weight_map must say which file each array is in")
@@ -192,7 +209,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise D2ZeroError(f"{folder} is incomplete: it lacks {join_truncated(missing)}; download it again")
-    return {name: array for file in files for name, array in read_safetensors(folder / file)[1].items()}
+    return [folder / name for name in files]
 
 
 def joined(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,8 +228,9 @@ def read_preprocessing(folder: Path) -> tuple[Preprocessing, tuple[str, ...]]:
     """How the folder wants images to be prepared, and what of it is not followed.
 
     Raises:
-        D2ZeroError: Its file is damaged.
+        D2ZeroError: Its file is damaged, or it is no Mask2Former's folder.
     """
+    _read_config(folder)
     default = Preprocessing()
     if not (folder / PREPROCESSOR).is_file():
         return default, (f"{folder} has no {PREPROCESSOR}; images are prepared as Mask2Former's own",)
