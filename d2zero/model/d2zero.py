@@ -36,9 +36,7 @@ class HeadOutput(NamedTuple):
     class_logits: Tensor  # (B, Q, K + 1), the background last
     mask_logits: Tensor  # (B, Q, H/4, W/4)
     queries: Tensor  # (B, Q, C), normalised
-    background: (
-        Tensor  # (B, C), the mean mask feature of what no query claims, L2-normalised; zeros if nothing reads it
-    )
+    background: Tensor  # (B, C), mean mask feature of what no query claims, L2-normalised; zeros if not read
 
 
 class D2Zero(nn.Module):
