@@ -18,6 +18,7 @@ from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo, Sample
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.formats import format_of, is_exported
 from d2zero_runtime.segmenter import RawOutput
+from d2zero_runtime.vocabulary import random_embeddings
 
 VARIANTS = ("model", "published")  # of a checkpoint: as it is, or in the published form, with equal outputs
 TORCH_FREE = (".onnx", ".engine")
@@ -192,7 +193,7 @@ def elapsed_ms(run_once: Callable[[], object]) -> float:
 
 
 def drawn_vocabulary(own: Vocabulary, classes: int) -> Vocabulary:
-    """So many drawn classes of the model's text width; every fourth is unseen."""
-    rows: NDArray[np.float32] = np.random.default_rng(0).standard_normal((classes, own.width)).astype(np.float32)
+    """So many random classes of the model's text width; every fourth is unseen."""
+    rows = random_embeddings(np.random.default_rng(0), classes, own)
     names = tuple(f"class {number}" for number in range(classes))
     return Vocabulary(names, rows, seen=np.arange(classes) % 4 != 3, source=own.source)

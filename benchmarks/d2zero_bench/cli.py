@@ -97,12 +97,14 @@ def benchmark(
     missing = [str(path) for path in [*models, *([annotations] if annotations else [])] if not path.exists()]
     if missing:  # known before seconds of loading
         raise D2ZeroError(f"no such file: {join_truncated(missing)}")
+    if annotations and annotations.is_dir():
+        raise D2ZeroError(f"--annotations takes a COCO JSON file, {annotations} is a folder")
     if html_file:
         require_packages("--html", "jinja2", "matplotlib")
     if annotations:
         require_packages("--annotations", "pycocotools")
     plan = Plan(
-        models=tuple(models),
+        models=tuple(_model_file(path) for path in models),
         variants=_names(variant),
         peers=_names(peers) or (),
         baseline=baseline,
@@ -124,6 +126,14 @@ def benchmark(
         min_hm=tuple(Gate.parse("--min-hm", text) for text in min_hm or ()),
     )
     _check(run_and_show(plan, sys.argv[2:], json_file, html_file), plan)
+
+
+def _model_file(path: Path) -> Path:
+    """The file or folder that is measured: of a training run's folder its checkpoint."""
+    from d2zero.checkpoints.runs import BEST_FILE, STATE_FILE, checkpoint_file
+
+    is_run = any((path / name).is_file() for name in (BEST_FILE, STATE_FILE))  # a transformers folder has neither
+    return checkpoint_file(path) if is_run else path
 
 
 def run_and_show(

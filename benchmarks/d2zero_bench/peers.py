@@ -68,7 +68,7 @@ class Peer:
             network = network.half()
         self.network = torch.compile(network, dynamic=False) if self._form.compiled else network
         how = f"{self._form.precision}{', compiled' if self._form.compiled else ''}"
-        backend = f"transformers {_version()}, torch {torch.__version__} ({self._device}, {how})"
+        backend = f"transformers {transformers_version('--peers')}, torch {torch.__version__} ({self._device}, {how})"
         self.info = CandidateInfo(
             spec.name, "peer", backend, self._form.precision, queries=spec.queries, classes=spec.classes
         )
@@ -107,7 +107,7 @@ class Peer:
 
 def _mask2former(queries: int, labels: int, **changes: Any) -> Any:
     """Mask2Former with a ResNet-50, as published, and random weights."""
-    _version()
+    transformers_version("--peers")
     transformers: Any = import_module("transformers")  # partly typed, and not to our use
     backbone = changes.pop("backbone_config", None) or transformers.ResNetConfig(
         out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -129,12 +129,20 @@ def known_peers(chosen: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in chosen if name not in PEERS]
     if unknown:
         raise D2ZeroError(f"--peers must be all, or some of {', '.join(PEERS)}; got {unknown[0]!r}")
-    _version()
+    transformers_version("--peers")
     return tuple(chosen)
 
 
-def _version() -> str:
+def transformers_version(what: str) -> str:
+    """The version of the package transformers.
+
+    Args:
+        what: What needs it, for the message.
+
+    Raises:
+        D2ZeroError: It is not installed.
+    """
     try:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError as error:
-        raise D2ZeroError("--peers needs transformers; install it with: pip install 'd2zero[bench]'") from error
+        raise D2ZeroError(f"{what} needs transformers; install it with: pip install 'd2zero[bench]'") from error

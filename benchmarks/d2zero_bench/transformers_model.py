@@ -16,6 +16,7 @@ import numpy as np
 
 from d2zero_bench.candidates import Outcome, Spec, limit_torch_threads, resident_ms
 from d2zero_bench.cases import Case
+from d2zero_bench.peers import transformers_version
 from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.backends.torch_math import float32_math
@@ -24,9 +25,26 @@ from d2zero_runtime.images import Preprocessing
 
 def preprocessing_of(folder: Path) -> Preprocessing:
     """What the converted checkpoint does to images."""
-    from d2zero.checkpoints.transformers_folder import read_folder
+    from d2zero.checkpoints.transformers_folder import read_preprocessing
 
-    return read_folder(folder).preprocessing
+    return read_preprocessing(folder)[0]
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a folder's weights that are loaded: one, or those in its index.
+
+    Raises:
+        D2ZeroError: It has none as safetensors; others would be unpickled.
+    """
+    from d2zero.checkpoints.transformers_folder import weight_files
+
+    files = weight_files(folder)
+    if any(path.suffix != ".safetensors" for path in files):
+        raise D2ZeroError(
+            f"{folder} has its weights in {files[0].name}, which is converted, but not loaded by transformers here;"
+            " save it again with save_pretrained, which writes model.safetensors"
+        )
+    return files
 
 
 class TransformersModel:
@@ -47,21 +65,24 @@ class TransformersModel:
 
         from d2zero.devices import pick_device
 
+        version = transformers_version(f"measuring the folder {spec.path.name}")
         self._own, self._device = preprocessing_of(spec.path), pick_device(spec.device)
+        weights = _weights(spec.path)
         transformers: Any = import_module("transformers")  # partly typed, and not to our use
         try:
             network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
                 spec.path, local_files_only=True, use_safetensors=True
             )
         except Exception as error:  # transformers', of many kinds
-            raise D2ZeroError(f"transformers cannot load {spec.path}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise D2ZeroError(f"transformers cannot load {spec.path}: {reason}") from error
         self._network, self._processor = network.eval().to(self._device), transformers.Mask2FormerImageProcessor()
         config = self._network.config
         self.info = CandidateInfo(
             spec.name,
             "transformers",
-            f"transformers {transformers.__version__}, torch {torch.__version__} ({self._device}, float32)",
-            megabytes=sum(path.stat().st_size for path in spec.path.glob("*.safetensors")) / 1e6,
+            f"transformers {version}, torch {torch.__version__} ({self._device}, float32)",
+            megabytes=sum(path.stat().st_size for path in weights) / 1e6,
             queries=config.num_queries,
             classes=config.num_labels,
             decoder_layers=config.decoder_layers - 1,

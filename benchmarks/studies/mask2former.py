@@ -2,9 +2,9 @@
 
     python benchmarks/studies/mask2former.py --backbones resnet50,swin-tiny --sizes 448x672,416x608
 
-Drawn weights, batch 2, class and mask logits of every head. The decoder attends where mask logits are not negative: one
-that is nearer to 0 than rounding errors falls to either side, and from that head on single queries differ by more. So
-such bits are counted, and the largest difference is given of all heads and of those before the first such bit.
+Random weights, batch 2, class and mask logits of every head. The decoder attends where mask logits are not negative:
+one that is nearer to 0 than rounding errors falls to either side, and from that head on single queries differ by more.
+So such bits are counted, and the largest difference is given of all heads and of those before the first such bit.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def compare(given: argparse.Namespace) -> None:
 
 
 def _models(backbone: str, seed: int, folder: Path) -> tuple[Any, D2Zero]:
-    """A model of transformers with drawn weights, saved, and what is converted from its folder."""
+    """A model of transformers with random weights, saved, and what is converted from its folder."""
     transformers: Any = import_module("transformers")  # partly typed, and not to our use
     kind, options = BACKBONES[backbone]
     config = transformers.Mask2FormerConfig(

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from d2zero.checkpoints.published import load_exactly, require_exactly
+from d2zero.checkpoints.published import build_exactly
 from d2zero.checkpoints.runs import checkpoint_file
-from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model import D2Zero, ModelConfig
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.checked_json import checked, parse_object, refuse_newer
 from d2zero_runtime.errors import join_truncated
@@ -72,37 +72,54 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     described, arrays = _read(path)
     try:
         config = ModelConfig.from_dict(described.config)
-        if "class_embeddings" not in arrays:
-            raise D2ZeroError("it lacks the class embeddings")
-        words = described.vocabulary
-        vocabulary = Vocabulary(
-            names=words.names,
-            embeddings=arrays["class_embeddings"].float().numpy(),
-            seen=np.array(words.seen, bool),
-            active=np.array(words.active, bool),
-            source=words.source,
-            synonyms=words.synonyms,
-        )
-        _require_described(config, vocabulary, arrays)
-        model = build(config, vocabulary)
-        load_exactly(model, arrays)
+        vocabulary = _vocabulary(described.vocabulary, arrays)
+        _require_layers(config, arrays)
+        model = build_exactly(config, vocabulary, arrays)
     except D2ZeroError as error:
         raise D2ZeroError(f"{path}: {error}") from error
     model.checkpoint = file_hash(path)
     return model.eval().to(device)
 
 
-def _require_described(config: ModelConfig, vocabulary: Vocabulary, arrays: dict[str, torch.Tensor]) -> None:
-    """Compare what is described with the arrays before memory is taken for it.
+def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
+    """The classes of a checkpoint, without its model.
+
+    Args:
+        path: As for `load_model`.
 
     Raises:
-        D2ZeroError: They do not fit.
+        D2ZeroError: The file is absent, damaged, of a newer version, or no checkpoint of ours.
+    """
+    path = checkpoint_file(path)
+    described, arrays = _read(path)
+    try:
+        return _vocabulary(described.vocabulary, arrays)
+    except D2ZeroError as error:
+        raise D2ZeroError(f"{path}: {error}") from error
+
+
+def _vocabulary(words: "_Words", arrays: dict[str, torch.Tensor]) -> Vocabulary:
+    if "class_embeddings" not in arrays:
+        raise D2ZeroError("it lacks the class embeddings")
+    return Vocabulary(
+        names=words.names,
+        embeddings=arrays["class_embeddings"].float().numpy(),
+        seen=np.array(words.seen, bool),
+        active=np.array(words.active, bool),
+        source=words.source,
+        synonyms=words.synonyms,
+    )
+
+
+def _require_layers(config: ModelConfig, arrays: dict[str, torch.Tensor]) -> None:
+    """Refuse more layers than arrays, before any are made.
+
+    Raises:
+        D2ZeroError: There are more.
     """
     layers = config.encoder_layers + config.decoder_layers + config.adaptation_layers
     if layers > len(arrays):
         raise D2ZeroError(f"it describes {layers} layers and holds {len(arrays)} arrays; it is damaged")
-    with torch.device("meta"):
-        require_exactly(build(config, vocabulary), arrays)
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:

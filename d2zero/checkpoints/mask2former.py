@@ -17,18 +17,17 @@ from typing import Any
 
 from torch import Tensor
 
-from d2zero.checkpoints.published import DETECTRON2_RULES, Rules, load_exactly, our_name
+from d2zero.checkpoints.published import build_exactly, renamed
 from d2zero.data.splits import COCO_IDS
-from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model import D2Zero, ModelConfig
 from d2zero.model.closed import closed_vocabulary
 from d2zero.model.config import LEVELS
 from d2zero_runtime import D2ZeroError
+from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.images import Preprocessing
 
 POINTS = 4  # samples per head, level and query of the pixel decoder, in every Mask2Former
 LARGEST_WINDOW = 32  # of Swin; a window's position index has as many elements to the fourth
-# Constants of the loss, of training and of Swin's windows, which are no weights.
-_CONSTANTS = r"criterion\.empty_weight|.+\.(?:num_batches_tracked|relative_position_index)"
 _SKY = re.compile(r"(nature--)?sky(-other)?(-merged)?", re.IGNORECASE)
 _OTHER_TASKS = {  # number of classes -> whose panoptic or semantic models have so many
     19: "Cityscapes",
@@ -46,6 +45,14 @@ _SWINS: dict[tuple[int, tuple[int, ...], int], str] = {  # embedding width, dept
 }
 _RESNETS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 _RESNET_WIDTHS = [64, 128, 256, 512]
+_COCO_ALIASES = {  # darknet's names of COCO's classes -> COCO's; transformers has the former for mmdet's class numbers
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,30 +81,7 @@ def is_mask2former(arrays: Mapping[str, Tensor]) -> bool:
 
 def from_detectron2(arrays: Mapping[str, Tensor]) -> Checkpoint:
     """The checkpoint in the arrays of a published `.pkl` or `.pth`."""
-    return Checkpoint(*renamed(arrays, DETECTRON2_RULES, _CONSTANTS))
-
-
-def renamed(
-    arrays: Mapping[str, Tensor], rules: Rules, constants: str = _CONSTANTS
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Arrays under our names, and the names that have none.
-
-    Args:
-        arrays: Of a file.
-        rules: Its names and ours, as in `our_name`.
-        constants: A pattern of what is left out.
-    """
-    ours: dict[str, Tensor] = {}
-    unexpected = []
-    for published, array in arrays.items():
-        if re.fullmatch(constants, published):
-            continue
-        name = our_name(published, rules)
-        if name is None or name in ours:
-            unexpected.append(published)
-        else:
-            ours[name] = array
-    return ours, unexpected
+    return Checkpoint(*renamed(arrays))
 
 
 def model_of(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> D2Zero:
@@ -105,18 +89,38 @@ def model_of(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> D2Ze
 
     Args:
         checkpoint: What was read.
-        names: Class names in the order of training; the checkpoint's, or COCO's 80, if left out.
+        names: Class names in the order of training. If left out, the checkpoint's (see `coco_names`), or COCO's 80.
 
     Raises:
         D2ZeroError: It is no instance segmentation model, names are needed or do not fit, or an array is missing,
             unexpected or misshapen.
     """
     arrays = checkpoint.arrays
-    count = _side(arrays, "classifier.linear.weight") - 1
-    vocabulary = closed_vocabulary(class_names(count, names or checkpoint.names))
-    model = build(config_of(arrays, checkpoint.preprocessing), vocabulary)
-    load_exactly(model, arrays, checkpoint.unexpected)
-    return model.eval()
+    count = _size(arrays, "classifier.linear.weight") - 1
+    given = names or (checkpoint.names and coco_names(checkpoint.names))
+    vocabulary = closed_vocabulary(class_names(count, given))
+    config = config_of(arrays, checkpoint.preprocessing)
+    return build_exactly(config, vocabulary, arrays, checkpoint.unexpected).eval()
+
+
+def coco_names(names: Sequence[str]) -> list[str]:
+    """Class names as COCO's annotations have them, if they are COCO's 80 under other names; else as they are.
+
+    transformers' folders have darknet's, such as `sofa` for `couch`, and mmdet had underscores for spaces. With either,
+    COCO's own annotations would be of other classes.
+    """
+    spaced = [name.replace("_", " ") for name in names]
+    found = [_COCO_ALIASES.get(name, name) for name in spaced]
+    return found if sorted(found) == sorted(COCO_IDS) else list(names)
+
+
+def notes_on_names(checkpoint: Checkpoint, used: Sequence[str]) -> list[str]:
+    """What to say of a model's class names where they are not as the checkpoint has them."""
+    if checkpoint.names is None:
+        return [f"the checkpoint does not name its {len(used)} classes; they are taken to be COCO's, in COCO's order"]
+    changed = [f"{given} is {name}" for given, name in zip(checkpoint.names, used, strict=True) if given != name]
+    listed = join_truncated(changed, len(_COCO_ALIASES))
+    return [f"classes are named as in COCO's annotations: {listed}"] if changed else []
 
 
 def class_names(count: int, given: Sequence[str] | None) -> list[str]:
@@ -160,21 +164,21 @@ def config_of(arrays: Mapping[str, Tensor], preprocessing: Preprocessing) -> Mod
     """
     swin = any(name.startswith("backbone.net.layers_") for name in arrays)
     backbone, options = _swin(arrays) if swin else _resnet(arrays)
-    offsets = _side(arrays, "pixel_decoder.layers.0.attention.sampling_offsets.weight")
+    offsets = _size(arrays, "pixel_decoder.layers.0.attention.sampling_offsets.weight")
     return ModelConfig(
         backbone=backbone,
         backbone_options=options,
         backbone_output_norm=swin,
-        hidden_dim=_side(arrays, "classifier.linear.weight", 1),
+        hidden_dim=_size(arrays, "classifier.linear.weight", 1),
         num_heads=offsets // (2 * LEVELS * POINTS),
         encoder_layers=_count(arrays, "pixel_decoder.layers."),
         encoder_points=POINTS,
-        encoder_ffn_dim=_side(arrays, "pixel_decoder.layers.0.linear1.weight"),
-        num_queries=_side(arrays, "decoder.query_features"),
+        encoder_ffn_dim=_size(arrays, "pixel_decoder.layers.0.linear1.weight"),
+        num_queries=_size(arrays, "decoder.query_features"),
         decoder_layers=_count(arrays, "decoder.layers."),
-        decoder_ffn_dim=_side(arrays, "decoder.layers.0.linear1.weight"),
+        decoder_ffn_dim=_size(arrays, "decoder.layers.0.linear1.weight"),
         head="closed",
-        text_dim=_side(arrays, "classifier.linear.weight") - 1,
+        text_dim=_size(arrays, "classifier.linear.weight") - 1,
         softmax_temperature=1.0,
         preprocessing=preprocessing,
     )
@@ -184,17 +188,17 @@ def _swin(arrays: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Name and options of timm's Swin, for images of any size."""
     stages = [f"backbone.net.layers_{stage}.blocks." for stage in range(4)]
     tables = [f"{stage}0.attn.relative_position_bias_table" for stage in stages]
-    width = _side(arrays, "backbone.net.patch_embed.proj.weight")
+    width = _size(arrays, "backbone.net.patch_embed.proj.weight")
     depths = [_count(arrays, stage) for stage in stages]
-    window = (math.isqrt(_side(arrays, tables[0])) + 1) // 2  # a table has (2·window - 1)² rows
+    window = (math.isqrt(_size(arrays, tables[0])) + 1) // 2  # a table has (2·window - 1)² rows
     if not 1 <= window <= LARGEST_WINDOW:
         raise D2ZeroError(f"the backbone's windows must have 1 to {LARGEST_WINDOW} pixels per side, got {window}")
     options = {
         "embed_dim": width,
         "depths": depths,
-        "num_heads": [_side(arrays, table, 1) for table in tables],
+        "num_heads": [_size(arrays, table, 1) for table in tables],
         "window_size": window,
-        "mlp_ratio": _side(arrays, f"{stages[0]}0.mlp.fc1.weight") / width,
+        "mlp_ratio": _size(arrays, f"{stages[0]}0.mlp.fc1.weight") / width,
         "strict_img_size": False,
         "always_partition": True,
     }
@@ -205,20 +209,20 @@ def _resnet(arrays: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Name and options of timm's ResNet with bottlenecks."""
     stages = [f"backbone.net.layer{stage}." for stage in range(1, 5)]
     depths = [_count(arrays, stage) for stage in stages]
-    widths = [_side(arrays, f"{stage}0.conv1.weight") for stage in stages]
+    widths = [_size(arrays, f"{stage}0.conv1.weight") for stage in stages]
     options: dict[str, Any] = {} if widths == _RESNET_WIDTHS else {"channels": widths}
     known = _RESNETS.get(tuple(depths))
     return (known, options) if known else ("resnet50", {"layers": depths, **options})
 
 
-def _side(arrays: Mapping[str, Tensor], name: str, axis: int = 0) -> int:
-    """A side of an array.
+def _size(arrays: Mapping[str, Tensor], name: str, axis: int = 0) -> int:
+    """The size of an array along an axis.
 
     Raises:
-        D2ZeroError: The array is missing, or has no such axis or nothing on it.
+        D2ZeroError: The array is missing, has no such axis or no elements (then its sizes may be any).
     """
     shape = tuple(arrays[name].shape) if name in arrays else None
-    if shape is None or len(shape) <= axis or not shape[axis]:
+    if shape is None or len(shape) <= axis or 0 in shape:
         got = "it is missing" if shape is None else f"its shape is {shape}"
         raise D2ZeroError(f"the checkpoint is no Mask2Former with deformable attention, or is cut short: {name}: {got}")
     return shape[axis]

@@ -9,7 +9,7 @@ import operator
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from d2zero.checkpoints.fit import check_compatible
 from d2zero.checkpoints.plain_pickle import read_pickle
-from d2zero.model import D2Zero
-from d2zero_runtime import D2ZeroError
+from d2zero.model import D2Zero, ModelConfig, build
+from d2zero_runtime import D2ZeroError, Vocabulary
 
 # published name -> ours, the first rule that matches the whole name; `<2-1>` in a name is computed
 Rules = Sequence[tuple[str, str]]
@@ -68,6 +68,8 @@ DETECTRON2_RULES: Rules = (
     (_PIXELS + r"mask_features\.(.+)", r"pixel_decoder.mask_features.\1"),
 )
 _LOSS_WEIGHT = "criterion.empty_weight"  # (seen classes + 1,): a constant of the loss, not of the model
+# Constants of the loss, of training and of Swin's windows, which are no weights.
+CONSTANTS = r"criterion\.empty_weight|.+\.(?:num_batches_tracked|relative_position_index)"
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -82,6 +84,29 @@ def our_name(published: str, rules: Rules = DETECTRON2_RULES) -> str | None:
 
 def _computed(match: re.Match[str]) -> str:
     return str(_ARITHMETIC[match[2]](int(match[1]), int(match[3])))
+
+
+def renamed(
+    arrays: Mapping[str, Tensor], rules: Rules = DETECTRON2_RULES, unused: str = CONSTANTS
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Arrays under our names, and the names that have none or one that is taken.
+
+    Args:
+        arrays: A file's.
+        rules: Its names and ours, as in `our_name`.
+        unused: A pattern of names that are left out.
+    """
+    ours: dict[str, Tensor] = {}
+    unexpected = []
+    for published, array in arrays.items():
+        if re.fullmatch(unused, published):
+            continue
+        name = our_name(published, rules)
+        if name is None or name in ours:
+            unexpected.append(published)
+        else:
+            ours[name] = array
+    return ours, unexpected
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -141,25 +166,36 @@ def load_published(model: D2Zero, arrays: dict[str, Tensor]) -> None:
         D2ZeroError: Lists each array that is missing, unexpected or misshapen.
     """
     seen = int(model.vocabulary.seen.sum())
-    translated, unexpected = {}, []
-    wrong_split = ""
-    for published, array in arrays.items():
-        if published == _LOSS_WEIGHT:
-            if tuple(array.shape) != (seen + 1,):
-                wrong_split = (
-                    f"the checkpoint was trained on {array.numel() - 1} seen classes, the vocabulary has {seen}"
-                )
-            continue
-        name = our_name(published)
-        if name is None:
-            unexpected.append(published)
-            continue
-        if name == "classifier.logit_scale" and array.numel() == 1:
-            array = array.float().exp().reshape(())
-        translated[name] = array
-    if wrong_split:
-        raise D2ZeroError(f"{wrong_split}; give the vocabulary of the split it was trained on")
-    load_exactly(model, translated, unexpected)
+    weight = arrays.get(_LOSS_WEIGHT)
+    if weight is not None and tuple(weight.shape) != (seen + 1,):
+        raise D2ZeroError(
+            f"the checkpoint was trained on {weight.numel() - 1} seen classes, the vocabulary has {seen}; give the"
+            " vocabulary of the split it was trained on"
+        )
+    ours, unexpected = renamed(arrays)
+    scale = ours.get("classifier.logit_scale")
+    if scale is not None and scale.numel() == 1:
+        ours["classifier.logit_scale"] = scale.float().exp().reshape(())
+    load_exactly(model, ours, unexpected)
+
+
+def build_exactly(
+    config: ModelConfig, vocabulary: Vocabulary, arrays: dict[str, Tensor], unexpected: list[str] | None = None
+) -> D2Zero:
+    """Build a model and load its state, which is compared with what is described before memory is taken for it.
+
+    Raises:
+        D2ZeroError: Lists each array that is missing, unexpected or misshapen.
+    """
+    try:
+        with torch.device("meta"):
+            require_exactly(build(config, vocabulary), arrays, unexpected)
+    except (RuntimeError, OverflowError) as error:  # torch's, for sizes whose product is too large
+        reason = str(error).splitlines()[0]
+        raise D2ZeroError(f"the checkpoint describes a model that cannot be built: {reason}") from error
+    model = build(config, vocabulary)
+    load_exactly(model, arrays, unexpected)
+    return model
 
 
 def load_exactly(model: D2Zero, arrays: dict[str, Tensor], unexpected: list[str] | None = None) -> None:

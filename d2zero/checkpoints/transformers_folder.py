@@ -8,6 +8,7 @@ a `preprocessor_config.json` may ask for one height and width, whatever the imag
 test size is used.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from d2zero.checkpoints.files import read_safetensors
-from d2zero.checkpoints.mask2former import Checkpoint, renamed
-from d2zero.checkpoints.published import Rules, read_arrays
+from d2zero.checkpoints.mask2former import Checkpoint
+from d2zero.checkpoints.published import CONSTANTS, Rules, read_arrays, renamed
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.checked_json import parse_object
 from d2zero_runtime.errors import join_truncated
@@ -87,10 +88,8 @@ RULES: Rules = (
     (_DECODER + r"layernorm\.(.+)", r"decoder.norm.\1"),
     (_DECODER + r"mask_predictor\.mask_embedder\.(\d)\.0\.(.+)", r"decoder.mask_mlp.<\1*2>.\2"),
 )
-# Of the loss, of training and of Swin's windows; and the norm after Swin's last stage, which a backbone does not use.
-UNUSED = (
-    r"criterion\.empty_weight|.+\.(?:num_batches_tracked|relative_position_index)|" + _BACKBONE + r"swin\.layernorm\..+"
-)
+UNUSED = rf"{CONSTANTS}|{_BACKBONE}swin\.layernorm\..+"  # a norm after Swin's last stage, which a backbone does not use
+_PART = re.compile(r"(.+)\[[0-2]\]")
 # What a configuration may say of a Mask2Former that is like the published ones. Sizes are read off the weights.
 _MODEL: dict[str, Any] = {
     "pre_norm": False,
@@ -116,11 +115,16 @@ def read_folder(folder: Path) -> Checkpoint:
     Raises:
         D2ZeroError: A file is missing or damaged, or the model is no Mask2Former like the published ones.
     """
-    config = _read_json(folder, CONFIG)
-    _check_config(folder / CONFIG, config)
-    preprocessing, notes = _preprocessing(folder)
+    config = _read_config(folder)
+    preprocessing, notes = read_preprocessing(folder)
     arrays, unexpected = renamed(_read_weights(folder), RULES, UNUSED)
     return Checkpoint(joined(arrays), unexpected, _names(folder / CONFIG, config), preprocessing, notes)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder, CONFIG)
+    _check_config(folder / CONFIG, config)
+    return config
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     _require(path, config, _MODEL)
     backbone = config.get("backbone_config")
     kind = backbone.get("model_type") if isinstance(backbone, dict) else config.get("backbone")
-    if not isinstance(backbone, dict) or kind not in _BACKBONES:
+    if not isinstance(backbone, dict) or not isinstance(kind, str) or kind not in _BACKBONES:
         raise D2ZeroError(f"{path}: the backbone is {kind!r}, expected {' or '.join(map(repr, _BACKBONES))}")
     _require(path, backbone, _BACKBONES[kind], "backbone_config.")
 
@@ -155,7 +159,7 @@ def _require(path: Path, config: dict[str, Any], expected: dict[str, Any], prefi
 
 
 def _names(path: Path, config: dict[str, Any]) -> list[str] | None:
-    """Class names in order, if the configuration has them.
+    """Class names in order, if the configuration has them: not those that transformers makes up, `LABEL_0` and so on.
 
     Raises:
         D2ZeroError: They are not one text for each of the numbers from 0.
@@ -166,7 +170,8 @@ def _names(path: Path, config: dict[str, Any]) -> list[str] | None:
     numbers = [str(number) for number in range(len(labels))] if isinstance(labels, dict) else []
     if not isinstance(labels, dict) or set(labels) != set(numbers):
         raise D2ZeroError(f"{path}: id2label must name the classes 0, 1, 2, …; give --names instead")
-    return [str(labels[number]) for number in numbers]
+    names = [str(labels[number]) for number in numbers]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -175,16 +180,28 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         D2ZeroError: There are none, or a file is missing or damaged.
     """
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)[1]
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
-    if (folder / OLD_WEIGHTS).is_file():
+    files = weight_files(folder)
+    if files == [folder / OLD_WEIGHTS]:
         return read_arrays(folder / OLD_WEIGHTS)
+    return {name: array for path in files for name, array in read_safetensors(path)[1].items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the folder's weights.
+
+    Raises:
+        D2ZeroError: There are none, or one of several is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    if (folder / OLD_WEIGHTS).is_file():
+        return [folder / OLD_WEIGHTS]
     raise D2ZeroError(f"{folder} has no weights: expected {WEIGHTS}, {INDEX} or {OLD_WEIGHTS}; download it again")
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _shards(folder: Path) -> list[Path]:
     places = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise D2ZeroError(f"{folder / INDEX} is damaged: weight_map must say which file each array is in")
@@ -192,26 +209,28 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise D2ZeroError(f"{folder} is incomplete: it lacks {join_truncated(missing)}; download it again")
-    return {name: array for file in files for name, array in read_safetensors(folder / file)[1].items()}
+    return [folder / name for name in files]
 
 
 def joined(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Arrays with those in three parts, `name[0]` to `name[2]`, joined along the first axis."""
-    whole_arrays = {name: array for name, array in arrays.items() if not name.endswith("]")}
-    for whole in dict.fromkeys(name[:-3] for name in arrays if name.endswith("]")):
-        parts = {f"{whole}[{part}]": arrays.get(f"{whole}[{part}]") for part in range(3)}
-        found = {name: part for name, part in parts.items() if part is not None}
-        fits = len(found) == 3 and len({(part.shape, part.dtype) for part in found.values()}) == 1
-        whole_arrays.update({whole: torch.cat(list(found.values()))} if fits else found)
-    return whole_arrays
+    """Arrays with those in three parts, `name[0]` to `name[2]`, joined along the first axis; others are kept."""
+    found = dict(arrays)
+    for whole in dict.fromkeys(match[1] for match in map(_PART.fullmatch, arrays) if match):
+        names = [f"{whole}[{part}]" for part in range(3)]
+        parts = [arrays[name] for name in names if name in arrays]
+        alike = len({(part.shape, part.dtype) for part in parts}) == 1
+        if len(parts) == 3 and alike and parts[0].dim() and whole not in arrays:
+            found[whole] = torch.cat([found.pop(name) for name in names])
+    return found
 
 
-def _preprocessing(folder: Path) -> tuple[Preprocessing, tuple[str, ...]]:
+def read_preprocessing(folder: Path) -> tuple[Preprocessing, tuple[str, ...]]:
     """How the folder wants images to be prepared, and what of it is not followed.
 
     Raises:
-        D2ZeroError: Its file is damaged.
+        D2ZeroError: Its file is damaged, or it is no Mask2Former's folder.
     """
+    _read_config(folder)
     default = Preprocessing()
     if not (folder / PREPROCESSOR).is_file():
         return default, (f"{folder} has no {PREPROCESSOR}; images are prepared as Mask2Former's own",)
@@ -221,9 +240,11 @@ def _preprocessing(folder: Path) -> tuple[Preprocessing, tuple[str, ...]]:
     try:
         edges = _edges(values)
         if edges is None:
+            resizes = values.get("do_resize", True)
+            what = f"resizes images to {values.get('size')}" if resizes else "does not resize images"
             notes.append(
-                f"{PREPROCESSOR} resizes images to {values.get('size')}; here they keep their proportions, as in"
-                f" Mask2Former's tests: shortest edge {default.shortest_edge}, longest at most {default.longest_edge}"
+                f"{PREPROCESSOR} {what}; here they are resized as in Mask2Former's tests, in proportion: shortest edge"
+                f" {default.shortest_edge}, longest at most {default.longest_edge}"
             )
         shortest, longest = edges or (default.shortest_edge, default.longest_edge)
         mean, std = _scaling(values)
@@ -234,14 +255,15 @@ def _preprocessing(folder: Path) -> tuple[Preprocessing, tuple[str, ...]]:
 
 def _edges(values: dict[str, Any]) -> tuple[int, int] | None:
     """Shortest and longest edge, if images keep their proportions."""
-    size = values.get("size", {})
     if not values.get("do_resize", True):
         return None
+    size = values.get("size", {})
     if isinstance(size, int):  # of transformers before 4.26
-        return size, int(values.get("max_size") or Preprocessing().longest_edge)
-    if "shortest_edge" in size and "longest_edge" in size:
-        return int(size["shortest_edge"]), int(size["longest_edge"])
-    return None
+        size = {"shortest_edge": size}
+    if "shortest_edge" not in size:
+        return None
+    longest = size.get("longest_edge") or values.get("max_size") or Preprocessing().longest_edge
+    return int(size["shortest_edge"]), int(longest)
 
 
 def _scaling(values: dict[str, Any]) -> tuple[Colour, Colour]:

@@ -42,19 +42,24 @@ def convert(
     if output.suffix != ".safetensors":
         raise D2ZeroError(f"--output must end in .safetensors, got {output}")
     check_output(output)
-    model, what = _converted(file, vocabulary, names)
-    save_model(model, output, {"converted_from": file.name})
-    print(f"{output}: {what}")
+    model, what, notes = _converted(file, vocabulary, names)
+    save_model(model, output, {"converted_from": file.name, **({"notes": notes} if notes else {})})
+    print("\n".join([f"{output}: {what}", *(f"note: {note}" for note in notes)]))
 
 
-def _converted(file: Path, vocabulary: Path | None, names: str | None) -> "tuple[D2Zero, str]":
-    """The model in a file or folder, and what was done."""
+def _converted(file: Path, vocabulary: Path | None, names: str | None) -> "tuple[D2Zero, str, list[str]]":
+    """The model in a file or folder, what was done, and what differs from what the file says."""
     from d2zero.checkpoints.mask2former import from_detectron2, is_mask2former
     from d2zero.checkpoints.published import read_arrays
-    from d2zero.checkpoints.transformers_folder import read_folder
+    from d2zero.checkpoints.transformers_folder import CONFIG, read_folder
 
-    if file.suffix == ".safetensors":
-        raise D2ZeroError(f"{file} is one file of a checkpoint; give the folder that it is in, {file.parent}")
+    if file.suffix == ".safetensors" and file.is_file():
+        if (file.parent / CONFIG).is_file():
+            raise D2ZeroError(f"{file} is one file of a checkpoint; give the folder that it is in, {file.parent}")
+        raise D2ZeroError(
+            f"{file} has no {CONFIG} beside it; convert takes a published .pth or .pkl, or a transformers folder with"
+            f" {CONFIG} and its weights"
+        )
     if file.is_dir():
         return _closed(read_folder(file), vocabulary, names)
     arrays = read_arrays(file)
@@ -65,8 +70,8 @@ def _converted(file: Path, vocabulary: Path | None, names: str | None) -> "tuple
     return _zero_shot(arrays, Vocabulary.load(vocabulary))
 
 
-def _closed(checkpoint: "Checkpoint", vocabulary: Path | None, names: str | None) -> "tuple[D2Zero, str]":
-    from d2zero.checkpoints.mask2former import model_of
+def _closed(checkpoint: "Checkpoint", vocabulary: Path | None, names: str | None) -> "tuple[D2Zero, str, list[str]]":
+    from d2zero.checkpoints.mask2former import model_of, notes_on_names
     from d2zero.text.arrays import read_names
 
     if vocabulary:
@@ -74,10 +79,10 @@ def _closed(checkpoint: "Checkpoint", vocabulary: Path | None, names: str | None
     model = model_of(checkpoint, read_names(names) if names else None)
     known = model.vocabulary.names
     what = f"a Mask2Former of {len(known)} classes ({join_truncated(known)}); every array is accounted for"
-    return model, "\n".join([what, *(f"note: {note}" for note in checkpoint.notes)])
+    return model, what, [*([] if names else notes_on_names(checkpoint, known)), *checkpoint.notes]
 
 
-def _zero_shot(arrays: "dict[str, Tensor]", vocabulary: Vocabulary) -> "tuple[D2Zero, str]":
+def _zero_shot(arrays: "dict[str, Tensor]", vocabulary: Vocabulary) -> "tuple[D2Zero, str, list[str]]":
     from d2zero.checkpoints.backbone import is_backbone_only, load_backbone
     from d2zero.checkpoints.published import load_published
     from d2zero.model import ModelConfig, build
@@ -86,6 +91,6 @@ def _zero_shot(arrays: "dict[str, Tensor]", vocabulary: Vocabulary) -> "tuple[D2
     if is_backbone_only(arrays):
         count = load_backbone(model.backbone, arrays)
         what = f"{count} backbone arrays; the rest of the model is fresh and must be trained (d2zero train --init)"
-        return model, what
+        return model, what, []
     load_published(model, arrays)
-    return model, f"{len(arrays)} arrays, all accounted for"
+    return model, f"{len(arrays)} arrays, all accounted for", []

@@ -1,12 +1,14 @@
 """The closed-vocabulary head: a linear layer with one output per class, and the no-object class last (Mask2Former).
 
-Such a model has names and no text embeddings. What stands for a class's embedding is its row of the identity matrix:
-it says which output is that class's. So one interface serves both heads, and a vocabulary may leave classes out or
-reorder them, but cannot add any.
+Such a model has names and no text embeddings. In place of text embeddings are rows of the identity matrix: each says
+which output is its class's. So one interface serves both heads, and a vocabulary may leave classes out or reorder them,
+but cannot add any. It records a digest of the layer's class names, so that another layer's vocabulary is refused.
 
 Letters: B batch, Q queries, K classes of a vocabulary, N classes of the layer, C hidden channels.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2zero_runtime import D2ZeroError, Vocabulary
-from d2zero_runtime.vocabulary import CLOSED
+from d2zero_runtime.vocabulary import CLOSED, LAYER_CLASSES
 
 MOST_CLASSES = 4096  # the identity matrix is in every checkpoint
 
@@ -58,24 +60,5 @@ def closed_vocabulary(names: Sequence[str]) -> Vocabulary:
     if len(names) > MOST_CLASSES:
         raise D2ZeroError(f"a closed-vocabulary model has at most {MOST_CLASSES} classes, got {len(names)}")
     identity = np.eye(len(names), dtype=np.float32)
-    return Vocabulary(tuple(names), identity, source={"encoder": CLOSED})
-
-
-def check_closed(vocabulary: Vocabulary, classes: int) -> None:
-    """Refuse a vocabulary with classes that a closed model was not trained on.
-
-    Args:
-        vocabulary: What the model is to use.
-        classes: The classes N of its linear layer.
-
-    Raises:
-        D2ZeroError: The vocabulary was not made for such a model.
-    """
-    rows = vocabulary.embeddings
-    one_hot = ((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all()
-    if vocabulary.encoder != CLOSED or vocabulary.width != classes or not one_hot:
-        raise D2ZeroError(
-            f"a closed-vocabulary model has no text encoder and knows only the {classes} classes that it was trained"
-            f" on, got {len(vocabulary)} classes of encoder {vocabulary.encoder or 'unknown'}; choose among its own by"
-            " `vocabulary.select` or `with_active`, or use a D2Zero model"
-        )
+    digest = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+    return Vocabulary(tuple(names), identity, source={"encoder": CLOSED, LAYER_CLASSES: digest})

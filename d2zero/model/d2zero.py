@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2zero.model.backbone import Backbone
 from d2zero.model.classifier import SemanticClassifier, background_embedding
-from d2zero.model.closed import ClosedClassifier, check_closed
+from d2zero.model.closed import ClosedClassifier
 from d2zero.model.config import ModelConfig
 from d2zero.model.decoder import MaskedDecoder
 from d2zero.model.deformable import DeformableAttention, DeformableFunction
@@ -36,9 +36,7 @@ class HeadOutput(NamedTuple):
     class_logits: Tensor  # (B, Q, K + 1), the background last
     mask_logits: Tensor  # (B, Q, H/4, W/4)
     queries: Tensor  # (B, Q, C), normalised
-    background: (
-        Tensor  # (B, C), the mean mask feature of what no query claims, L2-normalised; zeros if nothing reads it
-    )
+    background: Tensor  # (B, C), mean mask feature of what no query claims, L2-normalised; zeros if not read
 
 
 class D2Zero(nn.Module):
@@ -94,9 +92,8 @@ class D2Zero(nn.Module):
             D2ZeroError: The embeddings have another width than the model's, or another encoder made them; or the
                 model is closed and the classes are not its own.
         """
-        if self.config.head == "closed":
-            check_closed(vocabulary, self.config.text_dim)
-        check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None))
+        closed = self.config.head == "closed"
+        check_vocabulary(vocabulary, self.config.text_dim, getattr(self, "_vocabulary", None), closed)
         self._vocabulary = vocabulary
         self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
 

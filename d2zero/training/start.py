@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from d2zero.checkpoints.backbone import load_backbone
-from d2zero.checkpoints.files import load_model
+from d2zero.checkpoints.files import load_model, load_vocabulary
 from d2zero.checkpoints.published import load_exactly, read_arrays
 from d2zero.checkpoints.runs import CONFIG_FILE, STATE_FILE
 from d2zero.data.coco import CocoFile, read_coco
@@ -47,6 +47,7 @@ _SEMANTIC = (  # settings of a semantic classifier, which a closed model does no
     "semantic_dim", "logit_scale", "softmax_temperature",
     "adaptation_layers", "adaptation_heads", "adaptation_ffn_dim", "adaptation_dropout",
 )  # fmt: skip
+_BY_CLASSES = ("head", "text_dim", "softmax_temperature")  # settings that the vocabulary decides
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,13 @@ class Inputs:
         path = self.vocabulary or self.data.vocabulary
         if path is None:
             raise D2ZeroError("training needs classes: give --vocabulary V.npz, or name it in the data set's YAML file")
-        vocabulary = with_split(Vocabulary.load(path), self.split)
+        vocabulary = Vocabulary.load(path)
+        if vocabulary.encoder == CLOSED:
+            raise D2ZeroError(
+                f"{path} has the classes of a closed model and no text embeddings; to train a closed model, leave the"
+                " vocabulary out"
+            )
+        vocabulary = with_split(vocabulary, self.split)
         require_trainable(vocabulary)
         return vocabulary
 
@@ -87,12 +94,15 @@ class Inputs:
         """Whether a closed model is trained: by its configuration, or as no vocabulary is given for closed weights.
 
         Raises:
-            D2ZeroError: It is, and a vocabulary is given.
+            D2ZeroError: It is, and a vocabulary or a split is given.
         """
         named = self.vocabulary or self.data.vocabulary
-        if named and config.model.head == "closed":
+        closed = config.model.head == "closed" or (named is None and source is not None and _is_closed(source))
+        if closed and named:
             raise D2ZeroError("a closed model has the classes that are annotated; leave the vocabulary out")
-        return named is None and (config.model.head == "closed" or (source is not None and _is_closed(source)))
+        if closed and self.split:
+            raise D2ZeroError(f"a closed model has no unseen classes; leave the split {self.split.name} out")
+        return closed
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,8 @@ def start(config: TrainConfig, inputs: Inputs, output: Path, resume: bool = Fals
     vocabulary = None if inputs.is_closed(config, source) else inputs.classes()
     part = inputs.data.training_part(vocabulary.split if vocabulary else "")
     annotations = read_coco(part.annotations, leave_out=True)
-    vocabulary = vocabulary or _closed_classes(annotations, source)
+    if vocabulary is None:
+        vocabulary = load_vocabulary(output / STATE_FILE) if resume else _closed_classes(annotations, source)
     config = replace(config, model=_model_config(config.model, vocabulary, source))
     data = TrainingSet(annotations, part.images, vocabulary, config.augment, config.cache)
     recipe, config = config, config.for_images(len(data))
@@ -154,29 +165,50 @@ def _model_config(config: ModelConfig, vocabulary: Vocabulary, source: D2Zero | 
     head: HeadName = "closed" if vocabulary.encoder == CLOSED else "semantic"
     if source and _is_closed(source):
         kept = {} if head == "closed" else {name: getattr(config, name) for name in _SEMANTIC}
-        config = replace(source.config, **kept)
+        asked, config = config, replace(source.config, **kept)
+        _report_unused(asked, config)
     config = replace(config, head=head, text_dim=vocabulary.width)
     return replace(config, softmax_temperature=1.0) if head == "closed" else config
 
 
+def _report_unused(asked: ModelConfig, used: ModelConfig) -> None:
+    """Warn of settings of the model that a closed checkpoint decides, if they are neither its own nor the default."""
+    default, decided = ModelConfig(), [field.name for field in fields(ModelConfig) if field.name not in _BY_CLASSES]
+    unused = [name for name in decided if getattr(asked, name) not in (getattr(default, name), getattr(used, name))]
+    if unused:
+        logger.warning(
+            "the model is built as the checkpoint's; these settings are not used: %s",
+            join_truncated([f"model.{name}" for name in unused], len(unused)),
+        )
+
+
 def _skipped(model: D2Zero, source: D2Zero, skip: tuple[str, ...]) -> tuple[str, ...]:
     """Parts that do not start from a checkpoint's weights: its head, too, where that is for other classes."""
-    if not _is_closed(source) or model.vocabulary is source.vocabulary:
+    ours, known = model.vocabulary, source.vocabulary
+    if not _is_closed(source) or (_is_closed(model) and ours.layer_classes == known.layer_classes):
         return skip
-    taught = [name for name in model.vocabulary.unseen_names if name in source.vocabulary.names]
-    if taught:
+    trained_on = [name for name in ours.unseen_names if name in known.names]
+    if trained_on:
         logger.warning(
             "NOT ZERO-SHOT: the weights that this run starts from were trained on %d of its %d unseen classes (%s);"
             " their accuracy will say nothing about classes that were never seen",
-            len(taught),
-            len(model.vocabulary.unseen_names),
-            join_truncated(taught),
+            len(trained_on),
+            len(ours.unseen_names),
+            join_truncated(trained_on),
         )
-    elif not _is_closed(model):
+    elif _is_closed(model):
+        unknown = [name for name in ours.names if name not in known.names]
+        logger.warning(
+            "the checkpoint does not know %d of the %d annotated classes (%s): the head is fresh",
+            len(unknown),
+            len(ours),
+            join_truncated(unknown),
+        )
+    else:
         logger.warning(
             "the weights that this run starts from were trained on %s: what looks like one of these was seen, whatever"
             " it is called here",
-            join_truncated(source.vocabulary.names),
+            join_truncated(known.names),
         )
     return tuple(dict.fromkeys((*skip, "classifier")))
 
@@ -215,7 +247,7 @@ def start_from(model: D2Zero, source: D2Zero, skip: Sequence[str] = ()) -> None:
         hint = "; give the recipe of its training, such as --config RUN/config.json, or leave parts out by --init-skip"
         raise D2ZeroError(f"{error}{hint}") from error
     if kept:
-        logger.warning("%d arrays are not from the checkpoint, as asked: %s", len(kept), join_truncated(kept, 5))
+        logger.warning("%d arrays are fresh, not from the checkpoint: %s", len(kept), join_truncated(kept, 5))
 
 
 def next_command(run: Path, inputs: Inputs) -> str:

@@ -29,8 +29,6 @@ _made: dict[str, bytes] = {}  # by digest: one checkpoint is exported in several
 class ClassifierGraph(nn.Module):
     """`(queries, background, class_embeddings) → class_logits`, in two steps."""
 
-    reads_background = False
-
     def forward(self, queries: Tensor, background: Tensor, class_embeddings: Tensor) -> Tensor:
         """Class logits (B, Q, K + 1), float32, the background last.
 
@@ -78,8 +76,6 @@ class SemanticGraph(ClassifierGraph):
         classifier: Its weights are shared; it computes in their precision.
         attention: How its adaptation attends.
     """
-
-    reads_background = True
 
     def __init__(self, classifier: SemanticClassifier, attention: Attention) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ class InferenceGraph(nn.Module):
             )
         mask_logits = self._mask_logits(self._mask_embeddings(queries), fused.flatten(2))
         mask_logits = mask_logits.unflatten(2, fused.shape[2:]).float()
-        if self.classifier.reads_background:
+        if self.model.classifier.reads_background:
             background = F.normalize(self._background(fused, mask_logits), dim=-1, eps=NORM_FLOOR)
         else:
             background = torch.zeros_like(queries[:, 0], dtype=torch.float32)

@@ -26,6 +26,7 @@ from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
+from d2zero_runtime.vocabulary import random_embeddings
 
 CLASSIFIER_CLASSES = 9  # drawn ones that an exported file's classifier is compared with
 
@@ -208,10 +209,10 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
     ]
     found += _batch_against_single(segmenter, square, flipped)
     for count in _class_counts(segmenter):
-        found.append(_with_classes(reference, segmenter, _drawn_classes(random, count, contract), square))
+        found.append(_with_classes(reference, segmenter, _random_classes(random, count, segmenter), square))
     if contract.query_dim:
         own = reference.contract.baked
-        classes = reference.vocabulary if own else _drawn_classes(random, CLASSIFIER_CLASSES, contract)
+        classes = reference.vocabulary if own else _random_classes(random, CLASSIFIER_CLASSES, segmenter)
         found.append(_classifier(reference, segmenter, classes, square))
     return RawParity(tuple(found))
 
@@ -237,8 +238,8 @@ def _class_counts(segmenter: Segmenter) -> list[int]:
     return sorted({min(max(count, low.classes), high.classes) for count in counts})
 
 
-def _drawn_classes(random: np.random.Generator, count: int, contract: ModelContract) -> Vocabulary:
-    rows = random.standard_normal((count, contract.text_dim)).astype(np.float32)
+def _random_classes(random: np.random.Generator, count: int, segmenter: Segmenter) -> Vocabulary:
+    rows = random_embeddings(random, count, segmenter.vocabulary)
     return Vocabulary(tuple(f"class {number}" for number in range(count)), rows)
 
 

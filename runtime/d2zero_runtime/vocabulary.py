@@ -24,6 +24,8 @@ from d2zero_runtime.errors import D2ZeroError, join_truncated
 from d2zero_runtime.files import atomic_write
 
 FORMAT_VERSION = 1
+CLOSED = "closed"  # in place of a text encoder's name: one row for each output of a model's linear layer
+LAYER_CLASSES = "layer_classes"  # in the source of a closed vocabulary: a digest of the layer's class names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +59,8 @@ class Vocabulary:
         embeddings = _floats(self.embeddings)
         count = len(names)
         _check_embeddings(names, embeddings)
+        if self.encoder == CLOSED:
+            _check_one_hot(names, embeddings)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "embeddings", embeddings)
         _check_synonyms(self.synonyms, names)
@@ -84,6 +88,11 @@ class Vocabulary:
     def encoder(self) -> str:
         """The name of the text encoder, or an empty string if it was not recorded."""
         return str(self.source.get("encoder", ""))
+
+    @property
+    def layer_classes(self) -> str:
+        """Of a closed vocabulary, a digest of the names of its model's outputs; else an empty string."""
+        return str(self.source.get(LAYER_CLASSES, ""))
 
     @property
     def split(self) -> str:
@@ -138,7 +147,7 @@ class Vocabulary:
         Raises:
             D2ZeroError: The embeddings are another encoder's, or of another width.
         """
-        check_encoder(other.width, other.encoder, self.width, self.encoder)
+        check_vocabulary(other, self.width, self)
         row_of, own = {name: row for row, name in enumerate(other.names)}, set(self.names)
         new = [name for name in other.names if name not in own]
         rows = [row_of[name] for name in new]
@@ -264,16 +273,27 @@ def _is_one_array(path: Path) -> bool:
         return stream.read(6) == b"\x93NUMPY"
 
 
-def check_vocabulary(vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None) -> None:
+def check_vocabulary(
+    vocabulary: Vocabulary, text_dim: int, previous: Vocabulary | None = None, closed: bool = False
+) -> None:
     """Refuse a vocabulary that a model cannot use.
 
+    Args:
+        vocabulary: The classes.
+        text_dim: The width that the model reads.
+        previous: The model's own classes, if it has some.
+        closed: Whether the model is known to be closed, where it has none yet.
+
     Raises:
-        D2ZeroError: Its width or its encoder differs from the model's.
+        D2ZeroError: Its width or its encoder differs from the model's, or it is another closed model's.
     """
-    check_encoder(vocabulary.width, vocabulary.encoder, text_dim, previous.encoder if previous else "")
-
-
-CLOSED = "closed"  # in place of a text encoder's name: a row for each output of a model's linear layer
+    trained_with = previous.encoder if previous else CLOSED if closed else ""
+    check_encoder(vocabulary.width, vocabulary.encoder, text_dim, trained_with)
+    if previous and trained_with == CLOSED and vocabulary.layer_classes != previous.layer_classes:
+        raise D2ZeroError(
+            f"the vocabulary is that of another closed model with {text_dim} classes, in which other outputs have these"
+            " names; choose among the model's own by `select` or `with_active`"
+        )
 
 
 def check_encoder(width: int, encoder: str, text_dim: int, trained_with: str, what: str = "the vocabulary") -> None:
@@ -344,6 +364,23 @@ def _check_embeddings(names: tuple[str, ...], embeddings: NDArray[np.float32]) -
     empty = [names[row] for row in np.flatnonzero(~embeddings.any(axis=1))]
     if empty:
         raise D2ZeroError(f"embeddings are all zero for {join_truncated(empty)}; the encoder did not know these names")
+
+
+def _check_one_hot(names: tuple[str, ...], embeddings: NDArray[np.float32]) -> None:
+    one_hot = ((embeddings == 0) | (embeddings == 1)).all(axis=1) & (embeddings.sum(axis=1) == 1)
+    if not one_hot.all():
+        broken = [names[row] for row in np.flatnonzero(~one_hot)]
+        raise D2ZeroError(
+            "in a closed vocabulary, one element of each row is 1, the others are 0, and it says which output is the"
+            f" class's; not so for {join_truncated(broken)}"
+        )
+
+
+def random_embeddings(random: np.random.Generator, classes: int, own: Vocabulary) -> NDArray[np.float32]:
+    """Random rows (`classes`, D) that a model of these own classes can be given, to compare or to measure it."""
+    if own.encoder == CLOSED:
+        return np.eye(own.width, dtype=np.float32)[random.integers(own.width, size=classes)]
+    return random.standard_normal((classes, own.width)).astype(np.float32)
 
 
 def _check_synonyms(synonyms: Mapping[str, str], names: tuple[str, ...]) -> None:

@@ -54,7 +54,7 @@ def settings() -> list[str]:
     return [word for setting in SIZES for word in ("--set", setting)]
 
 
-def test_a_closed_model_is_trained_and_gone_on_with(
+def test_a_closed_model_is_trained_and_fine_tuned(
     train: tuple[object, ...], shapes_data: Path, tmp_path: Path, command: Command
 ) -> None:
     outcome = command(*train, *settings(), "--set", "model.head=closed", "-o", tmp_path / "first")
@@ -67,6 +67,7 @@ def test_a_closed_model_is_trained_and_gone_on_with(
     outcome = command(*train, "--init", tmp_path / "first", "-o", tmp_path / "second")
     assert outcome.code == 0 and "not from the checkpoint" not in outcome.err, outcome.err
     assert load_model(tmp_path / "second").config == first.config
+    assert load_model(tmp_path / "second").vocabulary.source == first.vocabulary.source
     truth = shapes_data / "annotations/instances_val_gzsi_shapes.json"
     content = json.loads(truth.read_text())
     kept = {c["id"] for c in content["categories"] if c["name"] in names}
@@ -83,10 +84,50 @@ def test_a_closed_model_is_trained_and_gone_on_with(
 
 
 def test_a_head_for_other_classes_is_fresh(train: tuple[object, ...], tmp_path: Path, command: Command) -> None:
-    source = save_model(closed_model(("red ring", "dog")), tmp_path / "closed.safetensors", {})
+    source = save_model(closed_model(("red circle", "dog")), tmp_path / "closed.safetensors", {})
     outcome = command(*train, "--init", source, "-o", tmp_path / "run")
-    assert outcome.code == 0 and "2 arrays are not from the checkpoint, as asked" in outcome.err, outcome.err
+    assert outcome.code == 0 and "2 arrays are fresh, not from the checkpoint: classifier" in outcome.err, outcome.err
+    assert "does not know 26 of the 27 annotated classes (" in outcome.err and "the head is fresh" in outcome.err
     assert load_model(tmp_path / "run").config.text_dim == 27
+
+
+def test_a_head_that_knows_more_classes_is_kept_and_resumed(
+    train: tuple[object, ...], tmp_path: Path, command: Command
+) -> None:
+    """The 27 annotated classes are some of the 36 that the checkpoint knows."""
+    model = closed_model()
+    source = save_model(model, tmp_path / "closed.safetensors", {})
+    unchanging = ("--set", "optim.lr=1e-12")
+    outcome = command(*train, *unchanging, "--init", source, "-o", tmp_path / "run")
+    assert outcome.code == 0 and "fresh" not in outcome.err, outcome.err
+    require_equal_weights(load_model(tmp_path / "run"), model, ())
+    two = [2 if argument == "1" else argument for argument in train]
+    outcome = command(*two, "--resume", "-o", tmp_path / "run")
+    assert outcome.code == 0 and "steps 1 to 2" in outcome.err, outcome.err
+    resumed = load_model(tmp_path / "run")
+    assert resumed.vocabulary.names == ALL_NAMES and resumed.config == model.config
+    require_equal_weights(resumed, model, ())
+
+
+def require_equal_weights(found: D2Zero, expected: D2Zero, other: tuple[str, ...]) -> None:
+    """All arrays but those of the `other` parts must be there and equal."""
+    ours, theirs = (
+        {name: value for name, value in model.state_dict().items() if not name.startswith(other or ("?",))}
+        for model in (found, expected)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 50
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_settings_that_a_checkpoint_decides_are_named(
+    train: tuple[object, ...], tmp_path: Path, command: Command
+) -> None:
+    source = save_model(closed_model(), tmp_path / "closed.safetensors", {})
+    given = ("--set", "model.num_queries=12", "--set", "model.hidden_dim=32", "--set", "model.decoder_layers=1")
+    outcome = command(*train, *given, "--init", source, "-o", tmp_path / "run")
+    assert outcome.code == 0 and load_model(tmp_path / "run").config.num_queries == 10
+    assert "these settings are not used: model.num_queries, model.decoder_layers" in outcome.err, outcome.err
 
 
 def test_a_zero_shot_model_starts_from_closed_weights_with_a_warning(
@@ -102,7 +143,7 @@ def test_a_zero_shot_model_starts_from_closed_weights_with_a_warning(
     trained = load_model(tmp_path / "run")
     assert trained.config.head == "semantic" and trained.config.decoder_layers == 2
     assert trained.config.preprocessing == model.config.preprocessing
-    assert torch.allclose(trained.decoder.query_features, model.decoder.query_features, atol=1e-6)
+    require_equal_weights(trained, model, ("classifier.", "class_embeddings"))
     other = save_model(closed_model(("dog", "cat")), tmp_path / "other.safetensors", {})
     outcome = command(*train, *settings()[-4:], *words, "--init", other, "-o", tmp_path / "other")
     assert outcome.code == 0 and "were trained on dog, cat: what looks like one of these was seen" in outcome.err
@@ -122,6 +163,11 @@ def test_what_a_closed_model_cannot_do_is_refused(
     given = ("-v", shapes_data / "vocabulary.npz")
     outcome = command(*train, *given, "--set", "model.head=closed", "-o", tmp_path / "run")
     assert outcome.code == 2 and "a closed model has the classes that are annotated" in outcome.err
+    outcome = command(*train, "--split", "coco-48-17", "--set", "model.head=closed", "-o", tmp_path / "run")
+    assert outcome.code == 2 and "a closed model has no unseen classes; leave the split coco-48-17 out" in outcome.err
+    closed_vocabulary(ALL_NAMES).save(tmp_path / "closed.npz")
+    outcome = command(*train, "-v", tmp_path / "closed.npz", "-o", tmp_path / "run")
+    assert outcome.code == 2 and "to train a closed model, leave the vocabulary out" in outcome.err
 
 
 def test_a_closed_model_keeps_to_some_of_its_classes() -> None:

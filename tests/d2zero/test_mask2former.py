@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 from commands import Command
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -36,9 +37,9 @@ from mask2former_layouts import (
 )
 
 import d2zero
-from d2zero.checkpoints.files import save_model
-from d2zero.checkpoints.mask2former import class_names, config_of, from_detectron2, model_of, renamed
-from d2zero.checkpoints.published import require_exactly
+from d2zero.checkpoints.files import read_notes, save_model
+from d2zero.checkpoints.mask2former import class_names, config_of, from_detectron2, model_of
+from d2zero.checkpoints.published import renamed, require_exactly
 from d2zero.checkpoints.transformers_folder import RULES, UNUSED, joined, read_folder
 from d2zero.data.splits import COCO_IDS
 from d2zero.model import D2Zero, build
@@ -209,7 +210,7 @@ def test_a_folder_is_converted_by_the_command(folder: Path, tmp_path: Path, comm
     model = d2zero.load(tmp_path / "m.safetensors")
     assert model.vocabulary.names == NAMES and model.vocabulary.seen.all()
     assert model.preprocessing == Preprocessing()
-    assert model.contract().softmax_temperature == 1 and model.contract().vocabulary_source == {"encoder": "closed"}
+    assert model.contract().softmax_temperature == 1 and model.vocabulary.encoder == "closed"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     expected = model_of(read_folder(folder)).predict_raw([pixels])
     np.testing.assert_array_equal(model.predict_raw([pixels]).class_logits, expected.class_logits)
@@ -236,9 +237,11 @@ def test_weights_in_several_files_and_in_half_precision(folder: Path, references
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="200KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    found = model_of(read_folder(folder)).classifier.get_parameter("linear.weight")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, model.class_predictor.weight.float(), atol=0, rtol=0)
+    (found,) = model_of(read_folder(folder))(images(PARTIAL))
+    assert found.class_logits.dtype == torch.float32
+    class_logits, mask_logits = Reference(model.float(), folder).heads(images(PARTIAL))[-1]
+    torch.testing.assert_close(found.class_logits, class_logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found.mask_logits, mask_logits, atol=TOLERANCE, rtol=0)
     next(folder.glob("model-00002-*")).unlink()
     with pytest.raises(D2ZeroError, match="incomplete: it lacks model-00002"):
         read_folder(folder)
@@ -270,6 +273,7 @@ def shortened(folder: Path) -> None:
         (lambda folder: (folder / "preprocessor_config.json").write_text('{"image_mean": [1]}'), "is damaged"),
         (config(model_type="maskformer"), "model_type is 'maskformer'"),
         (config(pre_norm=True), "pre_norm is True"),
+        (config(backbone_config={"model_type": ["swin"]}), "the backbone is ['swin'], expected 'swin' or 'resnet'"),
         (config(backbone_config={"model_type": "dinov2"}), "the backbone is 'dinov2', expected 'swin' or 'resnet'"),
         (config(backbone_config={"model_type": "swin", "hidden_act": "relu"}), "backbone_config.hidden_act is 'relu'"),
         (config(id2label={"0": "cat", "2": "dog"}), "id2label must name the classes 0, 1, 2"),
@@ -298,6 +302,22 @@ def test_other_folders_are_refused_in_one_line(
             ),
             "windows must have 1 to 32",
         ),
+        (
+            lambda a: a.update({"sem_seg_head.predictor.query_feat.weight": torch.zeros(2**40, 0)}),
+            r"decoder.query_features: its shape is \(1099511627776, 0\)",
+        ),
+        (
+            lambda a: a.update({"sem_seg_head.predictor.class_embed.weight": torch.zeros(2**40, 0)}),
+            r"classifier.linear.weight: its shape is \(1099511627776, 0\)",
+        ),
+        (
+            lambda a: a.update({"sem_seg_head.predictor.class_embed.weight": torch.zeros(5001, 64)}),
+            "the checkpoint has 5000 classes, got 5 names",
+        ),
+        (
+            lambda a: a.update({"sem_seg_head.predictor.query_feat.weight": torch.zeros(60_000, 1)}),
+            r"decoder.query_features \(60000, 1\) instead of \(60000, 64\)",
+        ),
     ],
 )
 def test_other_arrays_are_refused(change: Callable, message: str, references: Callable) -> None:
@@ -305,6 +325,80 @@ def test_other_arrays_are_refused(change: Callable, message: str, references: Ca
     change(arrays)
     with pytest.raises(D2ZeroError, match=message):
         model_of(from_detectron2(arrays), NAMES)
+
+
+def test_memory_is_taken_only_for_arrays_that_fit(references: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    monkeypatch.setattr(
+        "d2zero.checkpoints.published.build",
+        lambda *given: devices.append(torch.get_default_device()) or build(*given),
+    )
+    arrays = detectron2_arrays(references("swin").folder)
+    arrays["sem_seg_head.predictor.query_feat.weight"] = torch.zeros(60_000, 1)
+    with pytest.raises(D2ZeroError):
+        model_of(from_detectron2(arrays), NAMES)
+    assert [device.type for device in devices] == ["meta"]
+
+
+def test_only_parts_of_one_array_are_joined() -> None:
+    parts = {f"qkv.weight[{part}]": torch.full((2, 3), part) for part in range(3)}
+    assert joined(parts)["qkv.weight"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2 + [[2] * 3] * 2
+    for others in (
+        {f"x[{part}]": torch.tensor(part) for part in range(3)},
+        {f"x[{part}]": torch.zeros(part) for part in range(3)},
+        {"x[0]": torch.zeros(1), "x[2]": torch.zeros(1), "x[3]": torch.zeros(1)},
+        {"weight]": torch.zeros(1), "[0]": torch.zeros(1)},
+        {"qkv.weight": torch.zeros(1), **parts},
+    ):
+        assert joined(others) == others
+
+
+DARKNET = {
+    "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
+    "dining table": "diningtable", "tv": "tvmonitor",
+}  # fmt: skip
+
+
+def of_80_classes(folder: Path, names: list[str]) -> None:
+    """Give a folder's model a fresh head for so many classes."""
+    arrays = load_file(folder / "model.safetensors")
+    arrays |= {"class_predictor.weight": torch.zeros(81, 64), "class_predictor.bias": torch.zeros(81)}
+    save_file(arrays, folder / "model.safetensors")
+    config(id2label=dict(enumerate(names)))(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "noted"),
+    [
+        ([DARKNET.get(name, name) for name in COCO_IDS], list(COCO_IDS), "motorbike is motorcycle, aeroplane is"),
+        ([name.replace(" ", "_") for name in reversed(COCO_IDS)], list(reversed(COCO_IDS)), "hair_drier is hair drier"),
+        (["sofa", *list(COCO_IDS)[1:]], ["sofa", *list(COCO_IDS)[1:]], ""),  # "couch" is another of its classes
+        ([f"LABEL_{number}" for number in range(80)], list(COCO_IDS), "does not name its 80 classes"),
+        (list(COCO_IDS), list(COCO_IDS), ""),
+    ],
+)
+def test_other_names_of_cocos_classes_become_cocos(
+    names: list[str], expected: list[str], noted: str, folder: Path, tmp_path: Path, command: Command
+) -> None:
+    of_80_classes(folder, names)
+    outcome = command("convert", folder, "-o", tmp_path / "m.safetensors")
+    assert outcome.code == 0 and noted in outcome.out and ("note:" in outcome.out) == bool(noted), outcome.err
+    assert list(d2zero.load(tmp_path / "m.safetensors").vocabulary.names) == expected
+    assert noted in "".join(read_notes(tmp_path / "m.safetensors").get("notes", []))
+
+
+def test_given_names_are_used_as_they_are(folder: Path, tmp_path: Path, command: Command) -> None:
+    names = [DARKNET.get(name, name) for name in COCO_IDS]
+    of_80_classes(folder, names)
+    outcome = command("convert", folder, "--names", ",".join(names), "-o", tmp_path / "m.safetensors")
+    assert outcome.code == 0 and "note:" not in outcome.out, outcome.err
+    assert list(d2zero.load(tmp_path / "m.safetensors").vocabulary.names) == names
+
+
+def test_names_that_transformers_makes_up_are_none(folder: Path) -> None:
+    config(id2label={str(number): f"LABEL_{number}" for number in range(5)})(folder)
+    with pytest.raises(D2ZeroError, match="has 5 classes and does not name them; give --names"):
+        model_of(read_folder(folder))
 
 
 def test_names_of_a_file_without_names() -> None:
@@ -325,6 +419,9 @@ def test_names_of_a_file_without_names() -> None:
     [
         ({"size": {"shortest_edge": 640, "longest_edge": 900}}, Preprocessing(640, 900), ""),
         ({"size": 640, "max_size": 900}, Preprocessing(640, 900), ""),
+        ({"size": {"shortest_edge": 640}, "max_size": 900}, Preprocessing(640, 900), ""),
+        ({"size": {"shortest_edge": 640}}, Preprocessing(640, 1333), ""),
+        ({"do_resize": False}, Preprocessing(), "does not resize images; here they are resized"),
         ({"size": {"height": 384, "width": 384}}, Preprocessing(), "shortest edge 800, longest at most 1333"),
         ({"resample": 3}, Preprocessing(), "resized bilinearly"),
         ({"do_normalize": False}, Preprocessing(mean=(0, 0, 0), std=(255, 255, 255)), ""),
@@ -360,12 +457,26 @@ def test_a_closed_model_chooses_among_its_own_classes(converted: Callable, tmp_p
         model.set_vocabulary(closed_vocabulary(NAMES))
 
 
-@pytest.mark.parametrize("rows", [np.ones((2, 5)), np.eye(2, 300)])
-@pytest.mark.parametrize("encoder", ["word2vec", "closed"])
-def test_a_closed_model_refuses_other_classes(rows: np.ndarray, encoder: str, converted: Callable) -> None:
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (
+            Vocabulary(("zebra",), np.eye(1, 5, dtype=np.float32), source={"encoder": "word2vec"}),
+            "has others",
+        ),
+        (Vocabulary(("zebra",), np.eye(1, 5, dtype=np.float32)), "has others"),
+        (closed_vocabulary(["zebra", "giraffe"]), "a closed vocabulary, the 5 classes that it was trained on"),
+        (closed_vocabulary(list(reversed(NAMES))), "that of another closed model with 5 classes"),
+    ],
+)
+def test_a_closed_model_refuses_other_classes(vocabulary: Vocabulary, message: str, converted: Callable) -> None:
     model = converted("swin", "folder")
-    with pytest.raises(D2ZeroError, match="closed-vocabulary model has no text encoder and knows only the 5 classes"):
-        model.set_vocabulary(Vocabulary(("zebra", "giraffe"), rows.astype(np.float32), source={"encoder": encoder}))
+    for target in (model, model.segmenter()):
+        with pytest.raises(D2ZeroError, match=message):
+            target.set_vocabulary(vocabulary)
+    if vocabulary.encoder != "closed":
+        with pytest.raises(D2ZeroError, match=message):
+            build(replace(model.config, text_dim=vocabulary.width), vocabulary)
     with pytest.raises(D2ZeroError, match="needs unseen classes"):
         model.predict([np.zeros((32, 32, 3), np.uint8)], mode="zsis")
 
@@ -387,3 +498,6 @@ def test_wrong_options_are_refused(
 def test_one_file_of_a_folder_is_refused(folder: Path, tmp_path: Path, command: Command) -> None:
     outcome = command("convert", folder / "model.safetensors", "-o", tmp_path / "m.safetensors")
     assert outcome.code == 2 and f"give the folder that it is in, {folder}" in outcome.err
+    (folder / "config.json").unlink()
+    outcome = command("convert", folder / "model.safetensors", "-o", tmp_path / "m.safetensors")
+    assert outcome.code == 2 and "has no config.json beside it" in outcome.err and "give the folder" not in outcome.err

@@ -1,4 +1,4 @@
-"""Small Mask2Formers of transformers with drawn weights, and their arrays in detectron2's names.
+"""Small Mask2Formers of transformers with random weights, and their arrays in detectron2's names.
 
 The names are translated by plain replacements, in the other direction than d2zero's rules and without them.
 """
@@ -47,7 +47,7 @@ def empty_mask2former(backbone: Any, **options: Any) -> Any:
 
 
 def mask2former(backbone: Any, seed: int = 0) -> Any:
-    """A small model with drawn weights, whose outputs are some units large."""
+    """A small model with random weights, whose outputs are some units large."""
     model = empty_mask2former(backbone, **SMALL)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A CLIP model small enough for a test, with drawn weights, and its exported text encoder."""
+"""A CLIP model small enough for a test, with random weights, and its exported text encoder."""
 
 import json
 from pathlib import Path

@@ -1,11 +1,13 @@
 """Vocabularies: round trips, subsets, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from d2zero_runtime import D2ZeroError, Vocabulary
+from d2zero_runtime.vocabulary import random_embeddings
 
 
 def small() -> Vocabulary:
@@ -102,3 +104,13 @@ def test_cost_grows_with_the_number_of_classes_and_not_with_its_square() -> None
     np.testing.assert_array_equal(chosen.embeddings, rows[::-2])
     assert np.flatnonzero(chosen.active[::-1]).tolist() == [0, 1]  # names 1 and 3
     assert chosen.synonyms == {names[1]: names[3]}  # the class of name 5 was not chosen
+
+
+@pytest.mark.parametrize("row", [[0, 0.5, 0.5], [1, 1, 0], [0, 2, 0], [-1, 1, 1]])
+def test_rows_of_a_closed_vocabulary_are_one_hot(row: list[float]) -> None:
+    closed = Vocabulary(("a", "b"), np.eye(2, 3, dtype=np.float32), source={"encoder": "closed"})
+    rows = np.array([[0, 0, 1], row], np.float32)
+    with pytest.raises(D2ZeroError, match=r"one element of each row is 1, the others are 0.*not so for b"):
+        replace(closed, embeddings=rows)
+    drawn = random_embeddings(np.random.default_rng(0), 20, closed)
+    assert Vocabulary(tuple(map(str, range(20))), drawn, source=closed.source).width == 3
