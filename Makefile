@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where this is set, each process compiles torch's sources again: 19 s to import it and torchvision instead of 7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup bindings demo test fuzz test-lowest check benchmark format clean
+.PHONY: setup bindings demo test test-all fuzz test-lowest check benchmark format clean
 
 setup: $(STAMP)
 
@@ -35,9 +35,13 @@ $(VENV)/tensorrt-%/.installed: $(STAMP)
 demo: setup
 	$(BIN)/d2zero demo
 
-# All tests, the slow ones too, two at a time with a thread each; whoever is done takes from the other.
+# Two tests at a time with a thread each; whoever is done takes from the other. `test` is what CI runs.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: setup bindings
+	$(PYTEST) -m 'not long'
+
+# The long ones, too: before a release, and when what they test has changed.
+test-all: setup bindings
 	$(PYTEST) -m ''
 
 # Damaged and hostile files, many more of them than `test` tries.

@@ -196,6 +196,7 @@ def test_without_a_gpu_it_says_so_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_exports_keep_what_is_good(scripts: None, tmp_path: Path) -> None:
     exports = import_module("exports")
     notes: dict[str, dict] = {}

@@ -19,6 +19,7 @@ from d2zero_runtime import D2ZeroError
 
 @pytest.mark.slow
 @needs_triton
+@pytest.mark.long
 def test_the_kernels_in_the_interpreter() -> None:
     assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_deformable.py")
 

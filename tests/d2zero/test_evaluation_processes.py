@@ -254,8 +254,20 @@ def test_jobs_equal_one_process_of_an_exported_model(exported: Path, shapes_data
     ("launcher", "more", "kill", "again"),
     [
         ([sys.executable], ("--jobs", "2"), signal.SIGKILL, ([sys.executable], ())),
-        ([sys.executable], ("--jobs", "2"), signal.SIGINT, ([*TORCHRUN, "--nproc-per-node=3"], ())),
-        ([*TORCHRUN, "--nproc-per-node=2"], (), signal.SIGKILL, ([sys.executable], ("--jobs", "3"))),
+        pytest.param(
+            [sys.executable],
+            ("--jobs", "2"),
+            signal.SIGINT,
+            ([*TORCHRUN, "--nproc-per-node=3"], ()),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            [*TORCHRUN, "--nproc-per-node=2"],
+            (),
+            signal.SIGKILL,
+            ([sys.executable], ("--jobs", "3")),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["jobs, then one", "jobs interrupted, then torchrun", "torchrun, then jobs"],
 )
@@ -301,6 +313,7 @@ def finished(output: Path) -> list[Id]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_ends_the_command(checkpoint: Path, shapes_data: Path, tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     command = [sys.executable, *arguments(checkpoint, shapes_data, tmp_path, "--jobs", "2")]

@@ -136,6 +136,7 @@ def test_the_vocabulary_is_replaced_in_the_file(whole: Path, tmp_path: Path, com
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_exports_verifies_and_compares(tmp_path: Path, command: Command) -> None:
     path, checkpoint = tmp_path / "whole.onnx", packaged_checkpoint()
     outcome = command("export", checkpoint, "-o", path, "--end-to-end", "--size", "32x64", "--masks", "logits")

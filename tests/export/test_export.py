@@ -163,6 +163,7 @@ def test_fixed_and_baked(demo_model: D2Zero, photos: list[Path], tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_published_model_equals_the_recorded_outputs(shared: Path, tmp_path: Path) -> None:
     model = published_model(published_vocabulary(shared, "48_17"))
     recorded = np.load(shared / "reference/reference_48_17.npz")
@@ -204,6 +205,7 @@ def test_the_first_decoder_layers_are_the_head_of_that_number(demo_model: D2Zero
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_export_may_stop_after_some_decoder_layers(tmp_path: Path, command: Command) -> None:
     path, checkpoint = tmp_path / "two.onnx", packaged_checkpoint()
     assert command("export", checkpoint, "-o", path, "--decoder-layers", "2", "--size", "96x128").code == 0

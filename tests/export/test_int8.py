@@ -179,6 +179,7 @@ def test_openvino_runs_it(eight_bits: Path, demo_model: D2Zero) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_accuracy_of_what_the_command_makes(demo_model: D2Zero, tmp_path: Path, command: Command) -> None:
     write_dataset(tmp_path, ShapesConfig(train_images=32, val_images=200))
     eight_bits = tmp_path / "m.onnx"
@@ -235,6 +236,7 @@ def test_mistakes_are_refused_before_any_work(demo_model: D2Zero, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_for_tensorrt_it_is_symmetric_and_rtx_builds_it(
     shapes_data: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_what_is_compiled_for_a_gpu_needs_no_toolkit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     stages: list[str] = []
@@ -253,6 +254,7 @@ def test_a_model_is_compiled_and_verified(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_calls_the_triton_forms_operator(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     folder = Path(__file__).parent

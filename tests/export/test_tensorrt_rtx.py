@@ -56,7 +56,9 @@ def test_float32_stays_float32(exported: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("deform_attn", "bake"), [("gather", False), ("gridsample", True)], ids=["gather", "gridsample baked"]
+    ("deform_attn", "bake"),
+    [("gather", False), pytest.param("gridsample", True, marks=pytest.mark.long)],
+    ids=["gather", "gridsample baked"],
 )
 def test_float16_is_half_except_where_promised(made: Callable[..., Path], deform_attn: str, bake: bool) -> None:
     path = made(deform_attn, "float16", size=(64, 96), batch=None if bake else 1, bake=bake)
@@ -69,6 +71,7 @@ def test_float16_is_half_except_where_promised(made: Callable[..., Path], deform
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_variant_is_built(made: Callable[..., Path], exported: Path, tmp_path: Path) -> None:
     for name, path, options in (
         ("dynamic", exported, SMALL),

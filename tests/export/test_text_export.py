@@ -118,6 +118,7 @@ def test_tokens_are_those_of_open_clip(encoder: TextEncoder, texts: list[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tokens_of_every_letter(encoder: TextEncoder) -> None:
     test_tokens_are_those_of_open_clip(encoder, letters())
 

@@ -106,6 +106,7 @@ def test_packed_masks_of_another_size_are_refused() -> None:
 
 @pytest.mark.slow
 @needs_triton
+@pytest.mark.long
 def test_the_kernel_in_the_interpreter() -> None:
     assert_pass_in_the_interpreter(Path(__file__).parent / "interpreted_masks.py")
 
