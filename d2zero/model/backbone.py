@@ -1,7 +1,8 @@
 """Image features at strides 4, 8, 16 and 32 from any timm backbone.
 
 Published D2Zero uses ResNet-50 with stride in the 3×3 convolution and frozen batch norm, which is timm's
-`resnet50` with its batch norms frozen. Mask2Former's Swin is timm's with a layer norm on each of the four maps.
+`resnet50` with its batch norms frozen. Mask2Former's Swin is timm's with a layer norm on each of the four maps, and
+pads maps as the original does (`swin`); without these norms, a Swin is timm's own.
 Leaves weights to `d2zero.checkpoints`.
 """
 
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
         name: A timm model that supports `features_only`.
         options: Further arguments of `timm.create_model`: sizes only (`SIZES`), numbers or lists of them.
         frozen_norm: Replace batch norm by a fixed scale and shift.
-        output_norm: Layer norm over the channels of each map.
+        output_norm: Layer norm over the channels of each map, as Mask2Former's Swin has; a Swin is then that one.
 
     Raises:
         D2ZeroError: timm has no such model, an option is no size, or it lacks features at strides 4, 8, 16 and 32.
@@ -81,7 +82,8 @@ class Backbone(nn.Module):
         self.channels_last = net.feature_info.get_dicts()[0].get("format") == "NHWC" or (
             getattr(net, "output_fmt", "NCHW") == "NHWC"
         )
-        use_original_windows(net)
+        if output_norm:
+            use_original_windows(net)
         self.net: nn.Module = freeze_batch_norm_2d(net) if frozen_norm else net
         self.output_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels if output_norm)
 

@@ -25,7 +25,7 @@ class Axis(NamedTuple):
     window: int  # pixels
     source: Tensor  # (P,) the pixel of the map that each shows; those of the padding are not in it
     region: Tensor  # (P,) 0, or 1 in the last window, or 2 in what the shift brought around
-    place: Tensor  # (side,) where each pixel of the map is shown
+    shown_at: Tensor  # (side,) where each pixel of the map is shown
 
 
 class PaddedBlock(SwinTransformerBlock):
@@ -46,10 +46,10 @@ class PaddedBlock(SwinTransformerBlock):
             pixels[:, pixel_RN].reshape(batch * count, size, channels),
             _mask(rows, columns, map_BHWC.dtype) if any(self.shift_size) else None,
         )
-        y, x = rows.place[:, None], columns.place[None, :]
+        y, x = rows.shown_at[:, None], columns.shown_at[None, :]
         window = y // rows.window * columns.windows + x // columns.window
-        place = window * size + y % rows.window * columns.window + x % columns.window
-        back: Tensor = attended.reshape(batch, count * size, channels)[:, place.reshape(-1)]
+        position = window * size + y % rows.window * columns.window + x % columns.window
+        back: Tensor = attended.reshape(batch, count * size, channels)[:, position.reshape(-1)]
         return back.reshape(batch, height, width, channels)
 
 
@@ -58,7 +58,10 @@ def _axis(side: int, window: int, shift: int, device: torch.device) -> Axis:
     padded = count * window
     pixel = torch.arange(padded, device=device)
     region = (pixel >= padded - window).long() + (pixel >= padded - shift).long()
-    return Axis(count, window, (pixel + shift) % padded, region, (torch.arange(side, device=device) - shift) % padded)
+    # Not remainders: ONNX's translation takes no divisor that depends on the size, TensorRT-RTX no negative number.
+    source, shown_at = pixel + shift, torch.arange(side, device=device) - shift
+    source = torch.where(source >= padded, source - padded, source)
+    return Axis(count, window, source, region, torch.where(shown_at < 0, shown_at + padded, shown_at))
 
 
 def _windows(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -87,6 +90,9 @@ class EvenMerging(PatchMerging):
 
 def use_original_windows(net: nn.Module) -> None:
     """Give every Swin stage in a network of timm's the layers of this module. State and names stay the same."""
+    assert callable(getattr(SwinTransformerBlock, "_attn", None)), (
+        "timm's blocks no longer have the method overridden here"
+    )
     for module in net.modules():
         if type(module) is SwinTransformerBlock:
             module.__class__ = PaddedBlock

@@ -43,6 +43,7 @@ from d2zero.checkpoints.published import renamed, require_exactly
 from d2zero.checkpoints.transformers_folder import RULES, UNUSED, joined, read_folder
 from d2zero.data.splits import COCO_IDS
 from d2zero.model import D2Zero, build
+from d2zero.model.backbone import Backbone
 from d2zero.model.closed import closed_vocabulary
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.images import Preprocessing
@@ -143,6 +144,11 @@ def test_windows_are_padded_before_they_are_shifted(converted: Callable) -> None
             for x in (images(WHOLE), images(PARTIAL))
         )
     assert max(whole) < 1e-5 and min(part) > 0.01
+    other = Backbone(model.config.backbone, model.config.backbone_options).eval()  # not Mask2Former's: timm's own
+    other.net.load_state_dict(model.backbone.net.state_dict())
+    with torch.inference_mode():
+        for found, expected in zip(other(images(PARTIAL)), own(images(PARTIAL)), strict=True):
+            torch.testing.assert_close(found, expected.permute(0, 3, 1, 2), atol=0, rtol=0)
 
 
 def test_instances_equal_transformers(references: Callable, converted: Callable) -> None:

@@ -27,12 +27,16 @@ TOLERANCE = 1e-4  # of logits up to 100
 
 # Making a file takes seconds; the quick tests do it once.
 in_files = pytest.mark.parametrize(
-    "model", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)], indirect=True
+    "model",
+    [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), "closed"],
+    indirect=True,
 )
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids="adaptation layers: {}".format)
+@pytest.fixture(scope="module", params=[0, 1, 2, "closed"], ids="adaptation layers or head: {}".format)
 def model(request: pytest.FixtureRequest) -> D2Zero:
+    if request.param == "closed":
+        return tiny(head="closed")
     found = tiny(adaptation_layers=request.param)
     assert isinstance(found.classifier, SemanticClassifier)
     layers = found.classifier.adaptation.layers if found.classifier.adaptation else ()

@@ -8,6 +8,7 @@ import torch
 from tiny_model import WIDTH
 
 from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model.closed import closed_vocabulary
 from d2zero_runtime import Vocabulary
 
 
@@ -31,4 +32,6 @@ def tiny(**changes: Any) -> D2Zero:
         adaptation_heads=2,
         adaptation_ffn_dim=32,
     )
-    return build(replace(config, **changes), words).eval()
+    config = replace(config, **changes)
+    closed = closed_vocabulary([f"class {number}" for number in range(WIDTH)])
+    return build(config, closed if config.head == "closed" else words).eval()
