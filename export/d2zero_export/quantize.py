@@ -6,9 +6,10 @@ add products of uint8 and int8 in sixteen bits, and those of eight bits would sa
 zero points of zero, and biases as floats.
 
 Chosen by measurement (docs/decisions/0010): the backbone with its additions, convolutions, the linear layers that run
-over all pixels, and the decoder's feed-forward layers. All else stays float32: where deformable attention looks (its
-offsets may come from eight bits, in pixels; places are added up in float32), attention itself, mask embeddings and
-masks, and the classifier.
+over all pixels, and the decoder's feed-forward layers. Of a Swin, not measured yet: its linear layers without any
+additions, which are of position biases and masks of -100 as well as of residuals. All else stays float32: where
+deformable attention looks (its offsets may come from eight bits, in pixels; places are added up in float32), attention
+itself, mask embeddings and masks, and the classifier.
 """
 
 import logging
@@ -22,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from torch import Tensor
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
 
 from d2zero.model import D2Zero
 from d2zero.model.decoder import DecoderLayer
@@ -160,7 +162,7 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     weights = {_content(weight) for weight in _linear_weights(model)}
-    in_backbone = _before_pixel_decoder(proto)
+    in_backbone = set() if is_swin(model.backbone) else _before_pixel_decoder(proto)
     found = []
     waiting = set(weights)
     for node in proto.graph.node:
@@ -178,8 +180,15 @@ def chosen(proto: onnx.ModelProto, model: D2Zero) -> list[str]:
     return found
 
 
+def is_swin(backbone: nn.Module) -> bool:
+    """Whether a backbone is made of Swin's blocks."""
+    return any(isinstance(module, SwinTransformerBlock) for module in backbone.modules())
+
+
 def _linear_weights(model: D2Zero) -> Iterator[Tensor]:
     """Weights of the linear layers that are quantized, as torch has them; exporters' names say nothing of them."""
+    if is_swin(model.backbone):
+        yield from (module.weight for module in model.backbone.modules() if isinstance(module, nn.Linear))
     encoder: list[EncoderLayer] = list(model.pixel_decoder.layers)  # type: ignore[arg-type]
     decoder: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
     for attention in (layer.attention for layer in encoder):
