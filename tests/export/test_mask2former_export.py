@@ -90,6 +90,7 @@ def require_two_steps(segmenter: Segmenter, image: np.ndarray, tolerance: float 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_dynamic_file_is_the_checkpoint(model: D2Zero, dynamic: Exported, image: np.ndarray) -> None:
     path, parity = dynamic
     assert len(parity.differences) == 11  # sizes, batches, other numbers of classes, the classifier
@@ -103,6 +104,7 @@ def test_a_dynamic_file_is_the_checkpoint(model: D2Zero, dynamic: Exported, imag
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_static_float16_file_is_the_checkpoint(model: D2Zero, image: np.ndarray, tmp_path: Path) -> None:
     path, parity = exported(model, tmp_path / "m.onnx", OnnxOptions(size=SIZE, batch=1, precision="float16"))
     assert parity.differences
@@ -133,6 +135,7 @@ def test_windows_of_maps_of_any_size_are_translated(shift: int, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_linear_layers_of_a_swin_are_quantized_and_its_additions_are_not(model: D2Zero, tmp_path: Path) -> None:
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (80, 60, 3), dtype=np.uint8)
