@@ -221,7 +221,7 @@ def test_command_names_what_is_missing(
     shard.write_bytes(shard.read_bytes()[:-100])
     outcome = command(*given, "--mode", "gzsis,zsis")
     assert outcome.code == 2 and outcome.err.count("\n") == 3 and "21 of 24 images" in outcome.err
-    assert "1 shards could not be used" in outcome.err and "seen AP50" in outcome.out
+    assert "1 of 2 shards could not be used" in outcome.err and "seen AP50" in outcome.out
 
 
 @pytest.mark.parametrize(
