@@ -136,7 +136,9 @@ def test_segments_of_another_model_are_refused(exported: Path, large: np.ndarray
     shorter = shorter.with_decoder_layers(2)
     others = (tiny().segmenter(), checkpoint.segmenter(), shorter.segmenter())
     for made, names in ((made, names) for made in others for names in (*others, load(exported)) if made is not names):
-        with pytest.raises(D2ZeroError, match="segments are another model's, or of another precision; name them with theirs"):
+        with pytest.raises(
+            D2ZeroError, match="segments are another model's, or of another precision; name them with theirs"
+        ):
             names.name(made.segment(large))
 
 
