@@ -69,6 +69,8 @@ class TransformersModel:
         self._own, self._device = preprocessing_of(spec.path), pick_device(spec.device)
         weights = _weights(spec.path)
         transformers: Any = import_module("transformers")  # partly typed, and not to our use
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()  # one for every worker, among the benchmark's own
         try:
             network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
                 spec.path, local_files_only=True, use_safetensors=True
