@@ -90,19 +90,31 @@ class Peer:
         return None
 
     def _resident(self, images_B3HW: NDArray[np.float32]) -> Callable[[], None]:
-        """Move the input to the device; returns what runs the network once and waits until outputs are there."""
+        """Move the input to the device; returns what `resident_run` does."""
         import torch
 
         dtype = torch.float16 if self._form.precision == "float16" else torch.float32
         images = torch.from_numpy(images_B3HW).to(self._device, dtype)
+        return resident_run(self.network, images, self._form.precision == "tf32")
 
-        def run_once() -> None:
-            with torch.inference_mode(), float32_math(torch, self._form.precision == "tf32"):
-                self.network(pixel_values=images)
-            if images.is_cuda:
-                torch.cuda.synchronize(self._device)
 
-        return run_once
+def resident_run(network: Any, images: Any, tf32: bool = False) -> Callable[[], None]:
+    """What runs a network of transformers once and waits until outputs are there.
+
+    Args:
+        network: The network.
+        images: Its input, a tensor on its device.
+        tf32: Whether GPUs may round factors of float32 to TF32.
+    """
+    import torch
+
+    def run_once() -> None:
+        with torch.inference_mode(), float32_math(torch, tf32):
+            network(pixel_values=images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return run_once
 
 
 def _mask2former(queries: int, labels: int, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ candidates, since outputs of other pixels would differ. Its post-processing is i
 first and masks from there by nearest neighbours: its masks are coarser than ours, and cost less to make.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,7 @@ import numpy as np
 
 from d2zero_bench.candidates import Outcome, Spec, limit_torch_threads, resident_ms
 from d2zero_bench.cases import Case
-from d2zero_bench.peers import transformers_version
+from d2zero_bench.peers import resident_run, transformers_version
 from d2zero_bench.report import NETWORK, STAGES, Accuracy, CandidateInfo
 from d2zero_runtime import D2ZeroError, read_image
 from d2zero_runtime.backends.torch_math import float32_math
@@ -120,21 +120,10 @@ class TransformersModel:
             marks.append(perf_counter())
         sample = {name: 1000 * (end - start) for name, start, end in zip(STAGES, marks, marks[1:], strict=False)}
         on_gpu = self._device.type == "cuda"
-        sample[NETWORK] = resident_ms(self._resident(batch)) if on_gpu else sample["inference"]
+        there = resident_run(self._network, batch.to(self._device)) if on_gpu else None
+        sample[NETWORK] = resident_ms(there) if there else sample["inference"]
         return Outcome(sample, (logits[0], np.asarray(logits[1].cpu().numpy())) if with_logits else None)
 
     def evaluate(self, annotations: Path, images: Path, limit: int | None) -> Accuracy | None:
         """None: its post-processing gives no scores at full precision, nor masks at the image's."""
         return None
-
-    def _resident(self, batch: Any) -> Callable[[], None]:
-        import torch
-
-        there = batch.to(self._device)
-
-        def run_once() -> None:
-            with torch.inference_mode(), float32_math(torch, tf32=False):
-                self._network(pixel_values=there)
-            torch.cuda.synchronize(self._device)
-
-        return run_once

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2zero.cli.models import DeviceOption, ProviderOption
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary
 from d2zero_runtime.errors import join_truncated
 from d2zero_runtime.files import check_output, write_text
@@ -76,7 +77,7 @@ def evaluate(
     pictures: Annotated[Path | None, typer.Option("--pictures", help="Draw a contact sheet (.png or .jpg).")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate at most this many images.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[
         int | None,
         typer.Option(
@@ -89,10 +90,7 @@ def evaluate(
         int,
         typer.Option("--jobs", "-j", min=1, help="Processes that share the images, on one machine's CPU or one GPU."),
     ] = 1,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
-    ] = None,
+    provider: ProviderOption = None,
 ) -> None:
     """Evaluate: AP and Recall@100 of seen and unseen classes, and their harmonic means.
 

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from d2zero.cli.models import TypedNames, open_segmenter
+from d2zero.cli.models import (
+    BatchSizeOption,
+    DeviceOption,
+    ModelOption,
+    ProviderOption,
+    ThreadsOption,
+    TypedNames,
+    image_files,
+    open_segmenter,
+    refuse_skipped,
+)
 from d2zero.cli.results import CocoWriter, ResultsWriter, draw, picture_name, print_summary
 from d2zero.cli.terminal import tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Vocabulary
 from d2zero_runtime.files import check_output
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
-from d2zero_runtime.sources import ImageLike, expand
+from d2zero_runtime.sources import ImageLike
 
 if TYPE_CHECKING:
     from d2zero_runtime.index import Index, IndexedImage
@@ -27,28 +37,16 @@ logger = logging.getLogger("d2zero")
 
 def index(
     source: Annotated[str, typer.Argument(help="A folder of images, a pattern such as 'photos/*.jpg', or an image.")],
-    model: Annotated[
-        Path,
-        typer.Option("--model", "-m", help="An exported model (.onnx, .engine, .pt2) or a checkpoint (.safetensors)."),
-    ],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The index's folder; one that is there goes on.")],
     features: Annotated[
         str,
         typer.Option("--features", help="float16, whose scores differ by 1e-3 at most, or float32, twice as large."),
     ] = "float16",
-    provider: Annotated[
-        list[str] | None,
-        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
-    batch_size: Annotated[
-        int,
-        typer.Option("--batch-size", min=1, help="Images per run, if neighbours have the same size; pays on a GPU."),
-    ] = 1,
+    provider: ProviderOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 1,
 ) -> None:
     """Segment images once, to name what is in them later. Run again, it goes on with what is not in the index yet."""
     from d2zero_runtime.index import IndexDescription, IndexWriter
@@ -59,9 +57,7 @@ def index(
     kind: Any = features
     check_output(output, folder=True)
     segmenter = open_segmenter(model, provider, device, None, threads)
-    sources = [_located(Path(str(item))) for item in expand(source, leave_out=output)]
-    if not any(path.exists() for path in sources):
-        raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
+    sources = list(map(_located, image_files(source, output)))
     failed: list[ImageLike] = []
     started = time.perf_counter()
     description = IndexDescription.of(segmenter, kind)
@@ -83,8 +79,7 @@ def index(
             f"{output}: {len(writer)} images; {count} in {seconds:.1f} s"
             f" ({count / max(seconds, 1e-9):.2f} per second), {segmenter.backend.name}"
         )
-    if failed:
-        raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+    refuse_skipped(failed, sources)
 
 
 def relabel(

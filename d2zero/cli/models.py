@@ -1,8 +1,11 @@
-"""Opening what a command was given as its model: a checkpoint or an exported model."""
+"""What commands that segment images share: their options, opening a checkpoint or an exported model, their images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from d2zero.checkpoints.runs import checkpoint_file
 from d2zero.cli.terminal import tracked
@@ -11,6 +14,47 @@ from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.text_encoder import TextContract
 from d2zero_runtime.backends.onnxruntime import Provider
 from d2zero_runtime.formats import EXPORTED_SUFFIXES, format_of, is_exported
+from d2zero_runtime.sources import ImageLike, expand
+
+ModelOption = Annotated[
+    Path,
+    typer.Option("--model", "-m", help="An exported model (.onnx, .engine, .pt2) or a checkpoint (.safetensors)."),
+]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")]
+BatchSizeOption = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, help="Images per run, if neighbours have the same size; pays on a GPU."),
+]
+
+
+def image_files(source: str, leave_out: Path) -> list[Path]:
+    """The files that a command was given as its source.
+
+    Raises:
+        D2ZeroError: There are none.
+    """
+    sources = [Path(str(item)) for item in expand(source, leave_out=leave_out)]
+    if not any(path.exists() for path in sources):
+        raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
+    return sources
+
+
+def refuse_skipped(failed: Sequence[ImageLike], sources: Sequence[Path]) -> None:
+    """End a command with an error if files were skipped.
+
+    Raises:
+        D2ZeroError: Says how many.
+    """
+    if failed:
+        raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
 
 
 def _gpu(device: str, local_rank: int) -> int:

@@ -10,23 +10,30 @@ from typing import Annotated, Any
 
 import typer
 
-from d2zero.cli.models import TypedNames, open_segmenter
+from d2zero.cli.models import (
+    BatchSizeOption,
+    DeviceOption,
+    ModelOption,
+    ProviderOption,
+    ThreadsOption,
+    TypedNames,
+    image_files,
+    open_segmenter,
+    refuse_skipped,
+)
 from d2zero.cli.results import CocoWriter, Picture, ResultsWriter, draw, picture_name, print_summary
 from d2zero.cli.terminal import tracked
 from d2zero_runtime import D2ZeroError, Detections, Mode, Segmenter
 from d2zero_runtime.files import check_output
 from d2zero_runtime.segmenter import SCORE_THRESHOLD
-from d2zero_runtime.sources import ImageLike, expand
+from d2zero_runtime.sources import ImageLike
 
 logger = logging.getLogger("d2zero")
 
 
 def predict(
     source: Annotated[str, typer.Argument(help="An image, a folder, or a pattern such as 'photos/*.jpg'.")],
-    model: Annotated[
-        Path,
-        typer.Option("--model", "-m", help="An exported model (.onnx, .engine, .pt2) or a checkpoint (.safetensors)."),
-    ],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for pictures and detections.json.")],
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", "-v", help="Other classes (.npz).")] = None,
     names: Annotated[
@@ -60,19 +67,10 @@ def predict(
             " --detections` and pycocotools. For full accuracy, also give --score 0.",
         ),
     ] = None,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option("--provider", help="The backend of an .onnx: cpu, cuda, tensorrt, openvino or openvino-bf16."),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")] = "auto",
-    batch_size: Annotated[
-        int,
-        typer.Option("--batch-size", min=1, help="Images per run, if neighbours have the same size; pays on a GPU."),
-    ] = 1,
+    provider: ProviderOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 1,
 ) -> None:
     """Segment images: an overlay of each, and all instances as COCO JSON. Files that cannot be read are skipped."""
     check_output(output, folder=True)
@@ -81,9 +79,7 @@ def predict(
     segmenter = open_segmenter(model, provider, device, vocabulary, threads)
     if typed:
         typed.give(segmenter, threads)
-    sources = [Path(str(item)) for item in expand(source, leave_out=output)]
-    if not any(path.exists() for path in sources):
-        raise D2ZeroError(f"{source} does not exist; give an image, a folder or a pattern")
+    sources = image_files(source, output)
     output.mkdir(parents=True, exist_ok=True)
     listing = ResultsWriter.wanted(output / "results.json", results_for, sources)
     counts: Counter[str] = Counter()
@@ -105,8 +101,7 @@ def predict(
                 draw(path, image, found, output / picture_name(number, path), font)
     seconds = time.perf_counter() - started
     print_summary(segmenter.vocabulary, counts, len(written.images), seconds, segmenter.backend.name)
-    if failed:
-        raise D2ZeroError(f"{len(failed)} of {len(sources)} files could not be read and were skipped (listed above)")
+    refuse_skipped(failed, sources)
 
 
 def _segmented(

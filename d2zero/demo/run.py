@@ -27,7 +27,6 @@ from d2zero.model import D2Zero
 from d2zero.training.config import shapes, with_settings
 from d2zero.training.start import Inputs, start
 from d2zero_runtime import D2ZeroError, Mode, Vocabulary
-from d2zero_runtime.files import file_hash
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 BATCH_SIZE = 8
@@ -81,7 +80,7 @@ def run_demo(
     else:
         checkpoint = packaged_checkpoint()
     model = load_model(checkpoint)
-    rows = _evaluate(model, data, output, file_hash(checkpoint), progress)
+    rows = _evaluate(model, data, output, model.checkpoint, progress)
     return DemoResult(rows, _draw(model, data, output), checkpoint)
 
 

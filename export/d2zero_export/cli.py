@@ -264,13 +264,12 @@ class _Source:
         """The model, and its file's hash."""
         from d2zero.checkpoints.files import load_model
         from d2zero.data.splits import find_split, with_split
-        from d2zero_runtime.files import file_hash
 
         model = load_model(self.checkpoint)
         if self.vocabulary:
             split = find_split(self.split) if self.split else None
             model.set_vocabulary(with_split(Vocabulary.load(self.vocabulary), split))
-        return model, file_hash(self.checkpoint)
+        return model, model.checkpoint
 
 
 def _export_onnx(source: _Source, output: Path, options: "OnnxOptions") -> None:
