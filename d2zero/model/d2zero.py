@@ -98,7 +98,11 @@ class D2Zero(nn.Module):
         self.class_embeddings = torch.from_numpy(vocabulary.embeddings.copy()).to(self.class_embeddings.device)
 
     def forward(
-        self, images_B3HW: Tensor, class_embeddings_KD: Tensor | None = None, all_heads: bool = False
+        self,
+        images_B3HW: Tensor,
+        class_embeddings_KD: Tensor | None = None,
+        all_heads: bool = False,
+        attention_masks: Sequence[Tensor] | None = None,
     ) -> list[HeadOutput]:
         """Run the network.
 
@@ -107,13 +111,14 @@ class D2Zero(nn.Module):
             class_embeddings_KD: Classes to compare with; the vocabulary's by default. Training gives the
                 seen classes only.
             all_heads: Classify at every head (training) or only at the last one (inference).
+            attention_masks: As of `MaskedDecoder.forward`.
 
         Returns:
             The heads' predictions in order, the final one last.
         """
         text_KD = self.class_embeddings if class_embeddings_KD is None else class_embeddings_KD
         mask_features, memory = self.pixel_decoder(self.backbone(images_B3HW))
-        heads = self.decoder(mask_features, memory)
+        heads = self.decoder(mask_features, memory, attention_masks)
         found = []
         for queries, mask_logits in heads if all_heads else heads[-1:]:
             if self.classifier.reads_background:
@@ -128,6 +133,11 @@ class D2Zero(nn.Module):
         if mode:
             self.checkpoint = ""
         return super().train(mode)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As torch's; the weights are not those of the model's file any more."""
+        self.checkpoint = ""
+        return super().load_state_dict(*arguments, **options)
 
     def segmenter(self) -> Segmenter:
         """The model behind the same interface as an exported one, in evaluation mode.

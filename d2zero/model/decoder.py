@@ -85,12 +85,16 @@ class MaskedDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mask_mlp = MaskMLP(dim)
 
-    def forward(self, mask_features_BCHW: Tensor, memory: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, mask_features_BCHW: Tensor, memory: Sequence[Tensor], attention_masks: Sequence[Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Decode all heads.
 
         Args:
             mask_features_BCHW: (B, C, H/4, W/4).
             memory: Three maps (B, C, h, w) at strides 32, 16, 8.
+            attention_masks: For each layer, where it must not attend, (B, Q, h·w) bool; by its head's masks if left
+                out.
 
         Returns:
             For each of the layers + 1 heads: normalised queries (B, Q, C), mask logits (B, Q, H/4, W/4).
@@ -107,8 +111,10 @@ class MaskedDecoder(nn.Module):
         heads = [self._head(queries_BQC, mask_features_BCHW)]
         for index, layer in enumerate(self.layers):
             level_index = index % LEVELS
-            mask = attention_mask(heads[-1][1], sizes[level_index]).repeat_interleave(self.heads, dim=0)
-            queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], mask)
+            given = attention_masks[index] if attention_masks else None
+            mask = attention_mask(heads[-1][1], sizes[level_index]) if given is None else given
+            of_heads = mask.repeat_interleave(self.heads, dim=0)
+            queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], of_heads)
             heads.append(self._head(queries_BQC, mask_features_BCHW))
         return heads
 

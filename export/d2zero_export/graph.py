@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from d2zero.model import D2Zero
 from d2zero.model.classifier import NORM_FLOOR, background
 from d2zero.model.config import LEVELS
-from d2zero.model.decoder import DecoderLayer, MaskedDecoder, MaskMLP, blocked
+from d2zero.model.decoder import DecoderLayer, MaskedDecoder, MaskMLP
 from d2zero.model.positions import sine_positions
 from d2zero_export.attention import FusedAttention, MatmulAttention, packed_weights, projected, readers
 from d2zero_export.classifier import classifier_graph
@@ -64,7 +64,7 @@ class InferenceGraph(nn.Module):
             Class logits (B, Q, K + 1), mask logits (B, Q, H/4, W/4), queries (B, Q, C), background (B, C).
         """
         fused, memory = self._features(images)
-        queries, _ = self._decode(fused, memory)
+        queries = self._decode(fused, memory)
         text_KE = self.text_KE
         if text_KE is None:
             text_KE = self.classifier.project(
@@ -77,10 +77,6 @@ class InferenceGraph(nn.Module):
         else:
             background = torch.zeros_like(queries[:, 0], dtype=torch.float32)
         return self.classifier.classify(queries, background, text_KE), mask_logits, queries.float(), background
-
-    def attention_masks(self, images: Tensor) -> list[Tensor]:
-        """Where each decoder layer must not look: (B, Q, N) bool, N pixels of the layer's level."""
-        return [blocked(mask_logits) for mask_logits in self._decode(*self._features(images))[1]]
 
     def _features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         backbone, pixel_decoder, decoder = self.model.backbone, self.model.pixel_decoder, self.model.decoder
@@ -115,8 +111,8 @@ class InferenceGraph(nn.Module):
         moved_BC = (convolution.weight.flatten(1).float() @ average_BC1).squeeze(2)
         return moved_BC + share_B1 * convolution.bias.float()
 
-    def _decode(self, fused: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Normalised queries (B, Q, C), and for each layer the mask logits (B, Q, N) that it attended by."""
+    def _decode(self, fused: Tensor, memory: list[Tensor]) -> Tensor:
+        """Normalised queries (B, Q, C)."""
         decoder, attend = self.model.decoder, self.attention
         layers: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
         keys, values = [], []
@@ -129,7 +125,6 @@ class InferenceGraph(nn.Module):
             keys.append(level_keys)
             values.append(level_values)
             small.append(_resized(fused, size, halved=level == LEVELS - 1).flatten(2))
-        masks: list[Tensor] = []
         queries = decoder.query_features.expand(fused.shape[0], -1, -1)
         for index, layer in enumerate(layers):
             level, visit = index % LEVELS, index // LEVELS
@@ -137,16 +132,17 @@ class InferenceGraph(nn.Module):
                 embeddings = self._mask_embeddings(decoder.norm(queries))
             else:
                 embeddings = self.first_QC.expand(fused.shape[0], -1, -1)
-            masks.append(self._mask_logits(embeddings, small[level]))
+            mask_logits = self._mask_logits(embeddings, small[level])
             cross, own = layer.cross_attention, layer.self_attention
             asking = projected(queries + decoder.query_positions, cross, 0)
-            attended = attend(cross, asking, keys[level][visit], values[level][visit], masks[-1])
+            attended = attend(cross, asking, keys[level][visit], values[level][visit], mask_logits)
             queries = layer.cross_norm(queries + attended)
             positioned = queries + decoder.query_positions
             asking, own_keys = projected(positioned, own, 0), attend.keys(own, positioned)
             queries = layer.self_norm(queries + attend(own, asking, own_keys, projected(queries, own, 2)))
             queries = layer.ffn_norm(queries + layer.linear2(F.relu(layer.linear1(queries))))
-        return decoder.norm(queries), masks
+        normalised: Tensor = decoder.norm(queries)
+        return normalised
 
 
 def _precision(module: nn.Module) -> torch.dtype:

@@ -32,7 +32,7 @@ from d2zero_export.options import GraphOptions, OnnxOptions
 from d2zero_export.parity import RawParity, limits_for
 from d2zero_export.precision import PRECISIONS, cast_to
 from d2zero_export.quantize import Photos, quantized
-from d2zero_export.verify import raw_parity
+from d2zero_export.verify import parity_with
 from d2zero_runtime import D2ZeroError, load
 from d2zero_runtime.artifacts.contract import (
     ACTIVE_INPUT,
@@ -247,6 +247,6 @@ def verified(model: D2Zero, candidate: Path, options: GraphOptions) -> RawParity
         D2ZeroError: It is another model.
     """
     exported = load(candidate)
-    parity = raw_parity(model.segmenter(), exported)
+    parity, _ = parity_with(model, candidate, exported)
     parity.require(limits_for(exported.precision, options.max_logits))
     return parity

@@ -17,14 +17,17 @@ from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import metrics_of
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
+from d2zero.model.config import LEVELS
+from d2zero.model.decoder import attention_mask
 from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
-from d2zero_export.graph import ATTENTION_MASK, InferenceGraph
+from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.artifacts.contract import ModelContract
+from d2zero_runtime.artifacts.contract import OUTPUTS, ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
+from d2zero_runtime.backends.onnxruntime import OnnxBackend
 from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.vocabulary import random_embeddings
 
@@ -80,8 +83,7 @@ def verify(
     segmenter = load(exported, providers)
     model = as_exported(model, segmenter.contract)
     limits = replace(LIMITS[segmenter.precision], **(changed_limits or {}))
-    parity = raw_parity(model.segmenter(), segmenter)
-    flipped = attention_flipped(model, exported) if exported.suffix == ".onnx" else None
+    parity, flipped = parity_with(model, exported, segmenter)
     reference = alike(model.segmenter(), segmenter.preprocessing, segmenter.vocabulary)
     pictures = _pictures(images)
     agreement = instance_agreement(*([run(p, score_threshold=0.0) for p in pictures] for run in (reference, segmenter)))
@@ -138,10 +140,25 @@ def _disagreements(agreement: InstanceAgreement, limits: Limits) -> list[str]:
     ]
 
 
-def attention_flipped(model: D2Zero, exported: Path) -> float:
-    """Share of attention-mask bits that differ, over all decoder layers, on one drawn image.
+def parity_with(model: D2Zero, exported: Path, segmenter: Segmenter) -> tuple[RawParity, float | None]:
+    """Compare raw output with the file that a segmenter runs.
 
-    A query that looks elsewhere in one layer ends elsewhere: this is where low precision shows first.
+    Returns:
+        What was compared, and of an .onnx the share of bits that differ in the decoder's attention masks.
+    """
+    parity = raw_parity(model.segmenter(), segmenter)
+    if exported.suffix != ".onnx":
+        return parity, None
+    same_attention, flipped = _with_same_attention(model, exported, segmenter)
+    on_cpu = isinstance(segmenter.backend, OnnxBackend) and not segmenter.backend.on_gpu
+    return replace(parity, same_attention=same_attention if on_cpu else None), flipped
+
+
+def _with_same_attention(model: D2Zero, exported: Path, segmenter: Segmenter) -> tuple[Difference, float]:
+    """Compare a file, run by ONNX Runtime on a CPU, with the model that attends by its masks, on one drawn image.
+
+    Returns:
+        The difference, and the share of attention-mask bits, over all layers, that the model would have set otherwise.
     """
     import onnx
     import onnxruntime
@@ -149,18 +166,26 @@ def attention_flipped(model: D2Zero, exported: Path) -> float:
     proto = onnx.load(exported)
     names = [name for node in proto.graph.node for name in node.output if name.startswith(ATTENTION_MASK)]
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
-    contract, _ = read_contract(exported)
+    contract = segmenter.contract
     height, width = contract.preprocessing.static_size or (96, 160)
     image = drawn_image(np.random.default_rng(0), height, width)
     batch = contract.preprocessing.batch([image] * (contract.batch or 1), (height, width))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    theirs = session.run(names, {"images": batch})
+    class_logits, mask_logits, *masks = session.run([*OUTPUTS[:2], *names], {"images": batch})
+    device = model.class_embeddings.device
+    embeddings = torch.tensor(segmenter.vocabulary.embeddings, device=device)
+    given = [torch.from_numpy(mask).to(device) for mask in masks]
     with torch.inference_mode():
-        ours = InferenceGraph(model).attention_masks(torch.from_numpy(batch))
-    different = sum(int((left.numpy() != right).sum()) for left, right in zip(ours, theirs, strict=True))
-    return different / sum(int(right.size) for right in theirs)
+        heads = model(torch.from_numpy(batch).to(device), embeddings, all_heads=True, attention_masks=given)
+        flipped = 0
+        for layer, (head, mask) in enumerate(zip(heads[:-1], given, strict=True)):
+            stride = 32 >> layer % LEVELS
+            flipped += int((attention_mask(head.mask_logits, (height // stride, width // stride)) != mask).sum())
+    ours = heads[-1].class_logits.cpu().numpy(), heads[-1].mask_logits.cpu().numpy()
+    case = f"one image, {height} x {width}, same attention masks"
+    return difference(case, ours, (class_logits, mask_logits), most=1), flipped / sum(mask.size for mask in masks)
 
 
 def _accuracy(

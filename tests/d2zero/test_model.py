@@ -141,6 +141,18 @@ def test_a_query_blocked_everywhere_attends_everywhere() -> None:
     assert blocked[0, 1].tolist() == [False] * 8 + [True] * 8
 
 
+def test_attention_masks_may_be_given(small_model: D2Zero) -> None:
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        *heads, last = small_model(images, all_heads=True)
+        sizes = [(3, 2), (6, 4), (12, 8)]
+        own = [attention_mask(head.mask_logits, sizes[layer % 3]) for layer, head in enumerate(heads)]
+        assert torch.equal(small_model(images, attention_masks=own)[-1].mask_logits, last.mask_logits)
+        own[0][1, 5, 2] ^= True
+        other = small_model(images, attention_masks=own)[-1].mask_logits
+    assert torch.equal(other[0], last.mask_logits[0]) and not torch.equal(other[1, 5], last.mask_logits[1, 5])
+
+
 def test_each_image_decides_for_itself_whether_it_has_background() -> None:
     features = torch.rand(2, 4, 3, 3) + 0.1
     logits = torch.ones(2, 1, 3, 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from d2zero_export.parity import LIMITS, difference
+from d2zero_export.parity import LIMITS, RawParity, difference
 from d2zero_runtime.images import PADDING_LOGIT
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -56,6 +56,18 @@ def test_low_precision_is_held_to_means(outputs: Outputs) -> None:
     close = outputs[0] * 1.04, outputs[1] * 0.97
     assert not failures(outputs, close, "float16") and len(failures(outputs, close)) == 2
     assert len(failures(outputs, (outputs[0] * 1.06, outputs[1]), "float16")) == 1
+
+
+def test_single_logits_are_held_to_the_limit_with_the_same_attention_masks(outputs: Outputs) -> None:
+    many = changed(outputs, 0, image=2, queries=11, by=2e-3)
+    own, limits = (difference("own masks", outputs, many),), LIMITS["float32"]
+    assert RawParity(own).failures(limits) == ["class_logits differ by 2.00e-03 (limit 1e-03) for own masks"]
+    assert not RawParity(own, difference("the same", outputs, outputs, most=1)).failures(limits)
+    one = difference("the same", outputs, changed(outputs, 1, image=0, queries=1, by=2e-3), most=1)
+    assert RawParity(own, one).failures(limits) == ["mask_logits differ by 2.00e-03 (limit 1e-03) for the same"]
+    far = difference("own masks", outputs, changed(outputs, 0, image=0, queries=5, by=30.0))
+    (message,) = RawParity((far,), difference("the same", outputs, outputs, most=1)).failures(limits)
+    assert message.endswith("on average (limit 0.1%) for own masks")
 
 
 def test_padding_is_not_compared_on_average(outputs: Outputs) -> None:

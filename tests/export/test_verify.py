@@ -44,6 +44,8 @@ def test_the_same_model_passes_on_photos_and_annotations(
     assert found["failures"] == [] and set(found["accuracy"]) == set(Mode)
     left, right = found["accuracy"]["gzsis"]["segm unseen_ap50"]
     assert left == pytest.approx(right, abs=0.1) and left > 30
+    same = found["parity"]["same_attention"]
+    assert 0 < same["class_most"] == same["class_logits"] < 1e-4 and 0 < same["mask_most"] == same["mask_logits"] < 1e-3
     assert found["attention_flipped"] < 1e-4 and found["limits"]["logits"] == 1e-3
     assert found["instances"]["instances"] > 10 and found["instances"]["matched"] == 1.0
 
