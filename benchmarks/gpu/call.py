@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import summary
-from stages import HERE, Session, Stage, without_a_gpu
+from stages import HERE, Session, Stage, unusable
 
 Plan = Callable[[argparse.Namespace], dict[str, Stage]]
 
@@ -36,8 +36,7 @@ def run(name: str, about: str | None, plan: Plan, seconds: float, arguments: Seq
     chosen = given.only.split(",") if given.only else list(todo)
     if unknown := [stage for stage in chosen if stage not in todo]:
         parser.error(f"--only takes some of {','.join(todo)}, got {unknown[0]!r}")
-    wrong = "" if given.rehearsal else without_a_gpu()
-    if wrong:
+    if wrong := unusable(needs_gpu=not given.rehearsal):
         print(f"error: {wrong}", file=sys.stderr)
         return 2
     try:

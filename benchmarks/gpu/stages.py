@@ -131,15 +131,7 @@ class Session:
     def _started(self, name: str, stage: Stage) -> "_Running":
         print(f"== {name}, {time.monotonic() - self._begin:.0f} s after the start", flush=True)
         command = [word.replace("{json}", str(self._found / f"{name}.json")) for word in stage.command]
-        paths = [stage.environment.get("PYTHONPATH", ""), *(str(ROOT / room) for room in ROOMS)]
-        variables = {
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "",  # where it is set, each process compiles torch's sources again
-            **({"D2ZERO_SHARED": str(CARRIED / "shared")} if (CARRIED / "shared").is_dir() else {}),
-            **stage.environment,
-            "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")])),
-        }
-        return _Running(name, stage.seconds, [sys.executable, *command], os.environ | variables, self._log)
+        return _Running(name, stage.seconds, [sys.executable, *command], environment(stage.environment), self._log)
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
@@ -248,11 +240,28 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def without_a_gpu() -> str:
-    """Why this Python cannot use a GPU, if it cannot; torch is left to the stages."""
-    seen = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'torch sees no CUDA device here')"
-    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=False)
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """This program's variables for a stage: with the project, what was carried, and some of its own."""
+    paths = [more.get("PYTHONPATH", ""), *(str(ROOT / room) for room in ROOMS), str(CARRIED / "packages")]
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # where it is set, each process compiles torch's sources again
+        **({"D2ZERO_SHARED": str(CARRIED / "shared")} if (CARRIED / "shared").is_dir() else {}),
+        **more,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")])),
+    }
+
+
+def unusable(needs_gpu: bool) -> str:
+    """Why this Python cannot run the stages, if it cannot; imports are left to another one."""
+    seen = "; torch.cuda.is_available() or sys.exit('torch sees no CUDA device here')" if needs_gpu else ""
+    rooms = "d2zero.training.loop, d2zero_export.pt2_export, d2zero_export.onnx_export, d2zero_bench.cli"
+    command = [sys.executable, "-c", f"import sys, torch, {rooms}{seen}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment({}))
+    if not done.returncode:
+        return ""
     last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-    return (
-        f"{last}; use a Python with torch for CUDA on a machine with a GPU, or --rehearsal" if done.returncode else ""
-    )
+    gpu = "use a Python with torch for CUDA on a machine with a GPU, or --rehearsal"
+    missing = "carry that package in .carried/packages (benchmarks/gpu/README.md)"
+    return f"{last}; {missing if 'No module named' in last and 'torch' not in last else gpu}"
