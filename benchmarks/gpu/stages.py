@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 ROOMS = (".", "runtime", "export", "benchmarks")
 CARRIED = ROOT / ".carried"  # what travels beside the repository, see README.md
+PACKAGES = f".carried/python{sys.version_info[0]}.{sys.version_info[1]}"  # those that a machine with this Python lacks
 GRACE_S = 15.0  # to write what was measured, after an interruption
 POLL_S = 1.0
 SHOWN_LINES, SHOWN_WIDTH = 30, 150  # of a stage's output on the terminal
@@ -242,7 +243,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     """This program's variables for a stage: with the project, what was carried, and some of its own."""
-    paths = [more.get("PYTHONPATH", ""), *(str(ROOT / room) for room in ROOMS), str(CARRIED / "packages")]
+    paths = [more.get("PYTHONPATH", ""), *(str(ROOT / room) for room in ROOMS), str(ROOT / PACKAGES)]
     return {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
@@ -253,15 +254,16 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def unusable(needs_gpu: bool) -> str:
+def unusable() -> str:
     """Why this Python cannot run the stages, if it cannot; imports are left to another one."""
-    seen = "; torch.cuda.is_available() or sys.exit('torch sees no CUDA device here')" if needs_gpu else ""
     rooms = "d2zero.training.loop, d2zero_export.pt2_export, d2zero_export.onnx_export, d2zero_bench.cli"
-    command = [sys.executable, "-c", f"import sys, torch, {rooms}{seen}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment({}))
+    seen = f"import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device here'); import {rooms}"
+    done = subprocess.run(
+        [sys.executable, "-c", seen], capture_output=True, text=True, check=False, env=environment({})
+    )
     if not done.returncode:
         return ""
     last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
     gpu = "use a Python with torch for CUDA on a machine with a GPU, or --rehearsal"
-    missing = "carry that package in .carried/packages (benchmarks/gpu/README.md)"
+    missing = f"carry that package in {PACKAGES} (benchmarks/gpu/README.md)"
     return f"{last}; {missing if 'No module named' in last and 'torch' not in last else gpu}"

@@ -6,6 +6,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
@@ -193,6 +194,16 @@ def test_without_a_gpu_it_says_so_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         run("--rehearsal")
     assert "--results and --work take folders" in capfd.readouterr().err
+
+
+def test_a_package_that_the_machine_lacks_is_named(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = CompletedProcess([], 1, "", "Traceback\n  …\nModuleNotFoundError: No module named 'msgspec'\n")
+    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: missing)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert stages.unusable() == (
+        "ModuleNotFoundError: No module named 'msgspec'; carry that package in"
+        f" .carried/python{version} (benchmarks/gpu/README.md)"
+    )
 
 
 @pytest.mark.slow
