@@ -115,7 +115,7 @@ class Measurement:
 
 
 def compare(infos: tuple[CandidateInfo, CandidateInfo], case: Case, theirs: Logits, ours: Logits) -> Equality:
-    """Whether a candidate is the same model as the baseline, as `d2zero verify` judges it.
+    """Whether a candidate is the same model as the baseline, each attending by its own masks (`d2zero_export.parity`).
 
     Args:
         infos: The candidate and the baseline; limits are those of the lower precision.

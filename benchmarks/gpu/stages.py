@@ -9,6 +9,7 @@ terminal. Nothing but the standard library is needed here.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,16 +255,23 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+NEEDED = ("d2zero.training.loop", "d2zero_export.pt2_export", "d2zero_export.onnx_export", "d2zero_bench.cli")
+
+
 def unusable() -> str:
-    """Why this Python cannot run the stages, if it cannot; imports are left to another one."""
-    rooms = "d2zero.training.loop, d2zero_export.pt2_export, d2zero_export.onnx_export, d2zero_bench.cli"
-    seen = f"import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device here'); import {rooms}"
+    """Why this Python cannot run the stages, if it cannot; found out by another process, which imports them."""
+    seen = "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device here')"
     done = subprocess.run(
-        [sys.executable, "-c", seen], capture_output=True, text=True, check=False, env=environment({})
+        [sys.executable, "-c", f"{seen}; import {', '.join(NEEDED)}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment({}),
     )
     if not done.returncode:
         return ""
     last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-    gpu = "use a Python with torch for CUDA on a machine with a GPU, or --rehearsal"
-    missing = f"carry that package in {PACKAGES} (benchmarks/gpu/README.md)"
-    return f"{last}; {missing if 'No module named' in last and 'torch' not in last else gpu}"
+    missing = re.search(r"No module named '([^'.]+)", last)
+    if missing and missing[1] != "torch":
+        return f"{last}; carry that package in {PACKAGES} (benchmarks/gpu/README.md)"
+    return f"{last}; use a Python with torch for CUDA on a machine with a GPU, or --rehearsal"

@@ -23,9 +23,8 @@ from d2zero.checkpoints.mask2former import model_of
 from d2zero.checkpoints.transformers_folder import read_folder
 from d2zero.cli.terminal import console
 from d2zero.model import D2Zero
-from d2zero.model.config import LEVELS
 from d2zero.model.d2zero import HeadOutput
-from d2zero.model.decoder import attention_mask
+from d2zero.model.decoder import attention_masks
 from d2zero_bench.cases import parse_sizes
 from d2zero_bench.tables import Table
 from d2zero_runtime import D2ZeroError
@@ -106,10 +105,10 @@ def _compared(theirs: Any, ours: D2Zero, size: tuple[int, int], seed: int) -> di
     images = torch.randn(BATCH, 3, *size, generator=torch.Generator().manual_seed(seed))
     out = theirs(images, pixel_mask=torch.ones(BATCH, *size), output_auxiliary_logits=True)
     expected = [(head["class_queries_logits"], head["masks_queries_logits"]) for head in (*out.auxiliary_logits, out)]
-    masks = _attention_masks([masks for _, masks in expected], size)
+    masks = attention_masks([masks for _, masks in expected], size)
     own = ours(images, all_heads=True)
     same = ours(images, all_heads=True, attention_masks=masks)
-    own_masks = _attention_masks([head.mask_logits for head in own], size)
+    own_masks = attention_masks([head.mask_logits for head in own], size)
     return {
         "size": list(size),
         "mask_range": float(expected[-1][1].abs().max()),
@@ -117,15 +116,6 @@ def _compared(theirs: Any, ours: D2Zero, size: tuple[int, int], seed: int) -> di
         "own_attention": _differences(own, expected),
         "flipped": [int((left != right).sum()) for left, right in zip(own_masks, masks, strict=True)],
     }
-
-
-def _attention_masks(mask_logits: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-    """Of each layer, by the masks of the head before it."""
-    strides = [32 >> layer % LEVELS for layer in range(len(mask_logits) - 1)]
-    return [
-        attention_mask(logits, (size[0] // stride, size[1] // stride))
-        for logits, stride in zip(mask_logits, strides, strict=False)
-    ]
 
 
 def _differences(heads: Sequence[HeadOutput], expected: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:

@@ -111,7 +111,7 @@ class D2Zero(nn.Module):
             class_embeddings_KD: Classes to compare with; the vocabulary's by default. Training gives the
                 seen classes only.
             all_heads: Classify at every head (training) or only at the last one (inference).
-            attention_masks: As of `MaskedDecoder.forward`.
+            attention_masks: See `MaskedDecoder.forward`.
 
         Returns:
             The heads' predictions in order, the final one last.
@@ -135,7 +135,7 @@ class D2Zero(nn.Module):
         return super().train(mode)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As torch's; the weights are not those of the model's file any more."""
+        """As torch's; the weights are no longer those of the model's file."""
         self.checkpoint = ""
         return super().load_state_dict(*arguments, **options)
 

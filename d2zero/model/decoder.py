@@ -93,8 +93,8 @@ class MaskedDecoder(nn.Module):
         Args:
             mask_features_BCHW: (B, C, H/4, W/4).
             memory: Three maps (B, C, h, w) at strides 32, 16, 8.
-            attention_masks: For each layer, where it must not attend, (B, Q, h·w) bool; by its head's masks if left
-                out.
+            attention_masks: For each layer, where it must not attend, (B, Q, h·w) bool; computed from the preceding
+                head's mask logits if left out.
 
         Returns:
             For each of the layers + 1 heads: normalised queries (B, Q, C), mask logits (B, Q, H/4, W/4).
@@ -111,8 +111,10 @@ class MaskedDecoder(nn.Module):
         heads = [self._head(queries_BQC, mask_features_BCHW)]
         for index, layer in enumerate(self.layers):
             level_index = index % LEVELS
-            given = attention_masks[index] if attention_masks else None
-            mask = attention_mask(heads[-1][1], sizes[level_index]) if given is None else given
+            if attention_masks is None:
+                mask = attention_mask(heads[-1][1], sizes[level_index])
+            else:
+                mask = attention_masks[index]
             of_heads = mask.repeat_interleave(self.heads, dim=0)
             queries_BQC = layer(queries_BQC, self.query_positions, values[level_index], keys[level_index], of_heads)
             heads.append(self._head(queries_BQC, mask_features_BCHW))
@@ -132,6 +134,18 @@ def attention_mask(mask_logits_BQHW: Tensor, size: tuple[int, int]) -> Tensor:
     """
     logits = F.interpolate(mask_logits_BQHW.detach(), size, mode="bilinear", align_corners=False)
     return blocked(logits.flatten(2))
+
+
+def attention_masks(mask_logits_BQHW: Sequence[Tensor], image_size: tuple[int, int]) -> list[Tensor]:
+    """Each layer's attention mask, from the preceding head's mask logits.
+
+    Args:
+        mask_logits_BQHW: Of all heads.
+        image_size: Height and width of the input.
+    """
+    strides = [32 >> layer % LEVELS for layer in range(len(mask_logits_BQHW) - 1)]
+    sizes = [(image_size[0] // stride, image_size[1] // stride) for stride in strides]
+    return [attention_mask(logits, size) for logits, size in zip(mask_logits_BQHW[:-1], sizes, strict=True)]
 
 
 def blocked(mask_logits_BQN: Tensor) -> Tensor:

@@ -448,10 +448,10 @@ def _show_parity(parity: "RawParity | None") -> None:
     table = Table(
         *("compared with the checkpoint", "class logits (largest)", "mean", "mask logits (largest)", "mean"),
         "pixels flipped",
-        caption="logits: largest difference of nine queries in ten (with the same attention masks: of all), and of all",
+        caption="largest: of nine queries in ten, in brackets of all; with the same attention masks, both are of all",
         box=None,
     )
-    for entry in (*parity.differences, *([parity.same_attention] if parity.same_attention else [])):
+    for entry in (*parity.differences, *parity.same_attention):
         table.add_row(
             entry.case,
             f"{entry.class_most:.1e} ({entry.class_logits:.1e})",

@@ -3,9 +3,10 @@
 The decoder attends where mask logits are not negative. A logit that is nearer to 0 than rounding errors falls to
 either side, and its query then looks at a pixel more or less. At 800×1216 that happens to a few of six million such
 bits in every two versions of a model, the published one in float32 and in float64 among them: single queries differ
-by some 5e-3 then, the others, who attend to them, by 1e-4 and sometimes more. So single logits are compared where the
-checkpoint attends by the file's own masks, which an ONNX file can be asked for: all queries are within the limit then.
-Elsewhere nine queries in ten are, and everywhere all of them on average (docs/decisions/0014).
+by some 5e-3 then, the others, who attend to them, by 1e-4 and sometimes more. So single logits are limited where the
+checkpoint attends by the file's own masks, which an ONNX file can be asked for (`same_attention`): those of all
+queries. Where no file was asked, those of nine queries in ten are. All logits are limited on average in every case
+(docs/decisions/0014, 0024).
 
 Letters: B batch, Q queries, K classes.
 """
@@ -71,7 +72,7 @@ class Difference:
         case: The name of what was compared.
         class_logits: Largest absolute difference.
         mask_logits: Largest absolute difference.
-        class_most: Largest of nine queries in ten, in the worst image.
+        class_most: Largest of most queries (nine in ten, unless said otherwise), in the worst image.
         mask_most: The same of mask logits.
         class_relative: Mean difference of class logits, as a share of their mean size.
         mask_relative: The same of mask logits.
@@ -112,9 +113,9 @@ def difference(
 
     Args:
         case: The name of what is compared.
-        ours: Both.
-        theirs: Both.
-        most: The share of queries whose single logits are limited.
+        ours: Those of the reference.
+        theirs: Those of what is compared with it.
+        most: The share of queries whose largest difference is `class_most` and `mask_most`.
     """
     classes, masks = (np.abs(left - right) for left, right in zip(ours, theirs, strict=True))
     real = ours[1] > PADDING_LOGIT
@@ -146,21 +147,17 @@ class RawParity:
 
     Args:
         differences: Each by its own attention masks.
-        same_attention: All queries, the checkpoint attending by the file's masks, which limits single logits then.
+        same_attention: Both by the file's masks, all queries; if there are any, only these limit single logits.
     """
 
     differences: tuple[Difference, ...]
-    same_attention: Difference | None = None
+    same_attention: tuple[Difference, ...] = ()
 
     def failures(self, limits: Limits) -> list[str]:
         """What exceeds a limit in any case."""
-        if self.same_attention is None:
-            return [failure for entry in self.differences for failure in entry.failures(limits)]
-        means = replace(limits, logits=math.inf)
-        return [
-            *self.same_attention.failures(limits),
-            *(failure for entry in self.differences for failure in entry.failures(means)),
-        ]
+        of_own = replace(limits, logits=math.inf) if self.same_attention else limits
+        found = [failure for entry in self.same_attention for failure in entry.failures(limits)]
+        return found + [failure for entry in self.differences for failure in entry.failures(of_own)]
 
     def require(self, limits: Limits) -> None:
         """Pass, or refuse.

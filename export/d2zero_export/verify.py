@@ -10,24 +10,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from d2zero.data.coco import CocoFile
 from d2zero.evaluation.metrics import metrics_of
 from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
-from d2zero.model.config import LEVELS
-from d2zero.model.decoder import attention_mask
 from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
-from d2zero_export.graph import ATTENTION_MASK
 from d2zero_export.instances import InstanceAgreement, instance_agreement
 from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image
+from d2zero_export.same_attention import same_attention
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
-from d2zero_runtime.artifacts.contract import OUTPUTS, ModelContract
+from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
-from d2zero_runtime.backends.onnxruntime import OnnxBackend
 from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.vocabulary import random_embeddings
 
@@ -147,45 +143,11 @@ def parity_with(model: D2Zero, exported: Path, segmenter: Segmenter) -> tuple[Ra
         What was compared, and of an .onnx the share of bits that differ in the decoder's attention masks.
     """
     parity = raw_parity(model.segmenter(), segmenter)
-    if exported.suffix != ".onnx":
+    same = same_attention(model, exported, segmenter) if exported.suffix == ".onnx" else None
+    if same is None:
         return parity, None
-    same_attention, flipped = _with_same_attention(model, exported, segmenter)
-    on_cpu = isinstance(segmenter.backend, OnnxBackend) and not segmenter.backend.on_gpu
-    return replace(parity, same_attention=same_attention if on_cpu else None), flipped
-
-
-def _with_same_attention(model: D2Zero, exported: Path, segmenter: Segmenter) -> tuple[Difference, float]:
-    """Compare a file, run by ONNX Runtime on a CPU, with the model that attends by its masks, on one drawn image.
-
-    Returns:
-        The difference, and the share of attention-mask bits, over all layers, that the model would have set otherwise.
-    """
-    import onnx
-    import onnxruntime
-
-    proto = onnx.load(exported)
-    names = [name for node in proto.graph.node for name in node.output if name.startswith(ATTENTION_MASK)]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BOOL, None) for n in names)
-    contract = segmenter.contract
-    height, width = contract.preprocessing.static_size or (96, 160)
-    image = drawn_image(np.random.default_rng(0), height, width)
-    batch = contract.preprocessing.batch([image] * (contract.batch or 1), (height, width))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    class_logits, mask_logits, *masks = session.run([*OUTPUTS[:2], *names], {"images": batch})
-    device = model.class_embeddings.device
-    embeddings = torch.tensor(segmenter.vocabulary.embeddings, device=device)
-    given = [torch.from_numpy(mask).to(device) for mask in masks]
-    with torch.inference_mode():
-        heads = model(torch.from_numpy(batch).to(device), embeddings, all_heads=True, attention_masks=given)
-        flipped = 0
-        for layer, (head, mask) in enumerate(zip(heads[:-1], given, strict=True)):
-            stride = 32 >> layer % LEVELS
-            flipped += int((attention_mask(head.mask_logits, (height // stride, width // stride)) != mask).sum())
-    ours = heads[-1].class_logits.cpu().numpy(), heads[-1].mask_logits.cpu().numpy()
-    case = f"one image, {height} x {width}, same attention masks"
-    return difference(case, ours, (class_logits, mask_logits), most=1), flipped / sum(mask.size for mask in masks)
+    judges = segmenter.backend.is_reference  # else single logits are those of another library
+    return replace(parity, same_attention=same.differences if judges else ()), same.flipped
 
 
 def _accuracy(

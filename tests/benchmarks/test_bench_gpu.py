@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
@@ -197,6 +198,7 @@ def test_without_a_gpu_it_says_so_in_one_line(
 
 
 def test_a_package_that_the_machine_lacks_is_named(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(find_spec(name) for name in stages.NEEDED)
     missing = CompletedProcess([], 1, "", "Traceback\n  …\nModuleNotFoundError: No module named 'msgspec'\n")
     monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: missing)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -9,7 +9,7 @@ from models import placeholder_vocabulary
 
 from d2zero.model import D2Zero, ModelConfig, build
 from d2zero.model.classifier import background_embedding
-from d2zero.model.decoder import attention_mask
+from d2zero.model.decoder import attention_mask, attention_masks
 from d2zero.model.positions import pixel_centres, sine_positions
 from d2zero.training.config import shapes
 from d2zero_runtime import D2ZeroError, Vocabulary
@@ -57,6 +57,15 @@ def test_every_head_is_given_in_training(small_model: D2Zero) -> None:
     images = torch.randn(2, 3, 64, 64)
     heads = small_model(images, small_model.class_embeddings[:5], all_heads=True)
     assert [head.class_logits.shape for head in heads] == [(2, 15, 6)] * 4
+
+
+def test_other_weights_are_not_the_files(small_model: D2Zero) -> None:
+    small_model.checkpoint = "hash of a file"
+    shorter = small_model.with_decoder_layers(1)
+    assert shorter.checkpoint == "hash of a file"
+    small_model.load_state_dict(small_model.state_dict())
+    assert small_model.checkpoint == "" and small_model.segmenter().contract.checkpoint == ""
+    assert shorter.train().checkpoint == ""
 
 
 def test_embeddings_live_in_the_state(small_model: D2Zero) -> None:
@@ -144,9 +153,9 @@ def test_a_query_blocked_everywhere_attends_everywhere() -> None:
 def test_attention_masks_may_be_given(small_model: D2Zero) -> None:
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        *heads, last = small_model(images, all_heads=True)
-        sizes = [(3, 2), (6, 4), (12, 8)]
-        own = [attention_mask(head.mask_logits, sizes[layer % 3]) for layer, head in enumerate(heads)]
+        heads = small_model(images, all_heads=True)
+        last, own = heads[-1], attention_masks([head.mask_logits for head in heads], (96, 64))
+        assert [mask.shape[2] for mask in own] == [3 * 2, 6 * 4, 12 * 8]
         assert torch.equal(small_model(images, attention_masks=own)[-1].mask_logits, last.mask_logits)
         own[0][1, 5, 2] ^= True
         other = small_model(images, attention_masks=own)[-1].mask_logits

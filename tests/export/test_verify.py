@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from commands import Command
-from exported_files import changed, older, with_classifier, with_constant_classes
+from exported_files import changed, older, with_classifier, with_constant_classes, without_mask_names
 
 import d2zero
 from d2zero.checkpoints.files import load_model
@@ -17,7 +17,7 @@ from d2zero.demo.run import packaged_checkpoint
 from d2zero.evaluation.run import EvaluationRun
 from d2zero_export.instances import instance_agreement
 from d2zero_export.parity import LIMITS
-from d2zero_export.verify import raw_parity
+from d2zero_export.verify import parity_with, raw_parity
 from d2zero_runtime import Detections, Mode, load
 from d2zero_runtime.masks import rle
 
@@ -45,7 +45,14 @@ def test_the_same_model_passes_on_photos_and_annotations(
     left, right = found["accuracy"]["gzsis"]["segm unseen_ap50"]
     assert left == pytest.approx(right, abs=0.1) and left > 30
     same = found["parity"]["same_attention"]
-    assert 0 < same["class_most"] == same["class_logits"] < 1e-4 and 0 < same["mask_most"] == same["mask_logits"] < 1e-3
+    assert [entry["case"] for entry in same] == [
+        "one image, 96 x 160, same attention",
+        "its classifier, 9 classes, same attention",
+        "padded images, same attention",
+        "its classifier, 9 classes, same attention",
+    ]
+    for entry in same:
+        assert 0 < entry["class_most"] == entry["class_logits"] < 1e-4 and entry["mask_most"] < 1e-3
     assert found["attention_flipped"] < 1e-4 and found["limits"]["logits"] == 1e-3
     assert found["instances"]["instances"] > 10 and found["instances"]["matched"] == 1.0
 
@@ -77,8 +84,32 @@ def scale_background(classifier: onnx.ModelProto) -> None:
 
 def test_another_classifier_beside_the_network_fails(exported: Path, tmp_path: Path) -> None:
     path = changed(exported, tmp_path / "m.onnx", with_classifier(scale_background))
-    (failure,) = raw_parity(load_model(packaged_checkpoint()).segmenter(), load(path)).failures(LIMITS["float32"])
-    assert failure.startswith("class_logits differ by ") and "(limit 1e-03) for the classifier by itself" in failure
+    segmenter, limits = load(path), LIMITS["float32"]
+    parity, _ = parity_with(load_model(packaged_checkpoint()), path, segmenter)
+    first, second, mean = parity.failures(limits)
+    for failure in (first, second):
+        assert failure.startswith("class_logits differ by ") and "(limit 1e-03) for its classifier" in failure
+    assert "on average" in mean and mean.endswith("for the classifier by itself, 9 classes")
+    (by_own_masks,) = replace(parity, same_attention=()).failures(limits)  # as of what cannot be asked for its masks
+    assert "(limit 1e-03) for the classifier by itself" in by_own_masks
+
+
+def test_single_logits_are_compared_with_the_same_attention_where_the_file_says_it(
+    exported: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    model = load_model(packaged_checkpoint())
+
+    def compared(path: Path, *providers: str) -> tuple[int, bool]:
+        parity, flipped = parity_with(model, path, load(path, providers or None))
+        assert not parity.failures(LIMITS["float32"])
+        return len(parity.same_attention), flipped is not None
+
+    assert compared(exported) == (4, True)
+    assert compared(exported, "openvino") == (0, True)  # whose single logits are its own
+    assert compared(older(exported, tmp_path / "older.onnx")) == (2, True)  # without features
+    unnamed = changed(exported, tmp_path / "unnamed.onnx", without_mask_names)
+    assert compared(unnamed) == (0, False)
 
 
 def test_a_classifier_is_compared_where_there_is_one(exported: Path, tmp_path: Path) -> None:

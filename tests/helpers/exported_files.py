@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from d2zero_export.graph import ATTENTION_MASK
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY, EMBEDDINGS_INPUT, FEATURES
 from d2zero_runtime.artifacts.onnx import CLASSIFIER_KEY, read_contract
 
@@ -33,6 +34,13 @@ def without_features(proto: onnx.ModelProto) -> None:
     kept = [entry for entry in proto.graph.output if entry.name not in FEATURES]
     del proto.graph.output[:]
     proto.graph.output.extend(kept)
+
+
+def without_mask_names(proto: onnx.ModelProto) -> None:
+    """Call the attention masks otherwise, as a tool that rewrites graphs may."""
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name.replace(ATTENTION_MASK, "value_") for name in names]
 
 
 def with_constant_classes(proto: onnx.ModelProto) -> None:

@@ -64,6 +64,9 @@ class Backend(ABC, Generic[InputT]):
     on_gpu: bool = False
     """Whether the network runs on a GPU, so that `run` copies its inputs and outputs."""
 
+    is_reference: bool = False
+    """Whether it is ONNX Runtime on a CPU alone, which verification asks for values inside the network."""
+
     accepts_uint8: bool = False
     """Whether `run` takes a `PixelBatch`, to normalise images where the network runs."""
 

@@ -135,6 +135,7 @@ class OnnxBackend(Session, Backend[Images]):
     def __init__(self, file: Path, *arguments: Any, outputs: Sequence[str] = OUTPUTS, **named: Any) -> None:
         self._outputs = dict.fromkeys(outputs, FLOAT)  # type: ignore[misc]
         super().__init__(file, *arguments, **named)
+        self.is_reference = self.session.get_providers() == ["CPUExecutionProvider"]
 
     def run(self, images_B3HW: NDArray[np.float32], embeddings_KD: NDArray[np.float32] | None) -> Raw:
         """Run the network; see `Backend`."""
