@@ -43,6 +43,11 @@ def small_model() -> D2Zero:
     return build(shapes().model, vocabulary()).eval()
 
 
+@pytest.fixture(scope="module")
+def demo_model() -> D2Zero:
+    return load_model(packaged_checkpoint())
+
+
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small drawn data set; not to be changed."""

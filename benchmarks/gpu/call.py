@@ -13,7 +13,7 @@ Plan = Callable[[argparse.Namespace], dict[str, Stage]]
 
 
 def run(name: str, about: str | None, plan: Plan, seconds: float, arguments: Sequence[str] | None = None) -> int:
-    """Run a call's stages and print the targets; 1 if a stage was not good, 2 without a GPU or a package, 130 when interrupted.
+    """Run a call's stages and print the targets: 1 if one was not good, 2 if none can run, 130 when interrupted.
 
     Args:
         name: The call's name.

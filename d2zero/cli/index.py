@@ -13,9 +13,13 @@ import typer
 
 from d2zero.cli.models import (
     BatchSizeOption,
+    ClassifierThreadsOption,
     DeviceOption,
     ModelOption,
+    ModeOption,
     ProviderOption,
+    ScoreOption,
+    TextEncoderOption,
     ThreadsOption,
     TypedNames,
     image_files,
@@ -92,14 +96,9 @@ def relabel(
         str | None,
         typer.Option("--names", help="The classes, typed: 'red mug, cat|kitty'. Needs --text-encoder."),
     ] = None,
-    text_encoder: Annotated[
-        Path | None,
-        typer.Option("--text-encoder", help="For --names: a text encoder (.onnx), made by `d2zero export-text`."),
-    ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
-    score: Annotated[
-        float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")
-    ] = SCORE_THRESHOLD,
+    text_encoder: TextEncoderOption = None,
+    mode: ModeOption = "gzsis",
+    score: ScoreOption = SCORE_THRESHOLD,
     pictures: Annotated[
         str | None,
         typer.Option("--pictures", help="Draw the images whose path fits this pattern: '*/img_7*'; '*' for all."),
@@ -112,9 +111,7 @@ def relabel(
             " also give --score 0.",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; ONNX Runtime chooses if left out.")
-    ] = None,
+    threads: ClassifierThreadsOption = None,
 ) -> None:
     """Name what is in an index with any vocabulary, without its network: detections.json as of `d2zero predict`."""
     check_output(output, folder=True)

@@ -28,6 +28,15 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads of the network; the library chooses if left out."),
 ]
+ClassifierThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; ONNX Runtime chooses if left out.")
+]
+TextEncoderOption = Annotated[
+    Path | None,
+    typer.Option("--text-encoder", help="For --names: a text encoder (.onnx), made by `d2zero export-text`."),
+]
+ModeOption = Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")]
+ScoreOption = Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N: where a checkpoint runs.")]
 BatchSizeOption = Annotated[
     int,
@@ -162,19 +171,11 @@ class TypedNames:
             raise D2ZeroError("--names and --vocabulary both give the classes; leave one out")
         return cls(read_names(names), text_encoder, TextContract.read(text_encoder))
 
-    def give(self, segmenter: Segmenter, threads: int | None = None) -> None:
-        """Let a segmenter look for these classes: seen ones of its own vocabulary stay seen, all others are unseen.
-
-        Raises:
-            D2ZeroError: The model was trained with another encoder, or the names cannot be encoded.
-        """
-        segmenter.set_vocabulary(self.encoded(segmenter.contract, segmenter.vocabulary, threads))
-
     def encoded(self, contract: ModelContract, own: Vocabulary, threads: int | None = None) -> Vocabulary:
         """These classes as a vocabulary; those that are seen in the model's own are seen, all others unseen.
 
         Raises:
-            D2ZeroError: As of `give`.
+            D2ZeroError: The model was trained with another encoder, or the names cannot be encoded.
         """
         contract.check_encoder(self.contract.width, self.contract.encoder, own)
         seen = {name for name, flag in zip(own.names, own.seen, strict=True) if flag}

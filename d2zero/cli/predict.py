@@ -14,7 +14,10 @@ from d2zero.cli.models import (
     BatchSizeOption,
     DeviceOption,
     ModelOption,
+    ModeOption,
     ProviderOption,
+    ScoreOption,
+    TextEncoderOption,
     ThreadsOption,
     TypedNames,
     image_files,
@@ -44,14 +47,9 @@ def predict(
             " vocabulary has as seen stay seen, all others are unseen. Needs --text-encoder.",
         ),
     ] = None,
-    text_encoder: Annotated[
-        Path | None,
-        typer.Option("--text-encoder", help="For --names: a text encoder (.onnx), made by `d2zero export-text`."),
-    ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="gzsis, zsis or gzsis-copy-paste.")] = "gzsis",
-    score: Annotated[
-        float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")
-    ] = SCORE_THRESHOLD,
+    text_encoder: TextEncoderOption = None,
+    mode: ModeOption = "gzsis",
+    score: ScoreOption = SCORE_THRESHOLD,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw an overlay of each image, without duplicates.")
     ] = True,
@@ -78,7 +76,7 @@ def predict(
     typed = TypedNames.of(names, text_encoder, vocabulary)
     segmenter = open_segmenter(model, provider, device, vocabulary, threads)
     if typed:
-        typed.give(segmenter, threads)
+        segmenter.set_vocabulary(typed.encoded(segmenter.contract, segmenter.vocabulary, threads))
     sources = image_files(source, output)
     output.mkdir(parents=True, exist_ok=True)
     listing = ResultsWriter.wanted(output / "results.json", results_for, sources)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,9 +124,7 @@ class CocoWriter:
         )
         return number
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
         self._rows.finish(f'\n],\n"categories": {json.dumps(categories)},\n"images": {json.dumps(self.images)}}}\n')
 
@@ -180,9 +177,7 @@ class ResultsWriter:
         require_size(self._annotations.images[number], found.image_size)
         self._rows.extend(found.named(known).to_coco(number, known))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rows.finish("\n]\n")
 
 

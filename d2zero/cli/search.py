@@ -13,7 +13,7 @@ from PIL import Image
 from rich.table import Table
 
 from d2zero.cli.index import opened_index
-from d2zero.cli.models import TypedNames
+from d2zero.cli.models import ClassifierThreadsOption, ScoreOption, TypedNames
 from d2zero.cli.terminal import console, plain, tracked
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.artifacts.text_encoder import TextContract
@@ -53,10 +53,8 @@ def search(
         Path | None,
         typer.Option("--vocabulary", "-v", help="The classes that compete (.npz); the model's own if left out."),
     ] = None,
-    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out instances with a lower score.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; ONNX Runtime chooses if left out.")
-    ] = None,
+    score: ScoreOption = 0,
+    threads: ClassifierThreadsOption = None,
 ) -> None:
     """Find the best instances of some classes over a whole index, without its network.
 

@@ -1,4 +1,4 @@
-"""COCO annotation files: reading them, finding them in a data folder, decoding their masks."""
+"""COCO annotation files: reading them, and finding them in a data folder."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,11 +23,8 @@ from d2zero.data.coco_values import (
     Id,
     Size,
     WaitingMasks,
-    decoded,
-    encoded,
     foreign,
     form_problem,
-    mask_problem,
     shown,
     tidy,
 )
@@ -354,25 +351,3 @@ def require_size(image: Mapping[str, Any], size: Size) -> None:
     expected = (image["height"], image["width"])
     if size != expected:
         raise D2ZeroError(f"{image['file_name']} is {size} (height, width), its annotations say {expected}")
-
-
-def encode_mask(annotation: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
-    """An annotation's mask as compressed RLE, from polygons or either kind of RLE.
-
-    Raises:
-        D2ZeroError: The segmentation cannot be read or has another size.
-    """
-    mask, size = annotation.get("segmentation"), (height, width)
-    problem = mask_problem(mask, size)
-    if problem:
-        raise D2ZeroError(f"annotation {shown(annotation.get('id'))} {problem}")
-    return encoded(mask, size)
-
-
-def decode_mask(annotation: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
-    """An annotation's mask (H, W), from polygons or either kind of RLE.
-
-    Raises:
-        D2ZeroError: The segmentation cannot be read or has another size.
-    """
-    return decoded(encode_mask(annotation, height, width), (height, width))

@@ -5,7 +5,7 @@ meaning is put right: box and area are the mask's where they are missing or no n
 "0" is 0, a whole number may be written 3.0. Anything else is named by a text for the caller to refuse or to count.
 
 pycocotools' C code crashes, hangs or takes all memory on values that it does not expect (cocoapi#380, cvat#9460):
-it sees only what `mask_problem` has passed.
+it sees only what `form_problem` and `WaitingMasks` have passed.
 """
 
 import math
@@ -118,16 +118,6 @@ def tidy(entry: dict[str, Any]) -> str:
     return ""
 
 
-def mask_problem(mask: Any, size: Size) -> str:
-    """What is wrong with a mask (`segmentation`) for an image of that size, or nothing; having no pixel is not."""
-    found = [form_problem(mask, size)]
-    if not found[0]:
-        waiting = WaitingMasks(lambda _, problem: found.append(problem))
-        waiting.add(None, mask, size)
-        waiting.check()
-    return "" if found[-1] == NO_PIXEL else found[-1]
-
-
 class WaitingMasks:
     """Masks whose form is right, to check many together.
 
@@ -200,7 +190,10 @@ def _has_pixel(polygons: list[list[float]], size: Size) -> bool:
 
 
 def form_problem(mask: Any, size: Size) -> str:
-    """As `mask_problem`, except for the numbers in compressed run lengths and polygons, which wait."""
+    """What is wrong with a mask (`segmentation`) for an image of that size, or nothing.
+
+    Numbers in compressed run lengths and in polygons are left to `WaitingMasks`, which checks many at a time.
+    """
     if not mask:
         return "has no mask ('segmentation')"
     if isinstance(mask, list):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2zero_runtime.checked_json import checked, refuse_unknown, require_finite
+from d2zero_runtime.checked_json import require_finite
 from d2zero_runtime.errors import D2ZeroError
 
 Size = tuple[int, int]  # height, width
@@ -61,17 +61,6 @@ class Preprocessing:
             raise D2ZeroError(
                 f"a static size must be multiples of {self.size_divisor}, got {'x'.join(map(str, sides))}"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Read what `dataclasses.asdict` made, JSON's lists included.
-
-        Raises:
-            D2ZeroError: A key is unknown (written by a newer version, most likely).
-        """
-        values = with_new_names(values)
-        refuse_unknown(cls, values, "preprocessing")
-        return checked(cls, values, "preprocessing")
 
     @property
     def canvas(self) -> Size | None:

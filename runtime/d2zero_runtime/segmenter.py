@@ -34,7 +34,7 @@ from d2zero_runtime.masks.postprocess import (
     Mode,
     ModeName,
     named,
-    postprocess_all,
+    postprocess,
     require_finite_output,
     selection,
 )
@@ -500,18 +500,30 @@ class Segmenter:
             output_sizes: (height, width) that each image's masks and boxes shall have.
             mode: `gzsis`, `zsis` or `gzsis-copy-paste`.
             options: `max_detections`, `score_threshold`, `masks`, `threads`.
+
+        Raises:
+            D2ZeroError: The counts differ, or the vocabulary does not allow the mode.
         """
-        return postprocess_all(
-            np.asarray(out.class_logits, np.float32),
-            mask_logits_of(out.mask_logits),
-            out.padded_sizes,
-            self._vocabulary,
-            input_sizes,
-            output_sizes,
-            mode=mode,
-            temperature=self.contract.softmax_temperature,
-            **options,
-        )
+        if not len(out.class_logits) == len(input_sizes) == len(output_sizes):
+            raise D2ZeroError(
+                f"expected as many sizes as images ({len(out.class_logits)}),"
+                f" got {len(input_sizes)} input sizes and {len(output_sizes)} output sizes"
+            )
+        mask_logits = mask_logits_of(out.mask_logits)
+        return [
+            postprocess(
+                np.asarray(out.class_logits[row], np.float32),
+                mask_logits[row][:, : padded[0] // 4, : padded[1] // 4],
+                self._vocabulary,
+                input_size=input_sizes[row],
+                output_size=output_sizes[row],
+                padded_size=padded,
+                mode=mode,
+                temperature=self.contract.softmax_temperature,
+                **options,
+            )
+            for row, padded in enumerate(out.padded_sizes)
+        ]
 
     def _run(self, images_B3HW: Input, vocabulary: Vocabulary) -> Raw:
         """Run any number of images, in parts of the size that the model takes."""

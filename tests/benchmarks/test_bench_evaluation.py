@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2zero.data.coco import decode_mask, read_coco
+from d2zero.data.coco import read_coco
+from d2zero.data.coco_values import decoded
 from d2zero.data.splits import find_split
 from d2zero_runtime import D2ZeroError
 from studies import speed_tables
@@ -35,7 +36,7 @@ def test_drawn_files_are_valid_and_reproducible(tmp_path: Path) -> None:
     assert named & set(COCO_48_17.seen) and named & set(COCO_48_17.unseen)
     for entry in entries:
         image = truth.images[entry["image_id"]]
-        mask = decode_mask(entry, image["height"], image["width"])
+        mask = decoded(entry["segmentation"], (image["height"], image["width"]))
         assert mask.sum() == entry["area"] > 0
         columns = np.flatnonzero(mask.any(axis=0))
         assert entry["bbox"][0] == columns[0] and entry["bbox"][2] == columns[-1] - columns[0] + 1

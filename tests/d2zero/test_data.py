@@ -15,7 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from d2zero.data.augment import AugmentConfig, JitterOnto, training_transform
-from d2zero.data.coco import decode_mask, find_annotations, find_image_folder, read_coco
+from d2zero.data.coco import find_annotations, find_image_folder, read_coco
+from d2zero.data.coco_values import decoded
 from d2zero.data.shapes import SPLIT, ShapesConfig, draw_image, vocabulary, write_dataset
 from d2zero.data.splits import COCO_IDS, find_split
 from d2zero.data.training_set import SampleKey, StepSampler, TrainingSet, collate
@@ -105,7 +106,7 @@ def test_drawn_masks_fit_the_picture(shapes_data: Path) -> None:
     folder = find_image_folder(shapes_data, truth.path)
     for image_id, entries in list(truth.annotations.items())[:8]:
         image = read_image(folder / truth.images[image_id]["file_name"]).astype(float)
-        masks = [decode_mask(entry, 96, 96) for entry in entries]
+        masks = [decoded(entry["segmentation"], (96, 96)) for entry in entries]
         assert np.sum(masks, axis=0).max() == 1  # visible parts do not overlap
         for entry, mask in zip(entries, masks, strict=True):
             assert mask.sum() == entry["area"] >= 16
@@ -247,16 +248,12 @@ def test_image_and_masks_move_together() -> None:
 
 
 def test_polygons_and_both_kinds_of_rle() -> None:
-    square = {"id": 1, "segmentation": [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]}
-    mask = decode_mask(square, 8, 10)
+    square = [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]
+    mask = decoded(square, (8, 10))
     assert mask.shape == (8, 10) and mask[2, 3] and not mask[6, 3]
     flat = mask.T.ravel().astype(int)
     counts = [len(run) for run in np.split(flat, np.flatnonzero(np.diff(flat)) + 1)]
-    assert np.array_equal(decode_mask({"segmentation": {"size": [8, 10], "counts": counts}}, 8, 10), mask)
-    with pytest.raises(D2ZeroError, match="annotation 1 has a mask of"):
-        decode_mask({"id": 1, "segmentation": {"size": [8, 10], "counts": counts}}, 9, 10)
-    with pytest.raises(D2ZeroError, match="has a polygon with 'x', expected numbers"):
-        decode_mask({"id": 1, "segmentation": [["x"]]}, 8, 10)
+    assert np.array_equal(decoded({"size": [8, 10], "counts": counts}, (8, 10)), mask)
 
 
 def test_writing_a_data_set_without_training_images(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from tensorrt_surface import as_tensorrt_rtx, layer_types
 from tiny_model import WIDTH, contract
 
-import d2zero
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero_export.end_to_end_parity import end_to_end_difference, open_end_to_end
@@ -24,11 +23,6 @@ from d2zero_runtime import D2ZeroError, load, read_image
 from d2zero_runtime.artifacts.contract import EndToEnd
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.masks.postprocess import Mode
-
-
-@pytest.fixture(scope="module")
-def demo_model() -> D2Zero:
-    return d2zero.load(packaged_checkpoint())
 
 
 @pytest.fixture(scope="module")

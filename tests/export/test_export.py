@@ -19,7 +19,6 @@ from PIL import Image
 from recorded import require_recorded_detections
 from tiny_network import tiny
 
-import d2zero
 from d2zero.demo.run import packaged_checkpoint
 from d2zero.model import D2Zero
 from d2zero.model.backbone import Backbone
@@ -37,11 +36,6 @@ from d2zero_runtime.artifacts.contract import CONTRACT_KEY
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
 from d2zero_runtime.masks.postprocess import ModeName
 from d2zero_runtime.sources import expand
-
-
-@pytest.fixture(scope="module")
-def demo_model() -> D2Zero:
-    return d2zero.load(packaged_checkpoint())
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.calibrate import MinMaxCalibrater, create_calibrator
 from tensorrt_surface import as_tensorrt_rtx, layer_types
 
-import d2zero
 from d2zero.data.coco import read_coco
 from d2zero.data.shapes import ShapesConfig, write_dataset
 from d2zero.demo.run import packaged_checkpoint
@@ -35,11 +34,6 @@ from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, ModelContract
 from d2zero_runtime.artifacts.engine import EngineMetadata
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.images import Preprocessing
-
-
-@pytest.fixture(scope="module")
-def demo_model() -> D2Zero:
-    return d2zero.load(packaged_checkpoint())
 
 
 @pytest.fixture(scope="module")

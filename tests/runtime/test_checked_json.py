@@ -10,6 +10,7 @@ from tiny_model import contract
 from d2zero.model import ModelConfig
 from d2zero_runtime import D2ZeroError
 from d2zero_runtime.artifacts.contract import ModelContract, embeddings_from_json
+from d2zero_runtime.checked_json import checked
 from d2zero_runtime.images import Preprocessing
 
 ODD: list[Any] = [None, True, -1, 2**63, 1e30, float("nan"), "", "x", [], {}, [None]]
@@ -54,7 +55,7 @@ def test_what_is_no_contract_is_named(text: str) -> None:
 )
 def test_preprocessing_that_cannot_be_used_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(D2ZeroError):
-        Preprocessing.from_dict({**asdict(Preprocessing()), **changes})
+        checked(Preprocessing, {**asdict(Preprocessing()), **changes}, "preprocessing")
 
 
 def test_a_static_size_is_read_by_its_earlier_name() -> None:

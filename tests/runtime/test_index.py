@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -334,15 +335,14 @@ def test_a_network_that_overflows_is_named_at_once(made: Made) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
-@pytest.mark.parametrize("mode", Mode)
-def test_exported_models_fill_an_index(exported: Path, made: Made, provider: str, mode: Mode, tmp_path: Path) -> None:
+def test_exported_models_fill_an_index(exported: Path, made: Made, provider: str, tmp_path: Path) -> None:
     if provider == "openvino":
         pytest.importorskip("openvino")
     segmenter = load(exported, provider)
     own = segmenter.vocabulary
     description = IndexDescription.of(segmenter, "float32")
     index = Index(Made(segmenter, made.photos, {"float32": description}).write(tmp_path, "float32"))
-    for chosen in (own, own.select(own.names[3:30])):
+    for mode, chosen in product(Mode, (own, own.select(own.names[3:30]))):
         for (_, found), photo in zip(index.name(chosen, mode, score_threshold=0.01), made.photos, strict=True):
             expected = segmenter(photo, mode, vocabulary=chosen, score_threshold=0.01)
             ours, theirs = by_mask(found), by_mask(expected)

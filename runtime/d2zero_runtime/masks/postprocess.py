@@ -11,10 +11,9 @@ Letters: Q queries, K classes, N instances, h and w the mask logits' sides.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,50 +256,6 @@ def require_finite_output(values: NDArray[np.float32]) -> None:
         raise D2ZeroError(
             "the network's output is not finite: its weights are damaged, or a file in half precision overflows"
         )
-
-
-def postprocess_all(
-    class_logits: NDArray[np.float32],
-    mask_logits: MaskLogits,
-    padded_sizes: Sequence[Size],
-    vocabulary: Vocabulary,
-    input_sizes: Sequence[Size],
-    output_sizes: Sequence[Size],
-    **options: Any,
-) -> list[Detections]:
-    """Turn the raw output of several images into instances.
-
-    Args:
-        class_logits: (B, Q, K + 1).
-        mask_logits: (B, Q, h, w), h and w those of the largest image.
-        padded_sizes: (height, width) after padding, one per image.
-        vocabulary: The K classes.
-        input_sizes: (height, width) of each image before padding.
-        output_sizes: (height, width) that each image's masks shall have.
-        options: Options of `postprocess`.
-
-    Raises:
-        D2ZeroError: The counts differ, or the vocabulary does not allow the mode.
-    """
-    if not len(class_logits) == len(input_sizes) == len(output_sizes):
-        raise D2ZeroError(
-            f"expected as many sizes as images ({len(class_logits)}),"
-            f" got {len(input_sizes)} input sizes and {len(output_sizes)} output sizes"
-        )
-    return [
-        postprocess(
-            class_logits[row],
-            mask_logits[row][:, : padded[0] // 4, : padded[1] // 4],
-            vocabulary,
-            input_size=input_size,
-            output_size=output_size,
-            padded_size=padded,
-            **options,
-        )
-        for row, (input_size, output_size, padded) in enumerate(
-            zip(input_sizes, output_sizes, padded_sizes, strict=True)
-        )
-    ]
 
 
 def _with_synonyms(probabilities: NDArray[np.float32], class_of: NDArray[np.int64]) -> NDArray[np.float32]:
