@@ -78,18 +78,23 @@ def _models(backbone: str, seed: int, folder: Path) -> tuple[Any, D2Zero]:
         backbone_config=getattr(transformers, kind)(out_features=STAGES, **options),
         id2label={number: f"class {number}" for number in range(80)},
     )
-    model, draw = transformers.Mask2FormerForUniversalSegmentation(config).eval(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, array in model.state_dict().items():
-            if array.is_floating_point() and "empty_weight" not in name:
-                array.copy_(_drawn(name, torch.randn(array.shape, generator=draw)))
+    model = transformers.Mask2FormerForUniversalSegmentation(config).eval()
+    draw_weights(model, seed)
     model.save_pretrained(folder)
     transformers.Mask2FormerImageProcessor().save_pretrained(folder)
     return model, model_of(read_folder(folder))
 
 
+def draw_weights(model: Any, seed: int) -> None:
+    """Give a Mask2Former of transformers random weights that keep activations about as large as they are."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, array in model.state_dict().items():
+            if array.is_floating_point() and "empty_weight" not in name:
+                array.copy_(_drawn(name, torch.randn(array.shape, generator=draw)))
+
+
 def _drawn(name: str, noise: Tensor) -> Tensor:
-    """Weights that keep activations about as large as they are."""
     if "running_var" in name:
         return 1 + 0.1 * noise.abs()
     if noise.dim() < 2:

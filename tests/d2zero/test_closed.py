@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from tiny_network import tiny_closed
 
 from d2zero.checkpoints.files import load_model, save_model
 from d2zero.data.shapes import ALL_NAMES
-from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model import D2Zero
 from d2zero.model.closed import closed_vocabulary
 from d2zero_runtime import D2ZeroError, Vocabulary
 from d2zero_runtime.images import Preprocessing
@@ -26,22 +27,8 @@ AUGMENT = ("--set", "augment.size=96")
 
 
 def closed_model(names: tuple[str, ...] = ALL_NAMES) -> D2Zero:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        backbone="test_resnet",
-        hidden_dim=32,
-        num_heads=2,
-        encoder_layers=1,
-        encoder_ffn_dim=32,
-        num_queries=10,
-        decoder_layers=2,
-        decoder_ffn_dim=32,
-        head="closed",
-        text_dim=len(names),
-        softmax_temperature=1.0,
-        preprocessing=Preprocessing(shortest_edge=96, longest_edge=96),
-    )
-    return build(config, closed_vocabulary(names)).eval()
+    sizes = Preprocessing(shortest_edge=96, longest_edge=96)
+    return tiny_closed(names, num_queries=10, decoder_layers=2, softmax_temperature=1.0, preprocessing=sizes)
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_jobs_equal_one_process_of_an_exported_model(exported: Path, shapes_data
 @pytest.mark.parametrize(
     ("launcher", "more", "kill", "again"),
     [
-        ([sys.executable], ("--jobs", "2"), signal.SIGKILL, ([sys.executable], ())),
+        pytest.param([sys.executable], ("--jobs", "2"), signal.SIGKILL, ([sys.executable], ()), marks=pytest.mark.long),
         pytest.param(
             [sys.executable],
             ("--jobs", "2"),

@@ -61,7 +61,7 @@ def test_small_reference_without_text() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["48_17", "65_15"])
+@pytest.mark.parametrize("split", ["48_17", pytest.param("65_15", marks=pytest.mark.long)])
 def test_all_tensors_and_detections(shared: Path, split: str) -> None:
     recorded = np.load(shared / f"reference/reference_{split}.npz")
     model = published_model(published_vocabulary(shared, split))
@@ -105,7 +105,7 @@ def published_background(mask_features: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["48_17", "65_15"])
+@pytest.mark.parametrize("split", ["48_17", pytest.param("65_15", marks=pytest.mark.long)])
 def test_training_losses_and_gradients(shared: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = np.load(shared / f"reference/reference_{split}.npz")
     model = published_model(published_vocabulary(shared, split)).train()

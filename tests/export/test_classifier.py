@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from tiny_model import WIDTH
-from tiny_network import tiny
+from tiny_network import tiny, tiny_closed
 from torch import Tensor
 from torch.nn import ModuleList
 
@@ -36,7 +36,7 @@ in_files = pytest.mark.parametrize(
 @pytest.fixture(scope="module", params=[0, 1, 2, "closed"], ids="adaptation layers or head: {}".format)
 def model(request: pytest.FixtureRequest) -> D2Zero:
     if request.param == "closed":
-        return tiny(head="closed")
+        return tiny_closed()
     found = tiny(adaptation_layers=request.param)
     assert isinstance(found.classifier, SemanticClassifier)
     layers = found.classifier.adaptation.layers if found.classifier.adaptation else ()

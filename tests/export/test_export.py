@@ -34,8 +34,12 @@ from d2zero_export.verify import raw_parity, verify
 from d2zero_runtime import D2ZeroError, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import CONTRACT_KEY
 from d2zero_runtime.artifacts.onnx import read_contract, replace_onnx_vocabulary
+from d2zero_runtime.images import Size
 from d2zero_runtime.masks.postprocess import ModeName
 from d2zero_runtime.sources import expand
+
+# Tracing one size takes a quarter of the time of any.
+SIZES = [pytest.param((96, 128), id="one size"), pytest.param(None, id="any size", marks=pytest.mark.long)]
 
 
 @pytest.fixture
@@ -73,17 +77,19 @@ def test_operators(exported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gather_form_has_no_grid_sample_and_gives_the_same(tmp_path: Path) -> None:
-    parity = export_onnx(tiny(), tmp_path / "g.onnx", OnnxOptions(deform_attn="gather"))
+@pytest.mark.parametrize("size", SIZES)
+def test_gather_form_has_no_grid_sample_and_gives_the_same(size: Size | None, tmp_path: Path) -> None:
+    parity = export_onnx(tiny(), tmp_path / "g.onnx", OnnxOptions(deform_attn="gather", size=size))
     assert parity is not None and max(entry.mask_logits for entry in parity.differences) < 1e-3
     assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_float16_is_in_the_graph_and_finds_the_same_instances(
-    demo_model: D2Zero, photos: list[Path], tmp_path: Path
+    size: Size | None, demo_model: D2Zero, photos: list[Path], tmp_path: Path
 ) -> None:
-    parity = export_onnx(demo_model, tmp_path / "h.onnx", OnnxOptions(precision="float16"))
+    parity = export_onnx(demo_model, tmp_path / "h.onnx", OnnxOptions(precision="float16", size=size))
     assert parity is not None and max(entry.class_relative for entry in parity.differences) < 0.01
     proto = onnx.load(tmp_path / "h.onnx")
     type_of = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}

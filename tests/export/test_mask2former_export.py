@@ -10,10 +10,11 @@ import pytest
 import torch
 from naming import EVERY_PAIR, require_close, require_equal
 from PIL import Image
+from tiny_network import tiny_closed
 from torch import Tensor, nn
 from torch.export import Dim
 
-from d2zero.model import D2Zero, ModelConfig, build
+from d2zero.model import D2Zero
 from d2zero.model.closed import closed_vocabulary
 from d2zero.model.swin import _axis
 from d2zero_export.onnx_export import export_onnx
@@ -30,27 +31,20 @@ Exported = tuple[Path, RawParity]
 
 @pytest.fixture(scope="module")
 def model() -> D2Zero:
-    torch.manual_seed(0)
-    config = ModelConfig(
+    return tiny_closed(
+        NAMES,
         backbone="swin_tiny_patch4_window7_224",
         backbone_options={
             "embed_dim": 16, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 3,
             "strict_img_size": False, "always_partition": True,
         },
         backbone_output_norm=True,
-        hidden_dim=32,
-        num_heads=2,
-        encoder_layers=1,
-        encoder_ffn_dim=32,
+        frozen_backbone_norm=False,
         num_queries=8,
         decoder_layers=2,
-        decoder_ffn_dim=32,
-        head="closed",
-        text_dim=len(NAMES),
         softmax_temperature=1.0,
         preprocessing=Preprocessing(shortest_edge=64, longest_edge=96),
     )  # fmt: skip
-    return build(config, closed_vocabulary(NAMES)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import transformers as typed_transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from studies.mask2former import draw_weights
+
 transformers: Any = typed_transformers  # its configurations take more arguments than they declare
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 NAMES = ("cat", "dog", "traffic light", "tree", "car")
@@ -49,22 +51,8 @@ def empty_mask2former(backbone: Any, **options: Any) -> Any:
 def mask2former(backbone: Any, seed: int = 0) -> Any:
     """A small model with random weights, whose outputs are some units large."""
     model = empty_mask2former(backbone, **SMALL)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, array in model.state_dict().items():
-            if array.is_floating_point() and "empty_weight" not in name:
-                array.copy_(_drawn(name, torch.randn(array.shape, generator=draw)))
+    draw_weights(model, seed)
     return model
-
-
-def _drawn(name: str, noise: Tensor) -> Tensor:
-    if name.endswith("running_var"):
-        return 1 + 0.1 * noise.abs()
-    if noise.dim() == 1:
-        return 0.1 * noise + float(name.endswith("weight"))
-    if "queries" in name or "level_embed" in name:
-        return noise
-    return noise / noise[0].numel() ** 0.5
 
 
 DETECTRON2 = (  # pieces of transformers' names -> detectron2's, replaced in this order

@@ -114,7 +114,9 @@ def test_the_kernel_in_the_interpreter() -> None:
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("resized", [False, True])
-@pytest.mark.parametrize("logits", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "logits", ["fp16", pytest.param("fp32", marks=pytest.mark.long), pytest.param("bf16", marks=pytest.mark.long)]
+)
 def test_the_kernel_compiles_for_hopper(
     logits: str, resized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
