@@ -32,14 +32,22 @@ CLASSIFIER_CLASSES = 9  # drawn ones that an exported file's classifier is compa
 
 @dataclass(frozen=True)
 class Verification:
-    """All that was compared, and what of it failed."""
+    """All that was compared, and what of it failed.
+
+    Args:
+        parity: Raw outputs.
+        attention_flipped: Share of attention-mask bits that the checkpoint would have set otherwise, by ONNX Runtime on
+            a CPU; None if the file is no .onnx, or does not name its masks.
+        instances: As sets.
+        accuracy: By mode and metric, of checkpoint and file, in percent.
+        limits: What may differ.
+        failures: What exceeds them.
+    """
 
     parity: RawParity
-    attention_flipped: (
-        float | None
-    )  # share of bits in the decoder's attention masks, by ONNX Runtime on a CPU; None if it is no .onnx
+    attention_flipped: float | None
     instances: InstanceAgreement
-    accuracy: dict[str, dict[str, tuple[float, float]]]  # mode -> metric -> (checkpoint, exported), percent
+    accuracy: dict[str, dict[str, tuple[float, float]]]
     limits: Limits
     failures: tuple[str, ...]
 
