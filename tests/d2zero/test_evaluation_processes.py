@@ -219,27 +219,34 @@ def evaluated(launcher: list[str], arguments: list[str]) -> subprocess.Completed
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The metrics of one process."""
+def expected(checkpoint: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """The metrics and the pictures of one process."""
     output = tmp_path_factory.mktemp("one")
-    evaluated([sys.executable], arguments(checkpoint, shapes_data, output))
-    return (output / "o.json").read_text()
+    evaluated([sys.executable], arguments(checkpoint, shapes_data, output, "--pictures", str(output / "sheet.png")))
+    return (output / "o.json").read_text(), (output / "sheet.png").read_bytes()
 
 
 @pytest.mark.slow
-def test_jobs_and_torchrun_equal_one_process(
-    checkpoint: Path, expected: str, shapes_data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("launcher", "jobs"),
+    [
+        ([sys.executable], ("--jobs", "2")),
+        pytest.param([*TORCHRUN, "--nproc-per-node=2"], (), marks=pytest.mark.long),
+    ],
+    ids=["jobs", "torchrun"],
+)
+def test_two_processes_equal_one(
+    launcher: list[str],
+    jobs: tuple[str, ...],
+    checkpoint: Path,
+    expected: tuple[str, bytes],
+    shapes_data: Path,
+    tmp_path: Path,
 ) -> None:
-    for name, launcher, jobs in (
-        ("jobs", [sys.executable], ("--jobs", "2")),
-        ("torchrun", [*TORCHRUN, "--nproc-per-node=2"], ()),
-    ):
-        output = tmp_path / name
-        pictures = ("--pictures", str(output / "sheet.png"))
-        evaluated(launcher, arguments(checkpoint, shapes_data, output, *pictures, *jobs))
-        assert (output / "o.json").read_text() == expected
-        assert len(list(output.glob("o/*/detections_gzsis.*jsonl"))) == 2
-    assert (tmp_path / "jobs/sheet.png").read_bytes() == (tmp_path / "torchrun/sheet.png").read_bytes()
+    pictures = ("--pictures", str(tmp_path / "sheet.png"))
+    evaluated(launcher, arguments(checkpoint, shapes_data, tmp_path, *pictures, *jobs))
+    assert ((tmp_path / "o.json").read_text(), (tmp_path / "sheet.png").read_bytes()) == expected
+    assert len(list(tmp_path.glob("o/*/detections_gzsis.*jsonl"))) == 2
 
 
 @pytest.mark.slow
@@ -277,7 +284,7 @@ def test_killed_and_continued(
     kill: signal.Signals,
     again: tuple[list[str], tuple[str, ...]],
     checkpoint: Path,
-    expected: str,
+    expected: tuple[str, bytes],
     shapes_data: Path,
     tmp_path: Path,
 ) -> None:
@@ -302,7 +309,7 @@ def test_killed_and_continued(
     result = evaluated(again[0], arguments(checkpoint, shapes_data, tmp_path / "killed", *again[1]))
     kept = int(result.stderr.split(" of 24 images were evaluated before")[0].split()[-1])
     assert len(before) - 2 <= kept < 24
-    assert (tmp_path / "killed/o.json").read_text() == expected
+    assert (tmp_path / "killed/o.json").read_text() == expected[0]
     assert len(finished(tmp_path / "killed")) == 24
 
 

@@ -137,6 +137,7 @@ def test_a_resume_takes_the_stored_settings(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_evaluate_together(own: Path, tmp_path: Path) -> None:
     settings = [
         part for text in (*FAST, "steps=2", "eval_every=1", "eval_images=5", "ema=0.5") for part in ("--set", text)

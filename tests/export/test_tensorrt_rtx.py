@@ -89,6 +89,7 @@ def test_every_variant_is_built(made: Callable[..., Path], exported: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_chosen_gpus_progress_and_ctrl_c(
     made: Callable[..., Path], exported: Path, tmp_path: Path, command: Command
 ) -> None:
