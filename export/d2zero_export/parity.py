@@ -177,6 +177,11 @@ def drawn_image(random: np.random.Generator, height: int, width: int) -> NDArray
     return noisy.clip(0, 255).astype(np.uint8)
 
 
+def partly_padded(height: int, width: int) -> tuple[int, int]:
+    """The size of an image that leaves a part of an input of this size to padding."""
+    return height - height // 3, width - width // 4
+
+
 def alike(reference: Segmenter, preprocessing: Preprocessing, vocabulary: Vocabulary) -> Segmenter:
     """The reference with another's preprocessing and vocabulary, for comparing like with like."""
     contract = replace(reference.contract, preprocessing=preprocessing)

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from d2zero.model import D2Zero
-from d2zero.model.d2zero import HeadOutput
 from d2zero.model.decoder import attention_masks
 from d2zero_export.graph import ATTENTION_MASK
-from d2zero_export.parity import Difference, difference, drawn_image
+from d2zero_export.parity import Difference, difference, drawn_image, partly_padded
 from d2zero_runtime import Segmenter
 from d2zero_runtime.artifacts.contract import EMBEDDINGS_INPUT, IMAGES_INPUT
 from d2zero_runtime.backends.torch_math import float32_math
@@ -62,17 +61,13 @@ def same_attention(model: D2Zero, exported: Path, segmenter: Segmenter) -> SameA
         feeds = {IMAGES_INPUT: images} if contract.baked else {IMAGES_INPUT: images, EMBEDDINGS_INPUT: embeddings}
         class_logits, mask_logits, *more = session.run([*contract.outputs, *names], feeds)
         features, masks = more[: -len(names)], more[-len(names) :]
-        heads, own = _reference(model, images, embeddings, masks)
-        last = heads[-1]
-        ours = last.class_logits.cpu().numpy(), last.mask_logits.cpu().numpy()
+        ours, named, own = _reference(model, images, embeddings, masks, others)
         found.append(difference(f"{case}, same attention", ours, (class_logits, mask_logits), most=1))
         flipped += sum(int((left != right).sum()) for left, right in zip(own, masks, strict=True))
         bits += sum(mask.size for mask in masks)
         if features:
             theirs = segmenter.classifier.run(features[0], features[1], others)
-            with torch.inference_mode():
-                named = model.classifier(last.queries, last.background, torch.from_numpy(others).to(last.queries))
-            left, right = (named.cpu().numpy(), ours[1]), (theirs, ours[1])  # which makes no masks
+            left, right = (named, ours[1]), (theirs, ours[1])  # which makes no masks
             found.append(difference(f"its classifier, {CLASSES} classes, same attention", left, right, most=1))
     return SameAttention(tuple(found), flipped / bits)
 
@@ -98,7 +93,7 @@ def _cases(
     own = segmenter.vocabulary.embeddings
     height, width = contract.preprocessing.static_size or SIZE
     whole = drawn_image(random, height, width)
-    part = drawn_image(random, height - height // 3, width - width // 4)
+    part = drawn_image(random, *partly_padded(height, width))
     padded = [part, part[::-1].copy()] * (contract.batch or 2)
     for case, images, embeddings in (
         (f"one image, {height} x {width}", [whole] * (contract.batch or 1), own),
@@ -108,14 +103,27 @@ def _cases(
 
 
 def _reference(
-    model: D2Zero, images: NDArray[np.float32], embeddings: NDArray[np.float32], masks: list[NDArray[np.bool_]]
-) -> tuple[list[HeadOutput], list[NDArray[np.bool_]]]:
-    """The model's heads when it attends by some masks, and the masks that it would have made there."""
+    model: D2Zero,
+    images: NDArray[np.float32],
+    embeddings: NDArray[np.float32],
+    masks: list[NDArray[np.bool_]],
+    others: NDArray[np.float32],
+) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32], list[NDArray[np.bool_]]]:
+    """What the model makes when it attends by some masks.
+
+    Returns:
+        Class and mask logits, class logits for other classes, and the attention masks that it would have made there.
+    """
     device = model.class_embeddings.device
-    given = [torch.from_numpy(mask).to(device) for mask in masks]
     exact = float32_math(torch, tf32=False) if device.type == "cuda" else nullcontext()
     with torch.inference_mode(), exact:
-        pixels, text = torch.from_numpy(images).to(device), torch.tensor(embeddings, device=device)
+        pixels, text, more = (torch.tensor(array, device=device) for array in (images, embeddings, others))
+        given = [torch.from_numpy(mask).to(device) for mask in masks]
         heads = model(pixels, text, all_heads=True, attention_masks=given)
         own = attention_masks([head.mask_logits for head in heads], (images.shape[2], images.shape[3]))
-    return heads, [mask.cpu().numpy() for mask in own]
+        last = heads[-1]
+        named = model.classifier(last.queries, last.background, more)
+    class_logits, mask_logits, of_others, *flags = (
+        tensor.cpu().numpy() for tensor in (last.class_logits, last.mask_logits, named, *own)
+    )
+    return (class_logits, mask_logits), of_others, flags

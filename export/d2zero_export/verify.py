@@ -18,16 +18,14 @@ from d2zero.evaluation.run import EvaluationRun, Progress, require_images
 from d2zero.model import D2Zero
 from d2zero_export.end_to_end_parity import open_end_to_end, runtime_detections
 from d2zero_export.instances import InstanceAgreement, instance_agreement
-from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image
-from d2zero_export.same_attention import same_attention
+from d2zero_export.parity import LIMITS, Difference, Limits, RawParity, alike, difference, drawn_image, partly_padded
+from d2zero_export.same_attention import CLASSES, same_attention
 from d2zero_runtime import D2ZeroError, Mode, Segmenter, Vocabulary, load, read_image
 from d2zero_runtime.artifacts.contract import ModelContract
 from d2zero_runtime.artifacts.onnx import read_contract
 from d2zero_runtime.artifacts.profile import Shape
 from d2zero_runtime.segmenter import RawOutput
 from d2zero_runtime.vocabulary import random_embeddings
-
-CLASSIFIER_CLASSES = 9  # drawn ones that an exported file's classifier is compared with
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def raw_parity(reference: Segmenter, segmenter: Segmenter) -> RawParity:
         found.append(_with_classes(reference, segmenter, _random_classes(random, count, segmenter), square))
     if contract.query_dim:
         own = reference.contract.baked
-        classes = reference.vocabulary if own else _random_classes(random, CLASSIFIER_CLASSES, segmenter)
+        classes = reference.vocabulary if own else _random_classes(random, CLASSES, segmenter)
         found.append(_classifier(reference, segmenter, classes, square))
     return RawParity(tuple(found))
 
@@ -216,7 +214,7 @@ def _sizes(segmenter: Segmenter) -> tuple[tuple[int, int], ...]:
     """Heights and widths to compare at; none but the last is the size that was traced."""
     if segmenter.preprocessing.static_size:
         height, width = segmenter.preprocessing.static_size
-        return (height, width), (height - height // 3, width - width // 4), (height // 2, width)
+        return (height, width), partly_padded(height, width), (height // 2, width)
     low, high = _range(segmenter)
     return tuple(
         (min(max(height, low.height), high.height), min(max(width, low.width), high.width))

@@ -90,7 +90,8 @@ def test_float16_is_in_the_graph_and_finds_the_same_instances(
     size: Size | None, demo_model: D2Zero, photos: list[Path], tmp_path: Path
 ) -> None:
     parity = export_onnx(demo_model, tmp_path / "h.onnx", OnnxOptions(precision="float16", size=size))
-    assert parity is not None and max(entry.class_relative for entry in parity.differences) < 0.02
+    limit = 0.02 if size else 0.01  # images that fill half of the one size differ most
+    assert parity is not None and max(entry.class_relative for entry in parity.differences) < limit
     proto = onnx.load(tmp_path / "h.onnx")
     type_of = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     weights = [type_of[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input[1:]]
